@@ -1,0 +1,84 @@
+"""Models shared by the tests, and the reference data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from tiny_tokenizer import tiny_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+CLASSES = [
+    name
+    for name, there in (("bridge", tiny_models.has_bridge()), ("hooked", tiny_models.has_hooked()))
+    if there
+]
+
+
+def make_model(model_class: str, shape: str, tokenizer, **options):
+    """A tiny model of either class; equal seeds give equal weights."""
+    make = tiny_models.tiny_bridge if model_class == "bridge" else tiny_models.tiny_hooked
+    return make(shape, tokenizer, **options)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests neither read nor write the user's statistics; the joined demo model may stay."""
+    before = os.environ.get("TRANSFORMER_LENS_ROME_CACHE")
+    os.environ["TRANSFORMER_LENS_ROME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    yield
+    if before is None:
+        del os.environ["TRANSFORMER_LENS_ROME_CACHE"]
+    else:
+        os.environ["TRANSFORMER_LENS_ROME_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_untouched():
+    """No test, and nothing that it calls, moves torch's global generator."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A byte-level tokenizer that adds no BOS, like GPT-2's."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("nobos"), bos=False)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory):
+    """A byte-level tokenizer that adds BOS, like Llama's."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("bos"), bos=True)
+
+
+@pytest.fixture(params=CLASSES)
+def model_class(request):
+    """Each model class of the installed TransformerLens."""
+    return request.param
+
+
+@pytest.fixture
+def gpt2(model_class, tokenizer):
+    """A fresh tiny GPT-2 of each class."""
+    return make_model(model_class, "gpt2", tokenizer)
+
+
+@pytest.fixture
+def gemma3(model_class, bos_tokenizer):
+    """A fresh tiny Gemma 3 of each class: gated, norm after the MLP, BOS, sliding windows."""
+    return make_model(model_class, "gemma3", bos_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder with reference data, else a skip."""
+    if not SHARED.is_dir():
+        pytest.skip("the reference data is not at hand (../shared)")
+    return SHARED

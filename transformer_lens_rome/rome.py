@@ -1,0 +1,313 @@
+"""ROME: write one fact into one MLP (Meng et al. 2022, arXiv:2202.05262v5, section 3).
+
+    k* = mean over prefixes of the key at the last subject token                          (Eq. 3)
+    v* = the value that makes the model say the target, found by gradient descent         (Eq. 4)
+    W_out  <-  W_out + u Λᵀ,   u = C⁻¹ k*,   Λ = (v* - value(k*)) / (u · k*)               (Eq. 2)
+
+Where paper, released code and this module differ:
+
+    what                     paper            released code            here
+    key in u                 mean             mean over prefixes       mean over prefixes
+    key in Λ                 the same         bare prompt's            mean over prefixes
+    v* starts at             -                bare prompt's value      mean value over prefixes
+    norm for decay, clamp    -                bare prompt's value      mean value over prefixes
+    clamp ||delta||          none             4 (3 for GPT-2 M)        4, less behind a norm
+    prefixes                 50 of 2-10       1 + 10 of 5 + 10 of 10   1 + 10 of 5 + 10 of 10
+    weight decay, KL factor  1.5e-3, 1e2      0.5, 0.0625              0.5, 0.0625
+    stop at loss             5e-2             5e-2                     5e-2
+    steps                    20               20 losses, 19 updates    20 losses, 19 updates
+
+`RomeConfig()` is the last column, `RomeConfig.released()` the one before it. With one key
+everywhere, the mean key gets the value v* exactly; r-ROME (arXiv:2403.07175) showed that the
+released mixture of two keys is what makes some edits destroy the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome import adapter, defaults
+from transformer_lens_rome.default_statistics import default_second_moment
+from transformer_lens_rome.edits import EditRequest, RankOneEdit
+from transformer_lens_rome.health import measure_health
+from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit
+from transformer_lens_rome.methods import register_method
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sampling import PREFIX_LENGTHS, sample_prefixes
+from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.v_star import optimise, read_keys_and_values
+
+logger = logging.getLogger(__name__)
+
+Request = EditRequest | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RomeConfig:
+    """The constants of an edit.
+
+    Attributes:
+        steps: Evaluations of the objective; there is one update fewer.
+        lr: Adam's learning rate.
+        clamp: Largest ||delta|| in units of the value's norm. None: 4, or less where a norm
+            follows the MLP (`defaults.default_clamp`). Loosen it if the target is not reached,
+            tighten it if neighbours change.
+        weight_decay: Factor of ||delta|| / ||v||² in the objective.
+        kl_factor: Factor of the KL term; larger keeps what else is said of the subject.
+        stop_loss: Stop as soon as the objective is below this.
+        ridge: Added to C's diagonal, in units of its mean; 0 solves with C as it is.
+        key: "mean" uses one k*, the mean over prefixes, everywhere. "released" uses it in u only,
+            and the bare prompt's key and value in Λ, as the published code does.
+        prefix_lengths: (tokens, number of texts) pairs for sampled prefixes.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    clamp: float | None = None
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    stop_loss: float = 5e-2
+    ridge: float = 0.0
+    key: Literal["mean", "released"] = "mean"
+    prefix_lengths: tuple[tuple[int, int], ...] = PREFIX_LENGTHS
+
+    def __post_init__(self) -> None:
+        if self.key not in ("mean", "released"):
+            raise ValueError(f"key must be 'mean' or 'released', got {self.key!r}")
+        for name in ("steps", "lr", "clamp"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "kl_factor", "stop_loss", "ridge"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def released(cls, *, clamp: float = 4.0, ridge: float = 0.0) -> RomeConfig:
+        """The published code to the letter; it clamps at 3 for GPT-2 medium."""
+        return cls(clamp=clamp, ridge=ridge, key="released")
+
+
+def rome_edit(
+    model: Any,
+    request: Request | Sequence[Request],
+    *,
+    layer: int | None = None,
+    second_moment: SecondMoment | None = None,
+    prefixes: Sequence[str] | None = None,
+    config: RomeConfig = RomeConfig(),
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> AppliedEdit:
+    """Write a fact, or one after another a list of facts, into one MLP of the model, in place.
+
+    Takes the arguments of `compute_rome_edit`. Use the result in a `with` statement, or call its
+    `revert()`, to get exactly the old weights again.
+    """
+    edits = compute_rome_edit(
+        model,
+        request,
+        layer=layer,
+        second_moment=second_moment,
+        prefixes=prefixes,
+        config=config,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        progress=progress,
+    )
+    edits = edits if isinstance(edits, list) else [edits]
+    with ExitStack() as undo_on_error:
+        for edit in edits:
+            undo_on_error.callback(apply_edit(model, edit).revert)
+        undo_on_error.pop_all()
+    return AppliedEdit(model, tuple(edits))
+
+
+def compute_rome_edit(
+    model: Any,
+    request: Request | Sequence[Request],
+    *,
+    layer: int | None = None,
+    second_moment: SecondMoment | None = None,
+    prefixes: Sequence[str] | None = None,
+    config: RomeConfig = RomeConfig(),
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> Any:
+    """The rank-one edit that writes a fact; the model stays as it was.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        request: An `EditRequest`, a dict in the released ROME format, or a list of them: then each
+            edit is made with those before it on the model, and a list of edits is returned.
+        layer: The block to edit, from 0. None: the model's default layer.
+        second_moment: C at that layer. None: from the cache, the authors' files or a downloaded
+            corpus, see `default_second_moment`.
+        prefixes: Texts put before the prompt, `""` for the bare prompt. None: sampled from the
+            model, as in the paper.
+        config: The constants.
+        seed: For sampled prefixes; nothing else is random.
+        prepend_bos: Overrides the checkpoint's own rule.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: bad request, layer, prefixes or statistics; the message says what to do.
+        NotImplementedError: a model that cannot be edited.
+    """
+    several = isinstance(request, Sequence)
+    requests = [_as_request(r) for r in (request if several else [request])]
+    adapter.model_class(model)
+    if layer is None:
+        layer = defaults.default_layer(model)
+    adapter.check_editable(model, [layer])
+    encoder = Encoder.of(model, prepend_bos)
+    if second_moment is None:
+        second_moment = default_second_moment(
+            model, layer, prepend_bos=encoder.prepends_bos, progress=progress
+        )
+    second_moment.check_fits(model, layer, encoder.prepends_bos)
+    if prefixes is None:
+        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+        logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
+    if config.clamp is None:
+        config = dataclasses.replace(config, clamp=defaults.default_clamp(model, layer))
+    setting = _Setting(
+        model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress
+    )
+    edits: list[RankOneEdit] = []
+    with ExitStack() as stack:
+        for one in requests:
+            if edits:
+                stack.enter_context(applied(model, edits[-1]))
+            edits.append(_compute(setting, one))
+    return edits if several else edits[0]
+
+
+def _as_request(request: Request) -> EditRequest:
+    return request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
+
+
+class _Setting(NamedTuple):
+    """Everything that the edits of one call share."""
+
+    model: Any
+    encoder: Encoder
+    layer: int
+    second_moment: SecondMoment
+    prefixes: tuple[str, ...]
+    config: RomeConfig
+    seed: int
+    progress: bool
+
+
+class _Update(NamedTuple):
+    """The solution of Eq. 2 and the key that gets v* by it."""
+
+    k_star: Float[Tensor, "d_mlp"]
+    u: Float[Tensor, "d_mlp"]
+    lam: Float[Tensor, "d_model"]
+    v_star: Float[Tensor, "d_model"]
+
+
+def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
+    """One edit: keys and values, v*, the rank-one solve, and its health."""
+    model, layer, encoder, config = setting.model, setting.layer, setting.encoder, setting.config
+    if not setting.prefixes:
+        raise ValueError('prefixes is empty; give at least [""], the bare prompt')
+    if config.key == "released" and setting.prefixes[0] != "":
+        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
+    rows = [
+        encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
+        for prefix in setting.prefixes
+    ]
+    keys, values = read_keys_and_values(model, layer, rows)
+    v = values[0] if config.key == "released" else values.mean(0)
+    found = optimise(
+        model,
+        layer,
+        rows,
+        encoder.templated_row("{} is a", request.subject),
+        v,
+        steps=config.steps,
+        lr=config.lr,
+        clamp=config.clamp or 0.0,
+        weight_decay=config.weight_decay,
+        kl_factor=config.kl_factor,
+        stop_loss=config.stop_loss,
+        progress=setting.progress,
+    )
+    update = solve_rank_one(keys, values, v + found.delta, setting.second_moment, config)
+    edit = RankOneEdit(
+        **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
+        layer=layer,
+        request=request,
+        config=dataclasses.asdict(config),
+        model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
+        provenance=_provenance(setting),
+    )
+    health = measure_health(model, encoder, edit, keys.mean(0), found, setting.second_moment)
+    for warning in health.warnings:
+        logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
+    return dataclasses.replace(edit, health=health)
+
+
+def solve_rank_one(
+    keys: Float[Tensor, "prefix d_mlp"],
+    values: Float[Tensor, "prefix d_model"],
+    v_star: Float[Tensor, "d_model"],
+    second_moment: SecondMoment,
+    config: RomeConfig,
+) -> _Update:
+    """Eq. 2: the smallest change in the metric of C that gives the key k* the value v*.
+
+    With `config.key == "released"` the key that gets v* is the first row's, the bare prompt's.
+    """
+    k_mean = keys.mean(0)  # Eq. 3
+    u = second_moment.solve(k_mean, ridge=config.ridge).to(keys)  # C⁻¹ k*
+    k_star = keys[0] if config.key == "released" else k_mean
+    value = values[0] if config.key == "released" else values.mean(0)  # W k*, bias included
+    lam = (v_star - value) / (u @ k_star)  # Eq. 2, Λ
+    return _Update(k_star, u, lam, v_star)
+
+
+def _provenance(setting: _Setting) -> dict[str, Any]:
+    return {
+        "model": adapter.model_name(setting.model),
+        "model_class": adapter.model_class(setting.model),
+        "prepend_bos": setting.encoder.prepends_bos,
+        "prefixes": list(setting.prefixes),
+        "seed": setting.seed,
+        "second_moment": setting.second_moment.summary(),
+        "versions": {p: version(p) for p in ("transformer-lens", "torch", "transformer-lens-rome")},
+    }
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
+
+    layer: int | None = None
+    second_moment: SecondMoment | None = None
+    prefixes: tuple[str, ...] | None = None
+    config: RomeConfig = RomeConfig()
+    prepend_bos: bool | None = None
+    progress: bool = False
+
+    def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
+        """The edit that writes one fact."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return compute_rome_edit(model, request, seed=seed, **options)
+
+
+register_method("rome", Rome)

@@ -1,0 +1,104 @@
+"""Text that the model writes itself: context prefixes for an edit, and a corpus for statistics.
+
+Tokens are drawn on the CPU from a generator of our own, so the caller's random state stays put.
+Special tokens are never drawn: a sampled text does not end early.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.prompts import Encoder
+
+PREFIX_LENGTHS = ((5, 10), (10, 10))
+"""The released code's (length in tokens, number of texts) pairs; the length counts the start."""
+
+
+def sample_tokens(
+    model: Any,
+    n: int,
+    length: int,
+    *,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    encoder: Encoder | None = None,
+    progress: bool = False,
+) -> Int[Tensor, "n length"]:
+    """n texts of `length` tokens, the start token included, sampled at temperature 1."""
+    encoder = encoder or Encoder.of(model)
+    generator = generator or torch.Generator().manual_seed(0)
+    special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
+    tokens = torch.full((n, 1), encoder.start_id)
+    new, cache = tokens, None
+    for _ in tqdm(range(length - 1), desc="sampling text", disable=not progress):
+        logits, cache = adapter.next_logits(model, new, cache)
+        logits = logits.float().cpu()
+        logits[:, special] = -torch.inf
+        if top_k is not None:
+            floor = logits.topk(top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
+
+
+def sample_prefixes(
+    model: Any,
+    lengths: Sequence[tuple[int, int]] = PREFIX_LENGTHS,
+    *,
+    seed: int = 0,
+    encoder: Encoder | None = None,
+) -> list[str]:
+    """The bare prompt's empty prefix, then texts sampled with top-k 5, each ending in a full stop.
+
+    Source: Meng et al. 2022, section 3.1 and appendix E.5 (ten texts of 5 tokens, ten of 10).
+    Whitespace is collapsed and braces become spaces, so that a text can stand in a template.
+    """
+    encoder = encoder or Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = [""]
+    for length, n in lengths:
+        tokens = sample_tokens(model, n, length, top_k=5, generator=generator, encoder=encoder)
+        texts = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        prefixes += [f"{clean}." if (clean := _sanitise(text)) else "" for text in texts]
+    return prefixes
+
+
+def _sanitise(text: str) -> str:
+    text = unicodedata.normalize("NFKD", text)
+    return re.sub(r"[\s{}\ufffd]+", " ", text).strip()
+
+
+def sampled_texts(
+    model: Any,
+    n: int,
+    *,
+    length: int = 128,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[str]:
+    """n texts of `length` tokens that the model writes itself, a corpus that needs no data.
+
+    Sampled from the whole distribution at temperature 1, so the keys they give are those of the
+    text that the model believes in.
+    """
+    encoder = Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[str] = []
+    while len(texts) < n:
+        rows = min(batch_size, n - len(texts))
+        tokens = sample_tokens(
+            model, rows, length, generator=generator, encoder=encoder, progress=progress
+        )
+        texts += encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+    return texts
