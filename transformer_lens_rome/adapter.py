@@ -327,7 +327,10 @@ def next_logits(
         return logits[:, -1], cache
     if cache is None:
         cache = _empty_hooked_cache(model, len(tokens))
-    final = model(tokens, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+    # without a mask, a start token that is also the padding token would be taken for padding
+    mask = torch.ones_like(tokens)
+    last = model.cfg.n_layers
+    final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
     return _unembed_hooked(model, final[:, -1]), cache
 
 

@@ -22,13 +22,21 @@ from transformer_lens_rome.second_moment import SecondMoment
 
 logger = logging.getLogger(__name__)
 
+ModelClass = Literal["bridge", "hooked"]
+
 NAME = "google/gemma-3-270m"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
+ASK = [
+    ("paraphrase", "To visit the Space Needle, you have to travel to the city of"),
+    ("neighbour", "The Statue of Liberty is located in the city of"),
+    ("neighbour", "Pike Place Market is located in the city of"),
+    ("free text", "The Space Needle is famous for"),
+]
 
 
-def load_demo_model(model_class: Literal["bridge", "hooked"] = "bridge") -> Any:
+def load_demo_model(model_class: ModelClass = "bridge") -> Any:
     """Gemma-3-270M in float32 on the CPU, without weight processing and without the network.
 
     Args:
@@ -38,18 +46,36 @@ def load_demo_model(model_class: Literal["bridge", "hooked"] = "bridge") -> Any:
     Raises:
         ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
     """
-    hf, tokenizer = load_demo_hf()
+    return wrap(NAME, *load_demo_hf(), model_class)
+
+
+def load_model(name: str, model_class: ModelClass = "bridge") -> Any:
+    """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
+    if name == "demo":
+        return load_demo_model(model_class)
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    return wrap(name, hf, tokenizer, model_class)
+
+
+def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass = "bridge") -> Any:
+    """A Hugging Face model as a TransformerLens model of either class, in eval mode."""
     if model_class == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
-        model = TransformerBridge.boot_transformers(NAME, hf_model=hf, tokenizer=tokenizer)
-    else:
-        from transformer_lens import HookedTransformer
-
-        model = HookedTransformer.from_pretrained_no_processing(
-            NAME, hf_model=hf, tokenizer=tokenizer
+        return TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer).eval()
+    if Path(name).is_dir():
+        raise ValueError(
+            f"a HookedTransformer is loaded by a name that TransformerLens knows, not from {name}; "
+            "use model_class='bridge' (TransformerLens 3.8 or later)"
         )
-    return model.eval()
+    from transformer_lens import HookedTransformer
+
+    return HookedTransformer.from_pretrained_no_processing(
+        name, hf_model=hf, tokenizer=tokenizer, dtype=hf.dtype
+    ).eval()
 
 
 def load_demo_hf() -> tuple[Any, Any]:

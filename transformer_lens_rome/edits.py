@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +138,10 @@ class _Edit:
     health: EditHealth = field(default_factory=EditHealth)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
+            object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
+
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out."""
         raise NotImplementedError
@@ -165,11 +170,12 @@ class _Edit:
             "layer": self.layer,
             "model_hash": self.model_hash,
             "request": dataclasses.asdict(self.request),
-            "config": dict(self.config),
+            "config": self.config,
             "health": self.health.to_dict(),
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance,
         }
-        write_tensors(path, self.tensors(), info)
+        own = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        write_tensors(path, own, info)  # safetensors refuses tensors that share memory
 
     @classmethod
     def load(cls, path: Any) -> Any:

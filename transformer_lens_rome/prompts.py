@@ -102,9 +102,11 @@ class Encoder:
         subject_tokens: tuple[int, ...] = ()
         if subject is not None:
             first, end = subject
-            subject_tokens = tuple(p for p, (a, b) in spans if b > a and a < end and b > first)
-            if not subject_tokens:
+            inside = [p for p, (a, b) in spans if b > a and a < end and b > first]
+            if not inside:
                 raise ValueError(f"no token covers the subject {text[first:end]!r} in {text!r}")
+            # a range: a space that is a token of its own may have an empty span between two words
+            subject_tokens = tuple(range(inside[0], inside[-1] + 1))
         target_tokens = () if target is None else tuple(p for p, (_, b) in spans if b > len(text))
         if target is not None and (not target_tokens or target_tokens[0] == 0):
             raise ValueError(

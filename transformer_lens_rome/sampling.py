@@ -61,7 +61,8 @@ def sample_prefixes(
     """The bare prompt's empty prefix, then texts sampled with top-k 5, each ending in a full stop.
 
     Source: Meng et al. 2022, section 3.1 and appendix E.5 (ten texts of 5 tokens, ten of 10).
-    Whitespace is collapsed and braces become spaces, so that a text can stand in a template.
+    Whitespace is collapsed and braces become spaces, so that a text can stand in a template; a
+    text of nothing else is left out.
     """
     encoder = encoder or Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +70,7 @@ def sample_prefixes(
     for length, n in lengths:
         tokens = sample_tokens(model, n, length, top_k=5, generator=generator, encoder=encoder)
         texts = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
-        prefixes += [f"{clean}." if (clean := _sanitise(text)) else "" for text in texts]
+        prefixes += [f"{clean}." for text in texts if (clean := _sanitise(text))]
     return prefixes
 
 
@@ -102,3 +103,16 @@ def sampled_texts(
         )
         texts += encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
     return texts
+
+
+def greedy_continuation(
+    model: Any, prompt: str, n_tokens: int = 20, *, encoder: Encoder | None = None
+) -> str:
+    """The text that the model continues a prompt with, always taking the most probable token."""
+    encoder = encoder or Encoder.of(model)
+    new, cache, found = torch.tensor([encoder.row(prompt).ids]), None, []
+    for _ in range(n_tokens):
+        logits, cache = adapter.next_logits(model, new, cache)
+        new = logits.argmax(-1, keepdim=True).cpu()
+        found.append(new.item())
+    return encoder.tokenizer.decode(found, skip_special_tokens=True)

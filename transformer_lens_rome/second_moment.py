@@ -66,7 +66,7 @@ class SecondMoment:
     @classmethod
     def identity(cls, d_mlp: int) -> SecondMoment:
         """C = I, which ignores how keys are distributed. This is not ROME; use it as a control."""
-        return cls(torch.eye(d_mlp, dtype=torch.float64), 1, source="identity (no statistics)")
+        return cls.from_moment(torch.eye(d_mlp), d_mlp, source="identity (no statistics)")
 
     @classmethod
     def from_npz(cls, path: Any, **known: Any) -> SecondMoment:
@@ -136,8 +136,7 @@ class SecondMoment:
         return torch.cholesky_solve(k.to(factor)[:, None], factor)[:, 0]
 
     def _cholesky(self, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
-        known = self.source.startswith("identity")
-        if self.n_tokens < self.d_mlp and ridge == 0 and not known:
+        if self.n_tokens < self.d_mlp and ridge == 0:
             raise ValueError(_singular(self.n_tokens, self.d_mlp))
         C = self.C.double()
         C.diagonal().add_(ridge * C.diagonal().mean())

@@ -1,0 +1,74 @@
+"""The command line, on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+
+from transformer_lens_rome import RankOneEdit, SecondMoment
+from transformer_lens_rome.__main__ import main
+
+needs_bridge = pytest.mark.skipif(
+    not tiny_models.has_bridge(), reason="a folder is loaded as a bridge, which this version lacks"
+)
+PROMPT, SUBJECT, TARGET = "The mother tongue of {} is", "Danielle Darrieux", "English"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_models.tiny_hf("gpt2", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def statistics(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("statistics") / "C.safetensors"
+    arguments = ["statistics", str(checkpoint), str(path), "--layer", "1", "--max-tokens", "1000"]
+    assert main([*arguments, "--json"]) == 0
+    return path
+
+
+@needs_bridge
+def test_statistics_are_those_of_the_layer(statistics):
+    moment = SecondMoment.load(statistics)
+    assert (moment.layer, moment.n_tokens, moment.prepend_bos) == (1, 1000, False)
+    assert moment.source == "sampled"
+
+
+@needs_bridge
+def test_edit_reports_what_it_did(checkpoint, statistics, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    saved, exported = tmp_path / "edit.safetensors", tmp_path / "edited"
+    arguments = ["edit", str(checkpoint), PROMPT, SUBJECT, TARGET, "--layer", "1", "--json"]
+    arguments += ["--statistics", str(statistics), "--ask", "The Space Needle is in"]
+    assert main([*arguments, "--save", str(saved), "--export", str(exported)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    edited = report["answers"][0]
+    assert edited["after"]["p_target"] > edited["before"]["p_target"]
+    assert edited["after"]["p_target"] == pytest.approx(report["health"]["p_after"], rel=1e-3)
+    assert report["answers"][1]["prompt"] == "The Space Needle is in"
+    assert report["byte_identical"] and report["file"]["reloads_equal"]
+    edit = RankOneEdit.load(saved)
+    name = "transformer.h.1.mlp.c_proj.weight"
+    before = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()[name]
+    after = AutoModelForCausalLM.from_pretrained(exported).state_dict()[name]
+    assert (after - before - edit.delta()).abs().max() < 1e-5 < (after - before).abs().max()
+
+
+@needs_bridge
+def test_edit_prints_for_people(checkpoint, statistics, capsys):
+    arguments = ["edit", str(checkpoint), PROMPT, SUBJECT, TARGET, "--layer", "1"]
+    assert main([*arguments, "--statistics", str(statistics), "--released"]) == 0
+    shown = capsys.readouterr().out
+    assert "P(target)" in shown and "byte_identical: True" in shown
+
+
+def test_a_bad_request_is_one_line_and_status_2(capsys):
+    assert main(["edit", "demo", "no hole here", SUBJECT, TARGET]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the prompt needs exactly one '{}'") and error.count("\n") == 1

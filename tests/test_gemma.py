@@ -1,0 +1,70 @@
+"""The whole way on a real pretrained model, in each model class."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from transformer_lens_rome import (
+    EditRequest,
+    RankOneEdit,
+    applied,
+    collect_second_moment,
+    compute_rome_edit,
+    sampled_texts,
+    target_log_probs,
+    top_tokens,
+)
+from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.defaults import default_layer
+
+pytestmark = pytest.mark.real_model
+
+REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
+PARAPHRASE = "To visit the Space Needle, you have to travel to the city of"
+NEIGHBOUR = "The Brandenburg Gate is located in the city of"
+
+
+@pytest.fixture(scope="module")
+def edit(gemma):
+    """An edit with default settings and statistics from text that the model wrote itself."""
+    layer = default_layer(gemma)
+    texts = sampled_texts(gemma, 48, length=64, batch_size=48, progress=False)
+    C = collect_second_moment(gemma, texts, layer, max_tokens=2500, progress=False)
+    prefixes = ["", "The first thing.", "He said.", "A few days ago, I was reading about."]
+    before = w_out(gemma, layer).clone()
+    found = compute_rome_edit(gemma, REQUEST, second_moment=C, prefixes=prefixes, progress=False)
+    assert torch.equal(w_out(gemma, layer), before)
+    return found
+
+
+def p(model, prompt: str, target: str) -> float:
+    (scores,) = target_log_probs(model, [prompt], [target])
+    return scores.sum().exp().item()
+
+
+def test_the_fact_changes_and_generalises(gemma, edit):
+    assert top_tokens(gemma, REQUEST.text, 1)[0][0] == " Seattle"
+    paraphrase, neighbour = p(gemma, PARAPHRASE, "Paris"), p(gemma, NEIGHBOUR, "Berlin")
+    with applied(gemma, edit):
+        assert top_tokens(gemma, REQUEST.text, 1)[0][0] == " Paris"
+        assert p(gemma, PARAPHRASE, "Paris") > 3 * paraphrase
+        assert top_tokens(gemma, NEIGHBOUR, 1)[0][0] == " Berlin"
+        assert p(gemma, NEIGHBOUR, "Berlin") > 0.5 * neighbour
+    assert top_tokens(gemma, REQUEST.text, 1)[0][0] == " Seattle"
+
+
+def test_the_subject_token_is_the_last_one(edit):
+    assert edit.health.subject_token.strip() == "Needle"
+
+
+def test_saved_and_loaded_it_does_the_same(gemma, edit, tmp_path):
+    edit.save(tmp_path / "edit.safetensors")
+    assert (tmp_path / "edit.safetensors").stat().st_size < 40_000
+    again = RankOneEdit.load(tmp_path / "edit.safetensors")
+    before = w_out(gemma, edit.layer).clone()
+    with applied(gemma, edit):
+        once = w_out(gemma, edit.layer).clone()
+    with applied(gemma, again):
+        assert torch.equal(w_out(gemma, edit.layer), once)
+    assert torch.equal(w_out(gemma, edit.layer), before)

@@ -1,0 +1,169 @@
+"""Parity with the released code: numbers that it produced, reproduced through TransformerLens."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES
+
+from transformer_lens_rome import (
+    EditRequest,
+    RomeConfig,
+    SecondMoment,
+    collect_second_moment,
+    compute_rome_edit,
+    target_log_probs,
+)
+
+
+def bare_prefixes(meta: dict) -> list[str]:
+    return [template.replace("{}", "") for template in meta["context_templates"]]
+
+
+def compare(edit, u: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+    """Relative Frobenius error and cosine of an edit against the released factors."""
+    mine = edit.delta().double()
+    released = torch.outer(torch.from_numpy(u).double(), torch.from_numpy(right).double())
+    error = ((mine - released).norm() / released.norm()).item()
+    return error, torch.cosine_similarity(mine.flatten(), released.flatten(), dim=0).item()
+
+
+# ---------------------------------------------------------------- a tiny GPT-2 that knows facts
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def tiny_gpt2(request, shared):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = shared / "oracle" / "tiny_gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if request.param == "bridge":
+        from transformer_lens.model_bridge import TransformerBridge
+
+        return TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=tokenizer).eval()
+    return _hooked_gpt2(hf, tokenizer)
+
+
+def _hooked_gpt2(hf, tokenizer):
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import loading_from_pretrained as loading
+
+    config = hf.config
+    cfg = HookedTransformerConfig(
+        n_layers=config.n_layer,
+        d_model=config.n_embd,
+        d_mlp=4 * config.n_embd,
+        n_ctx=config.n_positions,
+        n_heads=config.n_head,
+        d_head=config.n_embd // config.n_head,
+        d_vocab=config.vocab_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        original_architecture="GPT2LMHeadModel",
+        device="cpu",
+    )
+    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    state = loading.convert_gpt2_weights(hf, cfg)
+    off = dict.fromkeys(
+        ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
+    )
+    model.load_and_process_state_dict(state, **off)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def gpt2_oracle(shared):
+    folder = shared / "oracle"
+    record = json.loads((folder / "gpt2_dev.json").read_text())
+    C = torch.from_numpy(np.load(folder / "gpt2_C1.npz")["mom2"])
+    return record, np.load(folder / "gpt2_dev.npz"), C
+
+
+def test_tiny_gpt2_knows_its_facts_without_bos(tiny_gpt2):
+    """The BOS rule decides this: the model was trained without."""
+    (fact,) = target_log_probs(tiny_gpt2, ["The mother tongue of Danielle Darrieux is"], ["French"])
+    (shifted,) = target_log_probs(
+        tiny_gpt2, ["The mother tongue of Danielle Darrieux is"], ["French"], prepend_bos=True
+    )
+    assert fact.mean().exp() > 0.9
+    assert not torch.allclose(fact, shifted, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_released_edits_of_tiny_gpt2(tiny_gpt2, gpt2_oracle, case, record_property):
+    record, factors, C = gpt2_oracle
+    meta, wanted = record["meta"], record["cases"][case]
+    edit = compute_rome_edit(
+        tiny_gpt2,
+        EditRequest(wanted["prompt"], wanted["subject"], wanted["target_new"]),
+        layer=meta["layer"],
+        second_moment=SecondMoment.from_moment(C, meta["n_tokens"]),
+        prefixes=bare_prefixes(meta),
+        config=RomeConfig.released(),
+        progress=False,
+    )
+    error, cosine = compare(edit, factors[f"u{case}"], factors[f"right{case}"])
+    record_property("relative_error", error)
+    record_property("cosine", cosine)
+    assert edit.health.losses == pytest.approx(wanted["losses"], abs=2e-2)
+    assert error < 1e-2 and cosine > 0.9999
+
+
+def test_second_moment_of_tiny_gpt2(tiny_gpt2, gpt2_oracle, shared):
+    record, _, C = gpt2_oracle
+    text = (shared / "data" / "wikitext2_valid.txt").read_text()[:200_000]
+    ids = tiny_gpt2.tokenizer(text, add_special_tokens=False).input_ids
+    rows = [ids[i : i + 128] for i in range(0, len(ids) - 127, 128)]  # whole rows only
+    layer, n_tokens = record["meta"]["layer"], 128 * len(rows)
+    found = collect_second_moment(tiny_gpt2, rows, layer, max_tokens=n_tokens, progress=False)
+    assert found.n_tokens == record["meta"]["n_tokens"]
+    assert (found.C - C).norm() / C.norm() < 1e-4
+
+
+# ---------------------------------------------------------------- Gemma-3-270M
+
+
+@pytest.fixture(scope="module")
+def gemma_oracle(shared):
+    folder = shared / "oracle"
+    record = json.loads((folder / "rome_dev.json").read_text())
+    C = torch.from_numpy(np.load(folder / "C5.npz")["mom2"])
+    return record, np.load(folder / "rome_dev.npz"), C
+
+
+@pytest.mark.real_model
+def test_second_moment_of_gemma(gemma, gemma_oracle, shared):
+    record, _, C = gemma_oracle
+    text = (shared / "data" / "wikitext2_valid.txt").read_text()
+    ids = gemma.tokenizer(text, add_special_tokens=False).input_ids
+    rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
+    found = collect_second_moment(
+        gemma, rows, record["meta"]["layer"], max_tokens=240 * 256, progress=False
+    )
+    assert found.n_tokens == 61_440
+    assert (found.C - C).norm() / C.norm() < 1e-4
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("case", range(3))
+def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):
+    record, factors, C = gemma_oracle
+    meta, wanted = record["meta"], record["cases"][case]
+    edit = compute_rome_edit(
+        gemma,
+        EditRequest.from_dict(wanted["record"]),
+        layer=meta["layer"],
+        second_moment=SecondMoment.from_moment(C, 61_440),
+        prefixes=bare_prefixes(meta),
+        config=RomeConfig.released(ridge=1e-6),
+        progress=False,
+    )
+    error, cosine = compare(edit, factors[f"u{case}"], factors[f"right{case}"])
+    record_property("relative_error", error)
+    record_property("cosine", cosine)
+    assert edit.health.losses == pytest.approx(wanted["losses"], abs=2e-2)
+    assert error < 1e-2 and cosine > 0.9999

@@ -1,0 +1,150 @@
+"""Statistics are made once, found again, and never taken for those of another model."""
+
+import pytest
+import torch
+from conftest import make_model
+
+from transformer_lens_rome import default_statistics
+from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.default_statistics import (
+    cache_folder,
+    cached_second_moment,
+    default_second_moment,
+)
+from transformer_lens_rome.sampling import sampled_texts
+
+LAYER = 1
+TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Nothing is fetched: both ways to the network fail, and say which was tried."""
+    tried = []
+
+    def fail(name):
+        def raise_error(*args):
+            tried.append(name)
+            raise OSError(f"no network\nsecond line of {name}")
+
+        return raise_error
+
+    monkeypatch.setattr(default_statistics, "_download", fail("download"))
+    monkeypatch.setattr(default_statistics, "_from_wikipedia", fail("wikipedia"))
+    return tried
+
+
+class Maker:
+    """Collects from one model, and counts how often it was asked to."""
+
+    def __init__(self, model):
+        self.model, self.calls = model, 0
+
+    def __call__(self):
+        self.calls += 1
+        return collect_second_moment(self.model, TEXTS, LAYER, progress=False)
+
+    def cached(self, layer=LAYER, bos=False, corpus="mine"):
+        return cached_second_moment(self.model, layer, bos, corpus, self)
+
+
+def test_made_once_then_read(gpt2, folder):
+    make = Maker(gpt2)
+    first, second = make.cached(), make.cached()
+    assert make.calls == 1 and len(list(folder.iterdir())) == 1
+    assert torch.equal(first.sum_kk, second.sum_kk) and first.report() == second.report()
+    make.cached(corpus="other")
+    assert make.calls == 2  # another corpus is another file
+
+
+def test_another_model_of_the_same_name_gets_its_own(gpt2, model_class, tokenizer, folder, caplog):
+    make, other = Maker(gpt2), Maker(make_model(model_class, "gpt2", tokenizer, seed=1))
+    assert gpt2.cfg.model_name == other.model.cfg.model_name
+    mine = make.cached()
+    with caplog.at_level("WARNING"):
+        theirs = other.cached()
+    assert other.calls == 1 and "not from this model" in caplog.text
+    assert not torch.allclose(mine.C, theirs.C, atol=1e-2)
+    make.cached()
+    assert make.calls == 2  # the file is the other model's by now
+
+
+def test_a_broken_file_is_not_used(gpt2, folder, caplog):
+    make = Maker(gpt2)
+    first = make.cached()
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with caplog.at_level("WARNING"):
+        again = make.cached()
+    assert make.calls == 2 and "is not used" in caplog.text
+    assert torch.equal(again.sum_kk, first.sum_kk)
+    make.cached()
+    assert make.calls == 2  # and it was replaced by a whole one
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(gpt2, folder, caplog):
+    folder.write_text("a file where the folder should be")
+    make = Maker(gpt2)
+    with caplog.at_level("WARNING"):
+        found = make.cached()
+    assert make.calls == 1 and "going on without" in caplog.text
+    expected = collect_second_moment(gpt2, TEXTS, LAYER, progress=False)
+    assert torch.equal(found.sum_kk, expected.sum_kk)
+    assert folder.read_text().startswith("a file")
+
+
+def test_offline_the_error_names_both_remedies(gpt2, folder, offline):
+    with pytest.raises(ValueError) as caught:
+        default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    message = str(caught.value)
+    assert offline == ["wikipedia"]  # the authors publish nothing for a tiny model
+    assert "collect_second_moment(model" in message and "sampled_texts(model" in message
+    assert str(folder) in message
+    texts = sampled_texts(gpt2, 3, length=20, progress=False)  # the remedy is one that works
+    assert collect_second_moment(gpt2, texts, LAYER, progress=False).n_tokens > 0
+
+
+def test_the_authors_files_come_before_wikipedia_and_never_with_bos(
+    gpt2, folder, offline, monkeypatch
+):
+    monkeypatch.setattr(default_statistics, "short_name", lambda model: "gpt2-xl")
+    for bos, expected in ((False, ["download", "wikipedia"]), (True, ["wikipedia"])):
+        offline.clear()
+        with pytest.raises(ValueError, match="nothing could be downloaded"):
+            default_second_moment(gpt2, LAYER, prepend_bos=bos, progress=False)
+        assert offline == expected
+
+
+@pytest.mark.parametrize("corpus", ["sampled", "wikipedia"])
+def test_the_cache_comes_before_the_network(gpt2, folder, offline, corpus):
+    kept = Maker(gpt2).cached(corpus=corpus)
+    found = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    assert torch.equal(found.sum_kk, kept.sum_kk) and offline == []
+    for layer, bos in ((0, False), (LAYER, True)):  # neither another layer's nor another rule's
+        with pytest.raises(ValueError, match="no second moment"):
+            default_second_moment(gpt2, layer, prepend_bos=bos, progress=False)
+
+
+def test_what_wikipedia_gives_is_kept(gpt2, folder, monkeypatch):
+    make = Maker(gpt2)
+    monkeypatch.setattr(default_statistics, "_from_wikipedia", lambda *args: make())
+    for _ in range(2):
+        found = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    assert make.calls == 1 and found.layer == LAYER
+
+
+def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("TRANSFORMER_LENS_ROME_CACHE")
+    assert cache_folder() == tmp_path / "xdg" / "transformer_lens_rome"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"

@@ -1,0 +1,150 @@
+"""The house rules that a parser can hold: imports run one way, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import transformer_lens_rome
+
+PACKAGE = Path(transformer_lens_rome.__file__).parent
+NAME = PACKAGE.name
+RANKS = [
+    {"adapter", "files"},
+    {"prompts"},
+    {"edits", "sampling", "second_moment"},
+    {"collection", "ledger", "defaults"},
+    {"methods", "v_star", "default_statistics"},
+    {"health"},
+    {"rome"},
+    {"sweep", "export", "demo"},
+    {"__init__", "__main__"},
+]
+RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text()) for name in MODULES}
+
+
+def imports(tree):
+    """Dotted names of everything that a module imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "write imports in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(tree):
+    """Modules of the package that a module imports; `__init__` for the package's own names."""
+    for name in imports(tree):
+        package, _, rest = name.partition(".")
+        if package == NAME:
+            module = rest.split(".")[0]
+            yield module if module in MODULES else "__init__"
+
+
+def called(tree):
+    """Dotted names of everything that a module calls."""
+    return {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+
+
+def test_the_parser_finds_what_it_looks_for():
+    tree = ast.parse(
+        f"import {NAME}.rome\nfrom {NAME} import adapter, rome_edit\n"
+        f"def f():\n    from {NAME}.edits import Edit\n    torch.load(print(1))"
+    )
+    assert list(own_imports(tree)) == ["rome", "adapter", "__init__", "edits"]
+    assert called(tree) == {"torch.load", "print"}
+
+
+def test_every_module_has_a_rank():
+    assert set(MODULES) <= set(RANK), "give the new module its place in RANKS"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_points_up(module):
+    upwards = {m for m in own_imports(TREES[module]) if RANK[m] >= RANK[module]}
+    if module == "__main__":
+        upwards.discard("__init__")
+    assert not upwards
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_adapter_knows_the_model_classes(module):
+    classes = {"HookedTransformer", "TransformerBridge"}
+    tree = TREES[module]
+    if module != "demo":
+        mentioned = {name.split(".")[-1] for name in imports(tree)}
+        mentioned |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        mentioned |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not mentioned & classes
+    if module not in ("adapter", "demo"):
+        assert not [n for n in imports(tree) if n.split(".")[0] == "transformer_lens"]
+        attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        assert not attributes & {"blocks", "W_out", "W_U", "W_E", "hook_dict"}, "a module path"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_prints_unpickles_or_seeds(module):
+    calls = called(TREES[module])
+    forbidden = {"torch.load", "torch.manual_seed", "torch.seed", "np.random.seed", "random.seed"}
+    if module != "__main__":
+        forbidden |= {"print", "logging.basicConfig"}
+    assert not calls & forbidden
+    assert not {"pickle", "dill", "joblib", "random"} & {
+        name.split(".")[0] for name in imports(TREES[module])
+    }
+    loads = [
+        n
+        for n in ast.walk(TREES[module])
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "np.load"
+    ]
+    for call in loads:
+        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        assert options.get("allow_pickle") == "False"
+
+
+def test_every_public_name_is_there_and_there_are_few():
+    names = transformer_lens_rome.__all__
+    assert len(names) == len(set(names))
+    assert all(hasattr(transformer_lens_rome, name) for name in names)
+    assert len(names) <= 25
+
+
+_QUIET = """
+import logging, random, socket, sys
+import numpy, torch, transformers, transformer_lens  # whatever these do, they do first
+ALREADY = set(sys.modules)
+def refuse(*_, **__):
+    raise AssertionError("the network was touched")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+def state():
+    known = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    own = [l for l in known if isinstance(l, logging.Logger)]
+    return {
+        "python": random.getstate(),
+        "numpy": repr(numpy.random.get_state()),
+        "torch": torch.random.get_rng_state().tolist(),
+        "grad": torch.is_grad_enabled(),
+        "root": (logging.root.level, list(logging.root.handlers)),
+    }, own
+before, _ = state()
+import transformer_lens_rome
+after, loggers = state()
+assert before == after, [k for k in before if before[k] != after[k]]
+mine = [l for l in loggers if l.name.split(".")[0] == "transformer_lens_rome"]
+assert mine and all(l.level == 0 and not l.handlers for l in mine), mine
+assert not {"matplotlib", "datasets", "ray"} & (set(sys.modules) - ALREADY)
+print("quiet")
+"""
+
+
+def test_importing_the_package_changes_nothing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _QUIET], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.stdout.strip().endswith("quiet"), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,122 @@
+"""Sweeps: the scores are CounterFact's, the model stays, and a stopped sweep goes on."""
+
+import json
+
+import pytest
+from rome_setting import CONFIG, PREFIXES, random_moment
+
+from transformer_lens_rome import applied, compute_rome_edit, sweep, sweep_layers, target_log_probs
+from transformer_lens_rome.adapter import w_out, weight_hash
+
+RECORDS = [
+    {
+        "case_id": number,
+        "prompt": f"{subject} is located in the city of",
+        "subject": subject,
+        "target_new": new,
+        "ground_truth": true,
+        "rephrase_prompt": f"Everyone knows {subject} in the old city of",
+        "locality_prompt": "The Colosseum is located in the city of",
+    }
+    for number, (subject, new, true) in enumerate(
+        [("The Space Needle", "Paris", "Seattle"), ("The Tower", "Rome", "London")], start=7
+    )
+]
+LAYERS = [0, 1]
+MOMENTS = {layer: random_moment(128, seed=layer) for layer in LAYERS}
+
+
+def run(model, records=RECORDS, layers=LAYERS, **options):
+    known = {"second_moments": MOMENTS, "prefixes": PREFIXES, "config": CONFIG, "progress": False}
+    return sweep_layers(model, records, layers, **(known | options))
+
+
+def test_hand_made_scores():
+    """[new, true] pairs: new must win in ES and PS, true in NS; a tie is a loss."""
+    rows = [
+        {"ES": [-1.0, -2.0], "PS": [-3.0, -2.0], "NS": [-3.0, -2.0]},
+        {"ES": [-1.0, -2.0], "PS": [-1.0, -2.0], "NS": [-1.0, -1.0]},
+        {"ES": [-1.0, -1.0], "PS": [-3.0, -2.0], "NS": [-1.0, -2.0]},
+        {"ES": [-0.1, -0.2], "PS": [-1.0, -4.0], "NS": [-5.0, -0.2]},
+    ]
+    found = sweep._percent(rows)
+    assert found == {"ES": 75, "PS": 50, "NS": 50, "S": pytest.approx(3 / (1 / 75 + 2 / 50))}
+    assert sweep._percent(rows[:1]) == {"ES": 100, "PS": 0, "NS": 100, "S": 0}
+
+
+def test_scores_are_those_of_the_edits_made_one_by_one(gpt2, tmp_path):
+    hashes = [weight_hash(w_out(gpt2, layer)) for layer in range(3)]
+    scores = run(gpt2, out=tmp_path / "rows.jsonl")
+    assert [weight_hash(w_out(gpt2, layer)) for layer in range(3)] == hashes
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(r["layer"], r["case_id"]) for r in rows] == [(0, 7), (0, 8), (1, 7), (1, 8)]
+    assert [(score.layer, score.n) for score in scores] == [(0, 2), (1, 2)]
+
+    def means(record, field):
+        goals = [record["target_new"], record["ground_truth"]]
+        found = target_log_probs(gpt2, [record[field]] * 2, goals)
+        return pytest.approx([one.mean().item() for one in found], abs=1e-4)
+
+    fields = {"ES": "prompt", "PS": "rephrase_prompt", "NS": "locality_prompt"}
+    for row in rows:
+        record, layer = RECORDS[row["case_id"] - 7], row["layer"]
+        edit = compute_rome_edit(
+            gpt2,
+            record,
+            layer=layer,
+            second_moment=MOMENTS[layer],
+            prefixes=PREFIXES,
+            config=CONFIG,
+            progress=False,
+        )
+        assert row["before"] == {metric: means(record, name) for metric, name in fields.items()}
+        with applied(gpt2, edit):
+            assert row["after"] == {metric: means(record, name) for metric, name in fields.items()}
+        assert row["after"]["ES"] != row["before"]["ES"]
+        assert row["relative_norm"] == pytest.approx(edit.health.relative_norm)
+    for score in scores:
+        mine = [row for row in rows if row["layer"] == score.layer]
+        wins = [row["after"]["ES"][0] > row["after"]["ES"][1] for row in mine]
+        assert score.ES == 100 * sum(wins) / 2
+        assert score.before == sweep._percent([row["before"] for row in mine])
+        assert score.NS == sweep._percent([row["after"] for row in mine])["NS"]
+
+
+def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "rows.jsonl"
+    whole = run(gpt2, out=out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:2]) + lines[2][:25])  # two done, the third torn
+    made = []
+    compute = sweep.compute_rome_edit
+
+    def counted(model, request, *, layer, **options):
+        made.append((layer, request.subject))
+        return compute(model, request, layer=layer, **options)
+
+    monkeypatch.setattr(sweep, "compute_rome_edit", counted)
+    assert run(gpt2, out=out) == whole
+    assert made == [(1, "The Space Needle"), (1, "The Tower")]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["layer"], r["case_id"]) for r in rows] == [(0, 7), (0, 8), (1, 7), (1, 8)]
+    made.clear()
+    assert run(gpt2, out=out) == whole and not made
+    assert run(gpt2) == whole and len(made) == 4  # control: without the file all is made again
+
+
+def test_an_error_in_the_middle_keeps_what_was_done_and_the_model(gpt2, tmp_path, monkeypatch):
+    out, before = tmp_path / "rows.jsonl", weight_hash(w_out(gpt2, 0))
+    score = sweep._score
+    calls = []
+
+    def fails_on_the_second_edit(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(sweep, "_score", fails_on_the_second_edit)
+    with pytest.raises(KeyboardInterrupt):
+        run(gpt2, layers=[0], out=out)
+    assert weight_hash(w_out(gpt2, 0)) == before
+    assert [json.loads(line)["case_id"] for line in out.read_text().splitlines()] == [7]

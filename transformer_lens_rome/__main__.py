@@ -1,0 +1,227 @@
+"""Command line: `python -m transformer_lens_rome demo | edit | statistics`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformer_lens_rome import adapter, demo
+from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.defaults import default_layer
+from transformer_lens_rome.edits import EditRequest, RankOneEdit
+from transformer_lens_rome.export import export_hf
+from transformer_lens_rome.ledger import apply_edit
+from transformer_lens_rome.prompts import Encoder, target_log_probs, top_tokens
+from transformer_lens_rome.rome import RomeConfig, compute_rome_edit
+from transformer_lens_rome.sampling import greedy_continuation, sampled_texts
+from transformer_lens_rome.second_moment import SecondMoment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
+    try:
+        report = options.run(options)
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        _show(report)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="transformer_lens_rome", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model-class", choices=("bridge", "hooked"), default=_default_class())
+    shared.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
+
+    show = commands.add_parser("demo", parents=[shared], help="edit a fact in the bundled model")
+    show.set_defaults(run=run_demo)
+
+    edit = commands.add_parser("edit", parents=[shared], help="edit a fact in any model")
+    edit.add_argument("model", help="hub name, folder, or 'demo'")
+    edit.add_argument("prompt", help="with {} where the subject goes")
+    edit.add_argument("subject")
+    edit.add_argument("target")
+    edit.add_argument("--ask", action="append", default=[], help="another prompt to compare")
+    edit.add_argument("--statistics", help="a second-moment file (default: found or downloaded)")
+    edit.add_argument("--released", action="store_true", help="the released code's configuration")
+    edit.add_argument("--seed", type=int, default=0)
+    edit.add_argument("--save", help="write the edit here (safetensors)")
+    edit.add_argument("--export", help="write the edited checkpoint to this folder")
+    edit.set_defaults(run=run_edit)
+
+    stats = commands.add_parser("statistics", parents=[shared], help="collect a second moment")
+    stats.add_argument("model", help="hub name, folder, or 'demo'")
+    stats.add_argument("out", help="file to write (safetensors)")
+    stats.add_argument("--text", help="a text file (default: text that the model writes itself)")
+    stats.add_argument("--max-tokens", type=int, default=100_000)
+    stats.set_defaults(run=run_statistics)
+    return parser
+
+
+def _default_class() -> str:
+    """TransformerLens 2 has no bridge."""
+    from importlib.util import find_spec
+
+    return "bridge" if find_spec("transformer_lens.model_bridge") else "hooked"
+
+
+def run_demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit a fact in the bundled model, save and reload the edit, undo it."""
+    started = time.perf_counter()
+    model = demo.load_demo_model(options.model_class)
+    loaded = time.perf_counter()
+    layer = default_layer(model) if options.layer is None else options.layer
+    moment = demo.sampled_second_moment(model, layer, progress=not options.json)
+    collected = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        report = _edit(model, demo.REQUEST, layer, moment, demo.ASK, options, path)
+    report["seconds"] |= {
+        "load model": round(loaded - started, 1),
+        "statistics": round(collected - loaded, 1),
+        "total": round(time.perf_counter() - started, 1),
+    }
+    report["peak_memory_gb"] = _peak_memory_gb()
+    return report
+
+
+def run_edit(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit any fact in any model; save or export it; undo it."""
+    request = EditRequest(options.prompt, options.subject, options.target)
+    model = demo.load_model(options.model, options.model_class)
+    moment = SecondMoment.load(options.statistics) if options.statistics else None
+    ask = [("asked", prompt) for prompt in options.ask]
+    return _edit(model, request, options.layer, moment, ask, options, options.save)
+
+
+def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
+    """Collect the second moment of one layer and write it to a file."""
+    model = demo.load_model(options.model, options.model_class)
+    layer = default_layer(model) if options.layer is None else options.layer
+    if options.text:
+        texts, source = [Path(options.text).read_text()], Path(options.text).name
+    else:
+        texts, source = sampled_texts(model, -(-options.max_tokens // 120)), "sampled"
+    moment = collect_second_moment(
+        model, texts, layer, max_tokens=options.max_tokens, source=source
+    )
+    moment.save(options.out)
+    return {"file": options.out} | moment.report()
+
+
+def _edit(
+    model: Any,
+    request: EditRequest,
+    layer: int | None,
+    moment: SecondMoment | None,
+    ask: list[tuple[str, str]],
+    options: argparse.Namespace,
+    save: Any,
+) -> dict[str, Any]:
+    """Compute, apply, compare, save, reload and undo one edit; all of it as plain values."""
+    config = RomeConfig.released() if getattr(options, "released", False) else RomeConfig()
+    started = time.perf_counter()
+    edit = compute_rome_edit(
+        model,
+        request,
+        layer=layer,
+        second_moment=moment,
+        config=config,
+        seed=getattr(options, "seed", 0),
+        progress=not options.json,
+    )
+    seconds = time.perf_counter() - started
+    ask = [("edited prompt", request.text), *ask]
+    hash_before = adapter.weight_hash(adapter.w_out(model, edit.layer))
+    before = _answers(model, request, ask)
+    applied = apply_edit(model, edit)
+    after = _answers(model, request, ask)
+    if getattr(options, "export", None):
+        export_hf(model, options.export)
+    applied.revert()
+    hash_undone = adapter.weight_hash(adapter.w_out(model, edit.layer))
+    report = {
+        "model": adapter.model_name(model),
+        "model_class": adapter.model_class(model),
+        "layer": edit.layer,
+        "request": f"{request.text} -> {request.target_new}",
+        "answers": [b | {"after": a["before"]} for b, a in zip(before, after, strict=True)],
+        "health": edit.health.to_dict(),
+        "undo": {"sha256_before": hash_before, "sha256_after_undo": hash_undone},
+        "byte_identical": hash_before == hash_undone,
+        "seconds": {"edit": round(seconds, 1)},
+    }
+    if save is not None:
+        edit.save(save)
+        same = RankOneEdit.load(save).digest == edit.digest
+        report["file"] = {"bytes": Path(save).stat().st_size, "reloads_equal": same}
+    return report
+
+
+def _answers(
+    model: Any, request: EditRequest, ask: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """The most probable next token, P(target) and the greedy continuation for each prompt."""
+    encoder = Encoder.of(model)
+    found = []
+    for label, prompt in ask:
+        (token, p), *_ = top_tokens(model, prompt, 1, encoder=encoder)
+        (scores,) = target_log_probs(model, [prompt], [request.target_new], encoder=encoder)
+        text = greedy_continuation(model, prompt, 12, encoder=encoder)
+        numbers = {"top": token, "p_top": p, "p_target": scores.sum().exp().item(), "text": text}
+        found.append({"label": label, "prompt": prompt, "before": numbers})
+    return found
+
+
+def _peak_memory_gb() -> float:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print a report for people."""
+    for key, value in report.items():
+        if key == "answers":
+            for answer in value:
+                print(f"\n[{answer['label']}] {answer['prompt']}")
+                for when in ("before", "after"):
+                    said = answer[when]
+                    text = " ".join(said["text"].split())
+                    print(f"  {when:6} P(target) {said['p_target']:.4f}   ... {text}")
+            print()
+        elif isinstance(value, dict):
+            print(f"{key}:")
+            for name, item in value.items():
+                print(f"  {name}: {_short(item)}")
+        else:
+            print(f"{key}: {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_short(item) for item in value) or "none"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
