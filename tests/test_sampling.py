@@ -105,7 +105,9 @@ def test_prefixes_have_the_lengths_asked_for(gpt2):
     found = sample_prefixes(gpt2, ((4, 3), (9, 2)), seed=7)
     texts = [encoder.tokenizer.decode(tokens[1:]) for tokens in [*short, *long]]
     wanted = [_letters(text) for text in texts]
-    assert [_letters(prefix) for prefix in found[1:] if _letters(prefix)] == list(filter(None, wanted))
+    assert [_letters(prefix) for prefix in found[1:] if _letters(prefix)] == list(
+        filter(None, wanted)
+    )
     assert sum(map(bool, wanted)) >= 3
 
 

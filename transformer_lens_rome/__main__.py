@@ -174,9 +174,7 @@ def _edit(
     return report
 
 
-def _answers(
-    model: Any, request: EditRequest, ask: list[tuple[str, str]]
-) -> list[dict[str, Any]]:
+def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """The most probable next token, P(target) and the greedy continuation for each prompt."""
     encoder = Encoder.of(model)
     found = []

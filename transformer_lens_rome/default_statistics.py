@@ -1,7 +1,7 @@
 """Where C comes from when nobody gives one: the cache, the authors' files, or a public corpus.
 
-The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `$XDG_CACHE_HOME/transformer_lens_rome`, else
-`~/.cache/transformer_lens_rome`. A file there is found by model name, layer, BOS rule and corpus,
+The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in `$XDG_CACHE_HOME` or
+`~/.cache`. A file there is found by model name, layer, BOS rule and corpus,
 and used only if its probe keys are those of the model at hand.
 """
 
@@ -79,7 +79,7 @@ def cached_second_moment(
     corpus: str,
     make: Callable[[], SecondMoment],
 ) -> SecondMoment:
-    """The statistics of one corpus from the cache; else made, and kept there if that is possible."""
+    """The statistics of one corpus from the cache; else made, and kept there if possible."""
     found = _cached(model, layer, prepend_bos, corpus)
     if found is None:
         found = make()

@@ -148,7 +148,7 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
 
 
 def pad(rows: Sequence[Row], device: Any = None) -> Int[Tensor, "batch pos"]:
-    """Rows as one batch, padded on the right with token 0 (see `adapter`: what pads are is moot)."""
+    """Rows as one batch, padded on the right; `adapter` says why it is no matter with what."""
     width = max(len(row.ids) for row in rows)
     return torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)
 
@@ -162,7 +162,7 @@ def target_log_probs(
     prepend_bos: bool | None = None,
     encoder: Encoder | None = None,
 ) -> list[Float[Tensor, "n_target_tokens"]]:
-    """log P(target token | everything before it) for each target, teacher-forced, in nats.
+    """Teacher-forced log P(target token | everything before it) for each target, in nats.
 
     One tensor for each (prompt, target) pair, in the order given; batching changes nothing beyond
     float rounding. The mean of a tensor is minus the paper's length-normalised NLL, its sum the

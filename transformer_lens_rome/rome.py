@@ -165,6 +165,8 @@ def compute_rome_edit(
         ValueError: bad request, layer, prefixes or statistics; the message says what to do.
         NotImplementedError: a model that cannot be edited.
     """
+    if isinstance(request, str):
+        raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
     several = isinstance(request, Sequence)
     requests = [_as_request(r) for r in (request if several else [request])]
     adapter.model_class(model)

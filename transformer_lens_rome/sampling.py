@@ -33,7 +33,7 @@ def sample_tokens(
     encoder: Encoder | None = None,
     progress: bool = False,
 ) -> Int[Tensor, "n length"]:
-    """n texts of `length` tokens, the start token included, sampled at temperature 1."""
+    """Sample n texts of `length` tokens, the start token included, at temperature 1."""
     encoder = encoder or Encoder.of(model)
     generator = generator or torch.Generator().manual_seed(0)
     special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
@@ -88,7 +88,7 @@ def sampled_texts(
     seed: int = 0,
     progress: bool = True,
 ) -> list[str]:
-    """n texts of `length` tokens that the model writes itself, a corpus that needs no data.
+    """A corpus that needs no data: n texts of `length` tokens that the model writes itself.
 
     Sampled from the whole distribution at temperature 1, so the keys they give are those of the
     text that the model believes in.

@@ -220,6 +220,7 @@ def _singular(n_tokens: int, d_mlp: int) -> str:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two tensors, taken as vectors."""
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 

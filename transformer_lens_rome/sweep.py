@@ -9,6 +9,7 @@ For each record, with p the geometric mean over a target's tokens:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -67,7 +68,10 @@ def sweep_layers(
             stopped goes on where it was.
         progress: Show progress bars.
     """
-    done = _read(out)
+    if not records:
+        raise ValueError("records is empty; give sweep_layers a few dozen flat CounterFact records")
+    setting = {"seed": seed, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    done = _read(out, setting)
     encoder = Encoder.of(model)
     scores = []
     for layer in layers:
@@ -82,7 +86,7 @@ def sweep_layers(
                     "seed": seed,
                     "progress": progress,
                 }
-                done[key] = _test_edit(model, encoder, record, layer, options)
+                done[key] = setting | _test_edit(model, encoder, record, layer, options)
                 _append(out, done[key])
             rows.append(done[key])
         before, after = (_percent([row[when] for row in rows]) for when in ("before", "after"))
@@ -133,8 +137,12 @@ def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     return found | {"S": harmonic_mean(list(found.values()))}
 
 
-def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """Rows written by an earlier run; a last line cut short by a crash does not count."""
+def _read(out: Any, setting: Mapping[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """Rows that an earlier run wrote; a last line cut short by a crash does not count.
+
+    Raises:
+        ValueError: the file holds rows of another configuration or seed.
+    """
     path = None if out is None else Path(out)
     if path is None or not path.is_file():
         return {}
@@ -143,6 +151,10 @@ def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
     if whole != text:
         path.write_text(whole)
     rows = [json.loads(line) for line in whole.splitlines()]
+    if any(row[name] != value for row in rows for name, value in setting.items()):
+        raise ValueError(
+            f"{path} holds a sweep with another configuration or seed; choose another file"
+        )
     return {(row["layer"], row["case_id"]): row for row in rows}
 
 
