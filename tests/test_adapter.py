@@ -11,7 +11,7 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import SHAPES, tiny_hf
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, defaults
 from transformer_lens_rome.adapter import Point
 
 LAYER = 1
@@ -180,7 +180,7 @@ def test_value_is_read_before_the_norm_that_follows(zoo, name, shape, same):
 @all_models
 def test_norm_after_the_mlp_is_noticed(zoo, name, shape, processed):
     model = zoo(name, shape, processed)
-    found = {adapter.norm_follows_mlp(model, layer) for layer in range(model.cfg.n_layers)}
+    found = {defaults.norm_follows_mlp(model, layer) for layer in range(model.cfg.n_layers)}
     assert found == {shape in ("gemma2", "gemma3")}
 
 

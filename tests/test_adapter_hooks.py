@@ -5,7 +5,7 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import has_bridge, tiny_bridge, tiny_hf
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, defaults
 from transformer_lens_rome.adapter import Point
 
 LAYER = 1
@@ -66,7 +66,7 @@ def test_hooks_go_after_an_exception_and_the_users_stay(gpt2):
     hooks, theirs = count_hooks(gpt2), logits_of(gpt2)
     assert not torch.allclose(bare, theirs, atol=1e-2)
     adapter.read(gpt2, TOKENS, [KEY, VALUE])
-    adapter.norm_follows_mlp(gpt2, LAYER)
+    defaults.norm_follows_mlp(gpt2, LAYER)
     adapter.logits_at(gpt2, TOKENS, torch.tensor([0]), torch.tensor([5]))
 
     def fail(tensor):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import tiny_models
+from safetensors.torch import load_file
 
 from transformer_lens_rome import RankOneEdit, SecondMoment
 from transformer_lens_rome.__main__ import main
@@ -41,8 +42,6 @@ def test_statistics_are_those_of_the_layer(statistics):
 
 @needs_bridge
 def test_edit_reports_what_it_did(checkpoint, statistics, tmp_path, capsys):
-    from transformers import AutoModelForCausalLM
-
     saved, exported = tmp_path / "edit.safetensors", tmp_path / "edited"
     arguments = ["edit", str(checkpoint), PROMPT, SUBJECT, TARGET, "--layer", "1", "--json"]
     arguments += ["--statistics", str(statistics), "--ask", "The Space Needle is in"]
@@ -55,8 +54,8 @@ def test_edit_reports_what_it_did(checkpoint, statistics, tmp_path, capsys):
     assert report["byte_identical"] and report["file"]["reloads_equal"]
     edit = RankOneEdit.load(saved)
     name = "transformer.h.1.mlp.c_proj.weight"
-    before = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()[name]
-    after = AutoModelForCausalLM.from_pretrained(exported).state_dict()[name]
+    before = load_file(checkpoint / "model.safetensors")[name]
+    after = load_file(exported / "model.safetensors")[name]
     assert (after - before - edit.delta()).abs().max() < 1e-5 < (after - before).abs().max()
 
 

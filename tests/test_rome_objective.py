@@ -16,7 +16,8 @@ from transformer_lens_rome import (
     rome_edit,
     target_log_probs,
 )
-from transformer_lens_rome.adapter import norm_follows_mlp, w_out, weight_hash
+from transformer_lens_rome.adapter import w_out, weight_hash
+from transformer_lens_rome.defaults import norm_follows_mlp
 from transformer_lens_rome.prompts import Encoder, join
 from transformer_lens_rome.v_star import optimise, read_keys_and_values
 
@@ -260,10 +261,11 @@ def test_the_seed_decides_the_prefixes_and_nothing_else(gpt2):
 
 def test_defaults_follow_the_model(model):
     edit = small_edit(model, layer=None, config=dataclasses.replace(CONFIG, clamp=None))
-    assert edit.layer == defaults.default_layer(model) == model.cfg.n_layers // 3
-    assert edit.config["clamp"] == defaults.default_clamp(model, edit.layer)
     plain, behind_a_norm = 4.0, norm_follows_mlp(model, LAYER)
     assert behind_a_norm == ("gemma" in model.cfg.model_name)
+    fraction = 18 if behind_a_norm else 3
+    assert edit.layer == defaults.default_layer(model) == model.cfg.n_layers // fraction
+    assert edit.config["clamp"] == defaults.default_clamp(model, edit.layer)
     assert (edit.config["clamp"] < plain) == behind_a_norm
 
 

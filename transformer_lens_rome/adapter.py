@@ -241,31 +241,6 @@ def gradients_for(model: Any) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@torch.no_grad()
-def norm_follows_mlp(model: Any, layer: int) -> bool:
-    """Whether the block normalises the MLP's output before adding it (Gemma 2 and 3, OLMo 2).
-
-    Found by doing: with the value doubled, a plain block's output moves by the value once more,
-    while behind a norm it hardly moves.
-    """
-    value, resid = Point("value", layer), Point("resid_post", layer)
-    tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
-    clean = read(model, tokens, [value, resid])
-    moved: dict[Point, Tensor] = {}
-
-    def keep(tensor: Tensor) -> None:
-        moved[resid] = tensor.detach().clone()
-        raise _AllRead
-
-    try:
-        with hooks(model, [(value, lambda tensor: 2 * tensor), (resid, keep)]):
-            final_residual(model, tokens)
-    except _AllRead:
-        pass
-    step = (moved[resid] - clean[resid]).float().norm()
-    return bool(step < 0.5 * clean[value].float().norm())
-
-
 # ---------------------------------------------------------------- forward passes
 
 
@@ -362,15 +337,3 @@ def hf_model(model: Any) -> Any:
             "(edits carry over as long as force=True is given) and export that one"
         )
     return model.original_model
-
-
-def hf_state_dict(hf: Any) -> dict[str, Tensor]:
-    """The state dict under the checkpoint's own names; a bridge adds names of its own to it."""
-    with torch.device("meta"):
-        own_names = set(type(hf)(hf.config).state_dict())
-    state: dict[str, Tensor] = {}
-    for name, tensor in hf.state_dict().items():
-        name = name.replace("._original_component", "")
-        if name in own_names:
-            state.setdefault(name, tensor.detach())
-    return state

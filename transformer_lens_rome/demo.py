@@ -46,7 +46,8 @@ def load_demo_model(model_class: ModelClass = "bridge") -> Any:
     Raises:
         ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
     """
-    return wrap(NAME, *load_demo_hf(), model_class)
+    with torch.random.fork_rng(devices=[]):  # loaders draw weights before they read them
+        return wrap(NAME, *load_demo_hf(), model_class)
 
 
 def load_model(name: str, model_class: ModelClass = "bridge") -> Any:
@@ -55,9 +56,10 @@ def load_model(name: str, model_class: ModelClass = "bridge") -> Any:
         return load_demo_model(model_class)
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-    return wrap(name, hf, tokenizer, model_class)
+    with torch.random.fork_rng(devices=[]):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        return wrap(name, hf, tokenizer, model_class)
 
 
 def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass = "bridge") -> Any:

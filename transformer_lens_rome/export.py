@@ -33,7 +33,7 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
             "as hf_model=AutoModelForCausalLM.from_pretrained(name)"
         )
     source = hf_model if inside is None else inside
-    state = adapter.hf_state_dict(source)
+    state = _state_dict(source)
     if inside is None:
         for layer in range(model.cfg.n_layers):
             if active_edits(model, layer):
@@ -59,3 +59,15 @@ def _replace(state: dict[str, Tensor], model: Any, layer: int) -> None:
         f"hf_model holds no matrix equal to W_out of layer {layer} before its edits; pass the "
         "model that this HookedTransformer was loaded from, and load it without weight processing"
     )
+
+
+def _state_dict(hf: Any) -> dict[str, Tensor]:
+    """The state dict under the checkpoint's own names; a bridge adds names of its own to it."""
+    with torch.device("meta"):
+        own_names = set(type(hf)(hf.config).state_dict())
+    state: dict[str, Tensor] = {}
+    for name, tensor in hf.state_dict().items():
+        name = name.replace("._original_component", "")
+        if name in own_names:
+            state.setdefault(name, tensor.detach())
+    return state

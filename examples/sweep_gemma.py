@@ -1,0 +1,79 @@
+"""Where and how far to edit Gemma-3-270M: test edits over layers, clamps and statistics.
+
+    python examples/sweep_gemma.py RECORDS.json TEXT.txt [part of a setting's name]
+
+RECORDS are flat CounterFact records, of which 24 are used (positions 200 to 223 by case_id); TEXT
+is where the second moment comes from. Rows go to examples/results/sweep/ as they come, and a run
+that was stopped goes on where it was. Ends with the table of examples/guide/which_layer.md.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from transformer_lens_rome import (
+    RomeConfig,
+    SecondMoment,
+    collect_second_moment,
+    sample_prefixes,
+    sampled_texts,
+    sweep_layers,
+)
+from transformer_lens_rome.demo import load_demo_model
+
+RESULTS = Path(__file__).parent / "results" / "sweep"
+PREFIX_LENGTHS = ((5, 3), (10, 2))  # with the bare prompt six, which is quicker than the default 21
+LAYERS = (0, 1, 2, 5, 8, 11)
+SETTINGS = {
+    **{f"layer {n}, clamp 0.75": (n, "text", RomeConfig(clamp=0.75)) for n in LAYERS},
+    **{f"layer 0, clamp {c}": (0, "text", RomeConfig(clamp=c)) for c in (0.5, 1.0, 1.5, 4.0)},
+    "layer 5, released": (5, "text", RomeConfig.released(ridge=1e-6)),
+    "layer 0, C sampled": (0, "sampled", RomeConfig(clamp=0.75)),
+    "layer 0, C = I": (0, "identity", RomeConfig(clamp=0.75)),
+    "layer 0, stop at 0.3": (0, "text", RomeConfig(clamp=0.75, stop_loss=0.3)),
+    "layer 0, weight decay 10": (0, "text", RomeConfig(clamp=0.75, weight_decay=10.0)),
+    "layer 0, KL 1": (0, "text", RomeConfig(clamp=0.75, kl_factor=1.0)),
+}
+
+
+def statistics(model, text_file: str) -> dict[str, dict[int, SecondMoment]]:
+    """C at every layer from a text, and at layer 0 from sampled text and as the identity."""
+    ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
+    rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
+    sampled = sampled_texts(model, 170)
+    return {
+        "text": collect_second_moment(model, rows, LAYERS, max_tokens=61_440, source="wikitext-2"),
+        "sampled": collect_second_moment(model, sampled, [0], max_tokens=20_000, source="sampled"),
+        "identity": {0: SecondMoment.identity(2048)},
+    }
+
+
+def main(records_file: str, text_file: str, part: str = "") -> None:
+    """Run the settings and print a table of their scores."""
+    records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])
+    model = load_demo_model()
+    moments = statistics(model, text_file)
+    prefixes = sample_prefixes(model, PREFIX_LENGTHS)
+    print("| setting | ES | PS | NS | S | NS before |\n|---|---|---|---|---|---|")
+    for name, (layer, corpus, config) in SETTINGS.items():
+        if part not in name:
+            continue
+        (score,) = sweep_layers(
+            model,
+            records[200:224],
+            [layer],
+            second_moments=moments[corpus],
+            prefixes=prefixes,
+            config=config,
+            out=RESULTS / f"{name.replace(' ', '_').replace(',', '')}.jsonl",
+            progress=False,
+        )
+        numbers = [score.ES, score.PS, score.NS, score.S, score.before["NS"]]
+        print(f"| {name} |", " | ".join(f"{number:.1f}" for number in numbers), "|", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main(*sys.argv[1:])
