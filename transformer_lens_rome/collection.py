@@ -54,20 +54,14 @@ def collect_second_moment(
     adapter.check_editable(model, layers)
     encoder = Encoder.of(model, prepend_bos)
     probes = probe_keys(model, layers)
-    halves = [
-        {
-            n: SecondMoment.empty(
-                len(adapter.w_out(model, n)),
-                dtype,
-                layer=n,
-                prepend_bos=encoder.prepends_bos,
-                probe=probes[n],
-                source=source,
-            )
-            for n in layers
-        }
-        for _ in range(2)
-    ]
+
+    def empty(n: int) -> SecondMoment:
+        weight = adapter.w_out(model, n)
+        device = "cpu" if weight.device.type == "mps" else weight.device  # mps has no float64
+        known = {"layer": n, "prepend_bos": encoder.prepends_bos, "source": source}
+        return SecondMoment.empty(len(weight), dtype, device, probe=probes[n], **known)
+
+    halves = [{n: empty(n) for n in layers} for _ in range(2)]
     length = min(max_length, model.cfg.n_ctx or max_length)
     pieces = _pieces(texts, encoder, length, max_tokens)
     with tqdm(total=max_tokens, unit="tok", desc="second moment", disable=not progress) as bar:

@@ -15,6 +15,7 @@ import torch
 
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import cache_folder, cached_second_moment
+from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
@@ -134,9 +135,13 @@ def _sha256(path: Path) -> str:
 
 
 def sampled_second_moment(
-    model: Any, layer: int, *, max_tokens: int = 20_000, progress: bool = True
+    model: Any, layer: int | None = None, *, max_tokens: int = 12_000, progress: bool = True
 ) -> SecondMoment:
-    """C from text that the model writes itself; kept in the cache folder, made once."""
+    """C from text that the model writes itself; made once, then kept in the cache folder.
+
+    `layer=None` is the model's default layer. `rome_edit` finds these statistics by itself later.
+    """
+    layer = default_layer(model) if layer is None else layer
 
     def make() -> SecondMoment:
         length = 128

@@ -291,7 +291,7 @@ def _provenance(setting: _Setting) -> dict[str, Any]:
         "prefixes": list(setting.prefixes),
         "seed": setting.seed,
         "second_moment": setting.second_moment.summary(),
-        "versions": {p: version(p) for p in ("transformer-lens", "torch", "transformer-lens-rome")},
+        "versions": {name: version(name) for name in ("transformer-lens", "torch")},
     }
 
 

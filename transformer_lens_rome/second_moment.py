@@ -49,9 +49,11 @@ class SecondMoment:
     _factor: tuple[float, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def empty(cls, d_mlp: int, dtype: torch.dtype = torch.float64, **known: Any) -> SecondMoment:
+    def empty(
+        cls, d_mlp: int, dtype: torch.dtype = torch.float64, device: Any = None, **known: Any
+    ) -> SecondMoment:
         """No keys yet; `known` gives the other fields."""
-        return cls(torch.zeros(d_mlp, d_mlp, dtype=dtype), **known)
+        return cls(torch.zeros(d_mlp, d_mlp, dtype=dtype, device=device), **known)
 
     @classmethod
     def from_moment(

@@ -144,7 +144,7 @@ def _nll_and_kl_prediction(
 
     with adapter.hooks(model, [(Point("value", layer), add_delta)]):
         logits = adapter.logits_at(model, batch.tokens, batch.where, batch.at)
-    log_p = logits.float().log_softmax(-1)
+    log_p = logits.to(delta.device).float().log_softmax(-1)
     picked = log_p[:-1].gather(1, batch.labels[:, None])[:, 0]
     return -(batch.weights * picked).sum(), log_p[-1]
 
