@@ -1,8 +1,8 @@
 """Where C comes from when nobody gives one: the cache, the authors' files, or a public corpus.
 
 The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in
-`$XDG_CACHE_HOME` or `~/.cache`. A file there is found by model name, layer, BOS rule and corpus, and
-used only if its probe keys are those of the model at hand.
+`$XDG_CACHE_HOME` or `~/.cache`. A file there is found by model name, layer, BOS rule and corpus,
+and used only if its probe keys are those of the model at hand.
 """
 
 from __future__ import annotations
