@@ -272,7 +272,12 @@ def test_defaults_follow_the_model(model):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"prefixes": []}, "prefixes is empty"),
+        ({"prefixes": []}, "prefixes is a list of texts"),
+        ({"prefixes": "The man"}, "prefixes is a list of texts"),
+        ({"prefixes": ["{}", "He said. {}"]}, "prefixes is a list of texts"),
+        ({"second_moment": {1: random_moment(128)}}, r"second_moment=moments\[1\]"),
+        ({"request": "a text"}, "is an EditRequest or a dict"),
+        ({"request": dataclasses.replace(REQUEST, prompt="so " * 200 + "{} is")}, "context of"),
         ({"prefixes": PREFIXES[1:], "config": RomeConfig.released()}, "bare prompt"),
         ({"layer": 3}, "layers 0 to 2"),
         ({"second_moment": random_moment(64), "layer": 0}, "d_mlp 64, the edit needs 128"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rome_setting import CONFIG, LAYER, random_moment, small_edit
 
-from transformer_lens_rome import AppliedEdit, EditRequest, active_edits, applied, rome_edit
+from transformer_lens_rome import EditRequest, active_edits, applied, rome_edit
 from transformer_lens_rome.adapter import w_out
 
 SUBJECTS = "Paris Rome Seattle London Danielle LeBron Leonardo Apple Microsoft Space".split()
@@ -38,12 +38,12 @@ def test_each_is_made_on_those_before_it(ten):
 @pytest.mark.parametrize("seed", range(3))
 def test_undone_in_any_order_to_the_byte(ten, seed):
     model, base, done = ten
-    order = list(done.edits)
+    order = list(done)
     random.Random(seed).shuffle(order)
     left = list(done.edits)
-    for edit in order:
-        AppliedEdit(model, (edit,)).revert()
-        left.remove(edit)
+    for one in order:
+        one.revert()
+        left.remove(one.edit)
         assert list(active_edits(model, LAYER)) == left
         found = w_out(model, LAYER).detach().clone()
         expected = base.clone()

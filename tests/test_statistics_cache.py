@@ -1,10 +1,13 @@
 """Statistics are made once, found again, and never taken for those of another model."""
 
+import io
+
 import pytest
 import torch
 from conftest import make_model
+from safetensors import SafetensorError
 
-from transformer_lens_rome import default_statistics
+from transformer_lens_rome import default_statistics, files
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import (
     cache_folder,
@@ -14,7 +17,7 @@ from transformer_lens_rome.default_statistics import (
 from transformer_lens_rome.sampling import sampled_texts
 
 LAYER = 1
-TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."]
+TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."] * 6
 
 
 @pytest.fixture
@@ -28,15 +31,17 @@ def offline(monkeypatch):
     """Nothing is fetched: both ways to the network fail, and say which was tried."""
     tried = []
 
-    def fail(name):
+    def fail(name, error=OSError):
         def raise_error(*args):
             tried.append(name)
-            raise OSError(f"no network\nsecond line of {name}")
+            raise error(f"no network\nsecond line of {name}")
 
         return raise_error
 
     monkeypatch.setattr(default_statistics, "_download", fail("download"))
-    monkeypatch.setattr(default_statistics, "_from_wikipedia", fail("wikipedia"))
+    monkeypatch.setattr(
+        default_statistics, "_articles", fail("wikipedia", default_statistics._NoCorpus)
+    )
     return tried
 
 
@@ -137,6 +142,40 @@ def test_what_wikipedia_gives_is_kept(gpt2, folder, monkeypatch):
     for _ in range(2):
         found = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
     assert make.calls == 1 and found.layer == LAYER
+
+
+def test_too_few_tokens_in_the_cache_are_not_used(gpt2, folder, offline, caplog):
+    few = collect_second_moment(gpt2, TEXTS[:1], LAYER, progress=False)
+    cached_second_moment(gpt2, LAYER, False, "sampled", lambda: few)
+    with caplog.at_level("WARNING"), pytest.raises(ValueError, match="no second moment"):
+        default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    assert "too few for d_mlp=128" in caplog.text
+
+
+def test_a_disk_that_is_full_is_no_obstacle(gpt2, folder, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with caplog.at_level("WARNING"):
+        found = Maker(gpt2).cached()
+    assert found.n_tokens > 128 and "going on without" in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+def test_a_download_that_ends_early_is_no_statistics_file(gpt2, folder, monkeypatch, offline):
+    """The authors' server says how long a file is; a shorter one is not kept."""
+    monkeypatch.undo()
+    monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(folder))
+
+    class Short(io.BytesIO):
+        headers = {"Content-Length": "100"}
+
+    monkeypatch.setattr(default_statistics.urllib.request, "urlopen", lambda *a, **k: Short(b"x"))
+    monkeypatch.setattr(default_statistics, "short_name", lambda model: "gpt2-xl")
+    with pytest.raises(OSError, match="ended after 1 of 100 bytes"):
+        default_statistics._download(gpt2, LAYER)
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -88,13 +88,13 @@ def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2]) + lines[2][:25])  # two done, the third torn
     made = []
-    compute = sweep.compute_rome_edit
+    compute = sweep.Rome.compute
 
-    def counted(model, request, *, layer, **options):
-        made.append((layer, request.subject))
-        return compute(model, request, layer=layer, **options)
+    def counted(method, model, request, **options):
+        made.append((method.layer, request.subject))
+        return compute(method, model, request, **options)
 
-    monkeypatch.setattr(sweep, "compute_rome_edit", counted)
+    monkeypatch.setattr(sweep.Rome, "compute", counted)
     assert run(gpt2, out=out) == whole
     assert made == [(1, "The Space Needle"), (1, "The Tower")]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -102,6 +102,16 @@ def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch)
     made.clear()
     assert run(gpt2, out=out) == whole and not made
     assert run(gpt2) == whole and len(made) == 4  # control: without the file all is made again
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"prefixes": ("",)}, {"second_moments": dict.fromkeys(LAYERS, MOMENTS[0])}],
+)
+def test_rows_of_another_setting_are_not_taken(gpt2, tmp_path, other):
+    run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
+    with pytest.raises(ValueError, match="give another file"):
+        run(gpt2, out=tmp_path / "rows.jsonl", layers=[1], **other)
 
 
 def test_an_error_in_the_middle_keeps_what_was_done_and_the_model(gpt2, tmp_path, monkeypatch):

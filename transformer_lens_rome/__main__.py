@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.export import export_hf
-from transformer_lens_rome.ledger import apply_edit
+from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.prompts import Encoder, target_log_probs, top_tokens
 from transformer_lens_rome.rome import RomeConfig, compute_rome_edit
 from transformer_lens_rome.sampling import greedy_continuation, sampled_texts
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         _show(report)
-    return 0
+    return 0 if report.get("byte_identical", True) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +105,11 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
 def run_edit(options: argparse.Namespace) -> dict[str, Any]:
     """Edit any fact in any model; save or export it; undo it."""
     request = EditRequest(options.prompt, options.subject, options.target)
+    if options.export and options.model_class == "hooked":
+        raise ValueError(
+            "a HookedTransformer keeps no Hugging Face model to export; use --model-class bridge, "
+            "or export_hf(model, folder, hf_model=...) in Python"
+        )
     model = demo.load_model(options.model, options.model_class)
     moment = SecondMoment.load(options.statistics) if options.statistics else None
     ask = [("asked", prompt) for prompt in options.ask]
@@ -122,7 +128,10 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
         model, texts, layer, max_tokens=options.max_tokens, source=source
     )
     moment.save(options.out)
-    return {"file": options.out} | moment.report()
+    report = moment.report()
+    if not math.isfinite(report["condition_number"]):
+        report["condition_number"] = "infinite"  # JSON has no such number
+    return {"file": options.out} | report
 
 
 def _edit(
@@ -148,13 +157,14 @@ def _edit(
     )
     seconds = time.perf_counter() - started
     ask = [("edited prompt", request.text), *ask]
+    if save is not None:
+        edit.save(save)
     hash_before = adapter.weight_hash(adapter.w_out(model, edit.layer))
     before = _answers(model, request, ask)
-    applied = apply_edit(model, edit)
-    after = _answers(model, request, ask)
-    if getattr(options, "export", None):
-        export_hf(model, options.export)
-    applied.revert()
+    with applied(model, edit):
+        after = _answers(model, request, ask)
+        if getattr(options, "export", None):
+            export_hf(model, options.export)
     hash_undone = adapter.weight_hash(adapter.w_out(model, edit.layer))
     report = {
         "model": adapter.model_name(model),
@@ -168,7 +178,6 @@ def _edit(
         "seconds": {"edit": round(seconds, 1)},
     }
     if save is not None:
-        edit.save(save)
         same = RankOneEdit.load(save).digest == edit.digest
         report["file"] = {"bytes": Path(save).stat().st_size, "reloads_equal": same}
     return report

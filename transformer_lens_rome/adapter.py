@@ -79,10 +79,10 @@ def check_editable(model: Any, layers: Sequence[int]) -> None:
     if model.training:
         raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
     for layer in layers:
-        if not isinstance(layer, int) or not 0 <= layer < model.cfg.n_layers:
+        if type(layer) is not int or not 0 <= layer < model.cfg.n_layers:
             raise ValueError(
                 f"layer {layer!r} is out of range; this model has layers 0 to "
-                f"{model.cfg.n_layers - 1}"
+                f"{model.cfg.n_layers - 1} (give a plain int)"
             )
         weight = w_out(model, layer)
         if weight.is_meta:
@@ -276,6 +276,11 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
     Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
     """
+    if tokens.shape[1] > (model.cfg.n_ctx or tokens.shape[1]):
+        raise ValueError(
+            f"a text of {tokens.shape[1]} tokens is longer than the model's context of "
+            f"{model.cfg.n_ctx}; shorten the prompt or its prefix"
+        )
     tokens = tokens.to(model.cfg.device)
     mask = torch.ones_like(tokens)
     if model_class(model) == "hooked":

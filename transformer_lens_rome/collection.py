@@ -39,25 +39,30 @@ def collect_second_moment(
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
-        texts: Strings, or sequences of token ids without BOS; read only as far as needed.
+        texts: Strings, or sequences of token ids; read only as far as needed.
         layer: A layer or a list of layers, from 0.
         max_tokens: Stop after exactly this many keys. A few times d_mlp is enough for most edits;
             see the report's `half_agreement`.
         batch_size: Pieces of text in one forward pass; changes nothing but speed and memory.
         max_length: Tokens in a piece, BOS included; longer texts are cut (and at the context).
         prepend_bos: Overrides the checkpoint's own rule.
-        dtype: Of the running sum: float64, or float32 to halve its memory.
+        dtype: Of the running sum: float64, or float32 to halve its memory. Two sums a layer are
+            held, beside the weight for one layer and in main memory for several.
         source: The corpus, in words; kept with the statistics.
         progress: Show a progress bar.
     """
-    layers = [layer] if isinstance(layer, int) else list(layer)
+    if isinstance(texts, str):
+        raise ValueError("texts is a single text; pass a list of texts: [text]")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be positive, got {max_tokens}")
+    layers = list(layer) if isinstance(layer, Sequence) else [layer]
     adapter.check_editable(model, layers)
     encoder = Encoder.of(model, prepend_bos)
     probes = probe_keys(model, layers)
 
     def empty(n: int) -> SecondMoment:
         weight = adapter.w_out(model, n)
-        device = "cpu" if weight.device.type == "mps" else weight.device  # mps has no float64
+        device = "cpu" if len(layers) > 1 or weight.device.type == "mps" else weight.device
         known = {"layer": n, "prepend_bos": encoder.prepends_bos, "source": source}
         return SecondMoment.empty(len(weight), dtype, device, probe=probes[n], **known)
 
@@ -68,8 +73,8 @@ def collect_second_moment(
         for batch in _batches(enumerate(pieces), batch_size):
             _add(model, batch, layers, halves)
             bar.update(sum(len(piece.ids) for _, piece in batch))
-    moments = {n: _join_halves(halves[0][n], halves[1][n]) for n in layers}
-    return moments[layer] if isinstance(layer, int) else moments
+    moments = {n: _join_halves(halves[0].pop(n), halves[1].pop(n)) for n in layers}
+    return moments if isinstance(layer, Sequence) else moments[layer]
 
 
 def _pieces(
@@ -80,6 +85,7 @@ def _pieces(
     left = max_tokens
     for text in texts:
         ids = encoder.ids(text) if isinstance(text, str) else [int(i) for i in text]
+        ids = ids[1:] if ids and ids[0] == encoder.bos_id else ids
         step = length - len(bos)
         for first in range(0, len(ids), step):
             row = (*bos, *ids[first : first + step])[:left]
@@ -124,5 +130,12 @@ def _join_halves(a: SecondMoment, b: SecondMoment) -> SecondMoment:
         keys = both.probe.reshape(-1, both.d_mlp)
         pairs = [(a.solve(k, ridge=1e-6), b.solve(k, ridge=1e-6)) for k in keys]
         both.half_agreement = sum(cosine(x, y) for x, y in pairs) / len(pairs)
-    logger.info("second moment of layer %s: %d tokens", both.layer, both.n_tokens)
+    if both.n_tokens < 2 * both.d_mlp:
+        logger.warning(
+            "the second moment of layer %s has %d tokens for d_mlp=%d; several times as many make "
+            "it reliable",
+            both.layer,
+            both.n_tokens,
+            both.d_mlp,
+        )
     return both

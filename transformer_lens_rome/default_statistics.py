@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.collection import collect_second_moment
@@ -46,23 +47,27 @@ def cache_folder() -> Path:
 def default_second_moment(
     model: Any, layer: int, *, prepend_bos: bool, progress: bool = True
 ) -> SecondMoment:
-    """C for a layer: from the cache, the authors' files (GPT-2 M/L/XL, GPT-J), or Wikipedia.
+    """C for a layer, from the first of these that can be had.
+
+    Wikipedia in the cache; the authors' files (GPT-2 M/L/XL, GPT-J); the model's own sampled text
+    in the cache; Wikipedia, streamed.
 
     Raises:
         ValueError: none of these can be had, for instance offline; the message has the remedies.
     """
-    for corpus in ("sampled", "wikipedia"):
-        if (found := _cached(model, layer, prepend_bos, corpus)) is not None:
-            return found
+    if (found := _cached(model, layer, prepend_bos, "wikipedia")) is not None:
+        return found
     try:
         if short_name(model) in _PUBLISHED and not prepend_bos:
             return _download(model, layer)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         logger.warning("no published statistics for layer %d: %s", layer, _first_line(error))
+    if (found := _cached(model, layer, prepend_bos, "sampled")) is not None:
+        return found
     try:
         make = partial(_from_wikipedia, model, layer, prepend_bos, progress)
         return cached_second_moment(model, layer, prepend_bos, "wikipedia", make)
-    except (OSError, ImportError, RuntimeError) as error:
+    except (_NoCorpus, ImportError) as error:
         logger.warning("no Wikipedia statistics for layer %d: %s", layer, _first_line(error))
     raise ValueError(
         f"no second moment for layer {layer} of {adapter.model_name(model)}: none is in "
@@ -105,6 +110,8 @@ def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMom
     try:
         found = SecondMoment.load(path)
         found.check_fits(model, layer, prepend_bos)
+        if found.n_tokens < found.d_mlp:
+            raise ValueError(f"{found.n_tokens} tokens are too few for d_mlp={found.d_mlp}")
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -124,28 +131,59 @@ def _download(model: Any, layer: int) -> SecondMoment:
         logger.info("downloading %s", url)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target)
-        os.replace(part, path)
+        try:
+            _fetch(url, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    logger.info("second moment of layer %d: %s", layer, path)
     return SecondMoment.from_npz(path)
+
+
+def _fetch(url: str, target: Path) -> None:
+    """Download one file, with a progress bar.
+
+    Raises:
+        OSError: it cannot be had, or ends early.
+    """
+    with urllib.request.urlopen(url, timeout=30) as source, target.open("wb") as file:
+        size = int(source.headers.get("Content-Length", 0))
+        with tqdm(total=size, unit="B", unit_scale=True, desc=target.stem) as bar:
+            while block := source.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    if size and target.stat().st_size != size:
+        raise OSError(f"{url} ended after {target.stat().st_size} of {size} bytes")
 
 
 def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:
     """C from the start of the English Wikipedia, streamed, at ten tokens for each dimension."""
-    from datasets import load_dataset
-
-    articles = load_dataset(*CORPUS, split="train", streaming=True)
-    texts: Iterable[str] = (article["text"] for article in articles)
     budget = max(100_000, 10 * len(adapter.w_out(model, layer)))
     return collect_second_moment(
         model,
-        texts,
+        _articles(),
         layer,
         max_tokens=budget,
         prepend_bos=prepend_bos,
         source="/".join(CORPUS),
         progress=progress,
     )
+
+
+class _NoCorpus(Exception):
+    """The corpus cannot be read; whatever else goes wrong meanwhile is not hidden behind this."""
+
+
+def _articles() -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        for article in load_dataset(*CORPUS, split="train", streaming=True):
+            yield article["text"]
+    except GeneratorExit:
+        raise
+    except Exception as error:  # each host library and its network stack has errors of its own
+        raise _NoCorpus(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Point
@@ -47,6 +48,7 @@ def default_layer(model: Any) -> int:
         logger.info("layer %d, the default of %s", LAYERS[name], name)
         return LAYERS[name]
     third = model.cfg.n_layers // 3
+    adapter.check_editable(model, [third])
     layer = model.cfg.n_layers // 18 if norm_follows_mlp(model, third) else third
     logger.warning(
         "no layer is known to be good for %s: using layer %d of %d, from the shape of the model; "
@@ -64,8 +66,14 @@ def default_clamp(model: Any, layer: int) -> float:
     The released 4 (3 for GPT-2 medium); 0.75 where a norm follows the MLP. That norm makes the
     effect of a larger value saturate, while the weight's change at every other key keeps growing.
     """
-    if norm_follows_mlp(model, layer):
-        return 0.75
+    normed = norm_follows_mlp(model, layer)
+    clamp = 0.75 if normed else released_clamp(model)
+    logger.info("clamp %s (%s norm after the MLP)", clamp, "a" if normed else "no")
+    return clamp
+
+
+def released_clamp(model: Any) -> float:
+    """The published code's clamp for this model."""
     return CLAMPS.get(short_name(model), 4.0)
 
 
@@ -73,13 +81,15 @@ def default_clamp(model: Any, layer: int) -> float:
 def norm_follows_mlp(model: Any, layer: int) -> bool:
     """Whether the block normalises the MLP's output before adding it (Gemma 2 and 3, OLMo 2).
 
-    Found by doing: with the value doubled, a plain block's output moves by the value once more,
-    while behind a norm it hardly moves.
+    Found by doing: from two to four times the value, a plain block's output moves by as much as
+    from none to two times, while behind a norm it hardly moves.
     """
     value, resid = Point("value", layer), Point("resid_post", layer)
     tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
-    clean = adapter.read(model, tokens, [value, resid])
-    with adapter.hooks(model, [(value, lambda tensor: 2 * tensor)]):
-        doubled = adapter.read(model, tokens, [resid])
-    moved = (doubled[resid] - clean[resid]).float().norm()
-    return bool(moved < 0.5 * clean[value].float().norm())
+
+    def output(times: float) -> Tensor:
+        with adapter.hooks(model, [(value, lambda tensor: times * tensor)]):
+            return adapter.read(model, tokens, [resid])[resid].float()
+
+    none, two, four = output(0.0), output(2.0), output(4.0)
+    return bool((four - two).norm() < 0.5 * (two - none).norm())

@@ -7,12 +7,12 @@ PyPI as four data packages, are joined in the cache folder, and are checked agai
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import cache_folder, cached_second_moment
 from transformer_lens_rome.defaults import default_layer
@@ -20,8 +20,6 @@ from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
 from transformer_lens_rome.second_moment import SecondMoment
-
-logger = logging.getLogger(__name__)
 
 ModelClass = Literal["bridge", "hooked"]
 
@@ -135,22 +133,23 @@ def _sha256(path: Path) -> str:
 
 
 def sampled_second_moment(
-    model: Any, layer: int | None = None, *, max_tokens: int = 12_000, progress: bool = True
+    model: Any, layer: int | None = None, *, max_tokens: int | None = None, progress: bool = True
 ) -> SecondMoment:
     """C from text that the model writes itself; made once, then kept in the cache folder.
 
-    `layer=None` is the model's default layer. `rome_edit` finds these statistics by itself later.
+    `layer=None` is the model's default layer, `max_tokens=None` six tokens for each dimension of a
+    key. Made with the default, `rome_edit` finds these statistics by itself later.
     """
     layer = default_layer(model) if layer is None else layer
+    corpus = "sampled" if max_tokens is None else f"sampled-{max_tokens}"
+    budget = 6 * len(w_out(model, layer)) if max_tokens is None else max_tokens
 
     def make() -> SecondMoment:
         length = 128
-        texts = sampled_texts(
-            model, -(-max_tokens // (length - 8)), length=length, progress=progress
-        )
+        texts = sampled_texts(model, -(-budget // (length - 8)), length=length, progress=progress)
         return collect_second_moment(
-            model, texts, layer, max_tokens=max_tokens, source="sampled", progress=progress
+            model, texts, layer, max_tokens=budget, source="sampled", progress=progress
         )
 
     prepend_bos = Encoder.of(model).prepends_bos
-    return cached_second_moment(model, layer, prepend_bos, "sampled", make)
+    return cached_second_moment(model, layer, prepend_bos, corpus, make)

@@ -46,7 +46,7 @@ class EditRequest:
             raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
         if "{}" in self.subject:
             raise ValueError(f"the subject {self.subject!r} holds '{{}}'; give plain text")
-        if not self.target_new.strip():
+        if not isinstance(self.target_new, str) or not self.target_new.strip():
             raise ValueError("target_new is empty; give the text that should follow the prompt")
 
     @property
@@ -79,7 +79,7 @@ class EditRequest:
 
 
 def _text(target: Any) -> str:
-    return target["str"] if isinstance(target, Mapping) else target
+    return target.get("str") if isinstance(target, Mapping) else target
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Edit:
     config: Mapping[str, Any] = field(default_factory=dict)
     model_hash: str = ""
     health: EditHealth = field(default_factory=EditHealth)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
@@ -204,10 +204,10 @@ class RankOneEdit(_Edit):
             `[d_model]`.
     """
 
-    k_star: Float[Tensor, "d_mlp"]
-    u: Float[Tensor, "d_mlp"]
-    lam: Float[Tensor, "d_model"]
-    v_star: Float[Tensor, "d_model"]
+    k_star: Float[Tensor, "d_mlp"] = field(repr=False)
+    u: Float[Tensor, "d_mlp"] = field(repr=False)
+    lam: Float[Tensor, "d_model"] = field(repr=False)
+    v_star: Float[Tensor, "d_model"] = field(repr=False)
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: outer(u, lam)."""
@@ -215,8 +215,9 @@ class RankOneEdit(_Edit):
 
     def scale(self, alpha: float) -> RankOneEdit:
         """The same edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
-        moved = (alpha - 1) * (self.k_star @ self.u) * self.lam
-        return dataclasses.replace(self, lam=alpha * self.lam, v_star=self.v_star + moved)
+        v_star = self.v_star + (alpha - 1) * (self.k_star @ self.u) * self.lam
+        unmeasured = EditHealth(subject_token=self.health.subject_token)
+        return dataclasses.replace(self, lam=alpha * self.lam, v_star=v_star, health=unmeasured)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -228,8 +229,8 @@ class DenseEdit(_Edit):
         right: `[rank, d_model]`; the identity in that case.
     """
 
-    left: Float[Tensor, "d_mlp rank"]
-    right: Float[Tensor, "rank d_model"]
+    left: Float[Tensor, "d_mlp rank"] = field(repr=False)
+    right: Float[Tensor, "rank d_model"] = field(repr=False)
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: left @ right."""
@@ -237,7 +238,7 @@ class DenseEdit(_Edit):
 
     def scale(self, alpha: float) -> DenseEdit:
         """The same edit, alpha times as strong."""
-        return dataclasses.replace(self, left=alpha * self.left)
+        return dataclasses.replace(self, left=alpha * self.left, health=EditHealth())
 
 
 Edit = RankOneEdit | DenseEdit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens_rome import adapter
-from transformer_lens_rome.ledger import active_edits, base_weight
+from transformer_lens_rome.ledger import base_weight
 from transformer_lens_rome.prompts import checkpoint_tokenizer
 
 
@@ -36,8 +36,7 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     state = _state_dict(source)
     if inside is None:
         for layer in range(model.cfg.n_layers):
-            if active_edits(model, layer):
-                _replace(state, model, layer)
+            _replace(state, model, layer)
     folder = Path(folder)
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     source.save_pretrained(folder, state_dict=whole)
@@ -53,11 +52,12 @@ def _replace(state: dict[str, Tensor], model: Any, layer: int) -> None:
     for name, tensor in state.items():
         for stored in (tensor, tensor.T) if tensor.ndim == 2 else ():
             if stored.shape == base.shape and torch.equal(stored.to(base), base):
-                state[name] = edited if stored is tensor else edited.T
+                state[name] = (edited if stored is tensor else edited.T).to(tensor)
                 return
     raise ValueError(
         f"hf_model holds no matrix equal to W_out of layer {layer} before its edits; pass the "
-        "model that this HookedTransformer was loaded from, and load it without weight processing"
+        "model that this HookedTransformer was loaded from (without weight processing), and undo "
+        "changes that were not made by apply_edit"
     )
 
 

@@ -22,8 +22,10 @@ def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, A
     try:
         save_file(plain, temporary, metadata={"transformer_lens_rome": json.dumps(info)})
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # disk full, no permission
+            raise OSError(f"cannot write {path}: {error}") from error
         raise
 
 

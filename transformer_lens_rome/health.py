@@ -81,4 +81,11 @@ def _suspicions(
             f"the second moment has not converged (half-sample agreement {agreement:.2f}); "
             f"collect more than its {second_moment.n_tokens} tokens"
         )
+    elif (
+        agreement is None and second_moment.d_mlp < second_moment.n_tokens < 2 * second_moment.d_mlp
+    ):
+        found.append(
+            f"the second moment has only {second_moment.n_tokens} tokens for its width of "
+            f"{second_moment.d_mlp}; collect several times as many"
+        )
     return found

@@ -9,8 +9,8 @@ would have given, and undoing all, in any order, gives back the very bytes of th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformer_lens_rome import adapter
 from transformer_lens_rome.edits import Edit, EditHealth
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ledger:
     """A weight's base bytes, the edits on it, and the hash of what they wrote together."""
 
@@ -51,13 +51,16 @@ def base_weight(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
 class AppliedEdit:
     """Edits that were put on a model; leaving a `with` block, or `revert()`, takes them off.
 
+    Iterating over it gives each edit on its own, to be reverted in any order.
+
     Attributes:
         model: The model that was changed.
         edits: What was applied, in order.
     """
 
-    model: Any
+    model: Any = field(repr=False)
     edits: tuple[Edit, ...]
+    ledgers: tuple[_Ledger, ...] = field(repr=False, compare=False)
 
     @property
     def edit(self) -> Edit:
@@ -75,7 +78,9 @@ class AppliedEdit:
     def active(self) -> bool:
         """Whether any of them is still on the model."""
         return any(
-            edit is other for edit in self.edits for other in active_edits(self.model, edit.layer)
+            edit is other
+            for edit, ledger in zip(self.edits, self.ledgers, strict=True)
+            for other in ledger.active
         )
 
     def revert(self, *, force: bool = False) -> None:
@@ -85,15 +90,29 @@ class AppliedEdit:
             ValueError: something else changed the weight since. `force=True` writes base and
                 remaining edits anyway, and that other change is lost.
         """
-        for edit in reversed(self.edits):
-            if any(edit is other for other in active_edits(self.model, edit.layer)):
-                _remove(self.model, edit, force)
+        with ExitStack() as every:  # a failure at one layer does not keep the others from undoing
+            for edit, ledger in zip(self.edits, self.ledgers, strict=True):
+                if any(edit is other for other in ledger.active):
+                    every.callback(_remove, self.model, edit, ledger, force)
+
+    def __iter__(self) -> Iterator[AppliedEdit]:
+        for edit, ledger in zip(self.edits, self.ledgers, strict=True):
+            yield AppliedEdit(self.model, (edit,), (ledger,))
 
     def __enter__(self) -> AppliedEdit:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.revert()
+
+
+def revert_all(model: Any, *, force: bool = False) -> None:
+    """Take every edit off a model, also those whose `AppliedEdit` is lost."""
+    for layer in range(model.cfg.n_layers):
+        if active_edits(model, layer):
+            ledger = _ledger(model, layer)
+            edits = tuple(ledger.active)
+            AppliedEdit(model, edits, (ledger,) * len(edits)).revert(force=force)
 
 
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
@@ -104,6 +123,8 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
             the weight that it was made on nor that weight with known edits on top.
             `force=True` applies it to any weight of the right shape.
     """
+    if not isinstance(edit, Edit):
+        raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
     adapter.check_editable(model, [edit.layer])
     weight = adapter.w_out(model, edit.layer)
     shape = tuple(edit.delta().shape)
@@ -117,7 +138,7 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
         ledger = _Ledger(weight.detach().clone(), found, [], found)
     elif found != ledger.written_hash:
         raise ValueError(_changed_by_others(edit.layer, "revert the edits on it with force=True"))
-    if any(edit.digest == other.digest for other in ledger.active):
+    if any(edit.digest == other.digest for other in ledger.active) and edit.delta().any():
         raise ValueError(
             "this edit is on the model already; apply edit.scale(alpha) for a stronger one"
         )
@@ -128,24 +149,24 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
             "on it, or processed weights; force=True applies it all the same"
         )
     _write(model, edit.layer, ledger, [*ledger.active, edit])
-    return AppliedEdit(model, (edit,))
+    return AppliedEdit(model, (edit,), (ledger,))
 
 
 @contextmanager
 def applied(model: Any, *edits: Edit, force: bool = False) -> Iterator[Any]:
     """The model with some edits on it; exactly the old weights again at exit, also on errors."""
-    done: list[AppliedEdit] = []
-    try:
+    with ExitStack() as undo:
         for edit in edits:
-            done.append(apply_edit(model, edit, force=force))
+            undo.callback(apply_edit(model, edit, force=force).revert)
         yield model
-    finally:
-        for one in reversed(done):
-            one.revert()
 
 
-def _remove(model: Any, edit: Edit, force: bool) -> None:
-    ledger = _ledger(model, edit.layer)
+def _remove(model: Any, edit: Edit, ledger: _Ledger, force: bool) -> None:
+    if _ledger(model, edit.layer) is not ledger:
+        raise ValueError(
+            f"the parameter that held this edit of layer {edit.layer} is not in the model any more "
+            "(weight processing, or load_state_dict(assign=True), replaced it); reload the model"
+        )
     found = adapter.weight_hash(adapter.w_out(model, edit.layer))
     if found != ledger.written_hash and not force:
         raise ValueError(_changed_by_others(edit.layer, "revert(force=True) discards that change"))
@@ -156,18 +177,27 @@ def _remove(model: Any, edit: Edit, force: bool) -> None:
 def _write(model: Any, layer: int, ledger: _Ledger, edits: list[Edit]) -> None:
     """Write base + edits into W_out and keep or drop the ledger; on an error nothing changes."""
     weight, owner = adapter.w_out(model, layer), adapter.weight_owner(model, layer)
-    new = ledger.base.clone()
+    new = ledger.base.to(weight).clone()
     for edit in edits:
         new += edit.delta().to(new)
     if not torch.isfinite(new).all():
         raise ValueError(f"the edit would put NaN or infinity into W_out of layer {layer}")
-    weight.copy_(new)
-    ledger.active, ledger.written_hash = edits, adapter.weight_hash(weight)
-    if edits:
+    old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
+    try:
+        ledger.active, ledger.written_hash = edits, adapter.weight_hash(new)
         owner._rome_ledger = ledger
-    else:
-        del owner._rome_ledger
+        weight.copy_(new)
+    except BaseException:
+        ledger.active, ledger.written_hash = state
+        weight.copy_(old)
+        raise
+    finally:
+        if not ledger.active:
+            vars(owner).pop("_rome_ledger", None)
 
 
 def _changed_by_others(layer: int, remedy: str) -> str:
-    return f"W_out of layer {layer} was changed by something else since it was edited; {remedy}"
+    return (
+        f"W_out of layer {layer}, or its dtype, was changed by something else since it was edited; "
+        f"{remedy}"
+    )

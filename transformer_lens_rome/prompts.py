@@ -49,7 +49,7 @@ class Encoder:
     """Turns texts into rows of tokens.
 
     Attributes:
-        tokenizer: The checkpoint's tokenizer.
+        tokenizer: The model's tokenizer; it is always called without special tokens.
         bos_id: The id that starts every row; None where rows start with their first token.
         start_id: The id from which text is sampled: BOS, else the end-of-text token.
     """
@@ -72,10 +72,13 @@ class Encoder:
                 f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(name, "
                 "use_fast=True) and pass it as tokenizer= when the model is wrapped"
             )
-        tokenizer = checkpoint_tokenizer(tokenizer)
         bos = tokenizer.bos_token_id
         if prepend_bos is None:
-            prepend_bos = bos is not None and tokenizer("a").input_ids[:1] == [bos]
+            own = checkpoint_tokenizer(tokenizer)
+            prepend_bos = bos is not None and own("a").input_ids[:1] == [bos]
+            logger.info(
+                "prompts start %s BOS, as the tokenizer has it", ("without", "with")[prepend_bos]
+            )
         if prepend_bos and bos is None:
             raise ValueError("prepend_bos=True, but the tokenizer has no BOS token")
         start = bos if bos is not None else tokenizer.eos_token_id
@@ -94,7 +97,8 @@ class Encoder:
         self, text: str, subject: tuple[int, int] | None = None, target: str | None = None
     ) -> Row:
         """Tokenise a text, with its subject at `text[start:end]` and a target to follow it."""
-        full = text if target is None else f"{text} {target.lstrip()}"
+        gap = "" if text[-1:].isspace() else " "
+        full = text if target is None else f"{text}{gap}{target.lstrip()}"
         encoded = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
         shift = int(self.prepends_bos)
         ids = [self.bos_id] * shift + encoded.input_ids
@@ -141,7 +145,11 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.debug("tokenizer %s has no files to reload: %s", tokenizer.name_or_path, error)
+            logger.info(
+                "tokenizer %s has no files of its own, so BOS is as it has it now (%s)",
+                tokenizer.name_or_path,
+                str(error).splitlines()[:1],
+            )
             found = None  # not the tokenizer itself: it would hold a reference to itself
         tokenizer._rome_checkpoint = found
     return tokenizer._rome_checkpoint or tokenizer
@@ -214,11 +222,18 @@ def target_index(
 
 @torch.no_grad()
 def top_tokens(
-    model: Any, prompt: str, k: int = 5, *, encoder: Encoder | None = None
+    model: Any,
+    prompt: str,
+    k: int = 5,
+    *,
+    prepend_bos: bool | None = None,
+    encoder: Encoder | None = None,
 ) -> list[tuple[str, float]]:
     """The k most probable next tokens after a prompt, with their probabilities."""
-    encoder = encoder or Encoder.of(model)
+    encoder = encoder or Encoder.of(model, prepend_bos)
     row = encoder.row(prompt)
+    if not row.ids:
+        raise ValueError("the prompt holds no token to predict from; give some text")
     last = torch.tensor([len(row.ids) - 1])
     logits = adapter.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
     best = logits.float().softmax(-1).topk(k)

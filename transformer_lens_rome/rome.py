@@ -58,9 +58,9 @@ class RomeConfig:
     Attributes:
         steps: Evaluations of the objective; there is one update fewer.
         lr: Adam's learning rate.
-        clamp: Largest ||delta|| in units of the value's norm. None: 4, or less where a norm
-            follows the MLP (`defaults.default_clamp`). Loosen it if the target is not reached,
-            tighten it if neighbours change.
+        clamp: Largest ||delta|| in units of the value's norm. None: the released constant, or less
+            where a norm follows the MLP (`defaults.default_clamp`). Loosen it if the target is
+            not reached, tighten it if neighbours change.
         weight_decay: Factor of ||delta|| / ||v||² in the objective.
         kl_factor: Factor of the KL term; larger keeps what else is said of the subject.
         stop_loss: Stop as soon as the objective is below this.
@@ -92,8 +92,8 @@ class RomeConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     @classmethod
-    def released(cls, *, clamp: float = 4.0, ridge: float = 0.0) -> RomeConfig:
-        """The published code to the letter; it clamps at 3 for GPT-2 medium."""
+    def released(cls, *, clamp: float | None = None, ridge: float = 0.0) -> RomeConfig:
+        """The published code to the letter; `clamp=None` is 4, but 3 for GPT-2 medium."""
         return cls(clamp=clamp, ridge=ridge, key="released")
 
 
@@ -127,10 +127,9 @@ def rome_edit(
     )
     edits = edits if isinstance(edits, list) else [edits]
     with ExitStack() as undo_on_error:
-        for edit in edits:
-            undo_on_error.callback(apply_edit(model, edit).revert)
+        done = [undo_on_error.enter_context(apply_edit(model, edit)) for edit in edits]
         undo_on_error.pop_all()
-    return AppliedEdit(model, tuple(edits))
+    return AppliedEdit(model, tuple(edits), tuple(one.ledgers[0] for one in done))
 
 
 def compute_rome_edit(
@@ -167,12 +166,15 @@ def compute_rome_edit(
     """
     if isinstance(request, str):
         raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
-    several = isinstance(request, Sequence)
+    several = not isinstance(request, (EditRequest, Mapping))
     requests = [_as_request(r) for r in (request if several else [request])]
     adapter.model_class(model)
-    if layer is None:
-        layer = defaults.default_layer(model)
+    layer = defaults.default_layer(model) if layer is None else layer
     adapter.check_editable(model, [layer])
+    if prefixes is not None:
+        _check_prefixes(prefixes, config)
+    if isinstance(second_moment, Mapping):
+        raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
     encoder = Encoder.of(model, prepend_bos)
     if second_moment is None:
         second_moment = default_second_moment(
@@ -183,7 +185,9 @@ def compute_rome_edit(
         prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
         logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
     if config.clamp is None:
-        config = dataclasses.replace(config, clamp=defaults.default_clamp(model, layer))
+        released = config.key == "released"
+        clamp = defaults.released_clamp(model) if released else defaults.default_clamp(model, layer)
+        config = dataclasses.replace(config, clamp=clamp)
     setting = _Setting(
         model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress
     )
@@ -194,6 +198,16 @@ def compute_rome_edit(
                 stack.enter_context(applied(model, edits[-1]))
             edits.append(_compute(setting, one))
     return edits if several else edits[0]
+
+
+def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
+    if isinstance(prefixes, str) or not prefixes or any("{}" in prefix for prefix in prefixes):
+        raise ValueError(
+            'prefixes is a list of texts to put before the prompt, with "" for the bare prompt '
+            f"(write 'Hello.' for the template 'Hello. {{}}'); got {prefixes!r}"
+        )
+    if config.key == "released" and prefixes[0] != "":
+        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
 
 
 def _as_request(request: Request) -> EditRequest:
@@ -225,10 +239,6 @@ class _Update(NamedTuple):
 def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
     """One edit: keys and values, v*, the rank-one solve, and its health."""
     model, layer, encoder, config = setting.model, setting.layer, setting.encoder, setting.config
-    if not setting.prefixes:
-        raise ValueError('prefixes is empty; give at least [""], the bare prompt')
-    if config.key == "released" and setting.prefixes[0] != "":
-        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
     rows = [
         encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
         for prefix in setting.prefixes
@@ -243,7 +253,7 @@ def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
         v,
         steps=config.steps,
         lr=config.lr,
-        clamp=config.clamp or 0.0,
+        clamp=config.clamp,
         weight_decay=config.weight_decay,
         kl_factor=config.kl_factor,
         stop_loss=config.stop_loss,

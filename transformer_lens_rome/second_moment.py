@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -39,11 +40,11 @@ class SecondMoment:
             not measured. 1 means that more text would change nothing.
     """
 
-    sum_kk: Float[Tensor, "d_mlp d_mlp"]
+    sum_kk: Float[Tensor, "d_mlp d_mlp"] = field(repr=False)
     n_tokens: int = 0
     layer: int | None = None
     prepend_bos: bool | None = None
-    probe: Float[Tensor, "probe"] | None = None
+    probe: Float[Tensor, "probe"] | None = field(default=None, repr=False)
     source: str = ""
     half_agreement: float | None = None
     _factor: tuple[float, Tensor] | None = field(default=None, repr=False)
@@ -77,10 +78,15 @@ class SecondMoment:
         Their GPT models take no BOS. The layer is read from their file name.
         """
         path = Path(path)
-        with np.load(path, allow_pickle=False) as file:
-            if missing := {"mom2.mom2", "mom2.count"} - set(file.files):
-                raise ValueError(f"{path} lacks {sorted(missing)}; it has {sorted(file.files)}")
-            total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
+        except FileNotFoundError:
+            raise
+        except (BadZipFile, KeyError, ValueError, OSError, EOFError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a whole statistics file with mom2.mom2 and mom2.count ({error})"
+            ) from error
         parts = path.name.split(".mlp")[0].split(".")
         layer = int(parts[-1]) if parts[-1].isdigit() else None
         found = {"layer": layer, "prepend_bos": False, "source": path.name}
@@ -106,7 +112,7 @@ class SecondMoment:
             raise ValueError("a key holds NaN or infinity; check the model's weights and dtype")
         self.sum_kk += keys.T @ keys
         self.n_tokens += len(keys)
-        self._factor = None
+        self._factor = self.half_agreement = None
 
     def merge(self, other: SecondMoment) -> SecondMoment:
         """The statistics of both corpora together."""
@@ -114,6 +120,8 @@ class SecondMoment:
             if getattr(self, name) != getattr(other, name):
                 mine, theirs = getattr(self, name), getattr(other, name)
                 raise ValueError(f"cannot merge statistics of different {name}: {mine}, {theirs}")
+        if not _same_probe(self.probe, other.probe):
+            raise ValueError("cannot merge statistics of different models: their probe keys differ")
         source = " + ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
         return SecondMoment(
             self.sum_kk + other.sum_kk.to(self.sum_kk),
@@ -205,9 +213,7 @@ class SecondMoment:
                     f"these statistics have {name} {mine}, the edit needs {value}; {remedy}"
                 )
         if self.probe is not None:
-            found = probe_keys(model, [layer])[layer]
-            same = found.shape == self.probe.shape and cosine(found, self.probe.to(found)) > 0.99
-            if not same:
+            if not _same_probe(self.probe, probe_keys(model, [layer])[layer]):
                 raise ValueError(
                     f"these statistics ({self.source}) are not from this model: its keys at layer "
                     f"{layer} are others; {remedy}"
@@ -215,10 +221,20 @@ class SecondMoment:
 
 
 def _singular(n_tokens: int, d_mlp: int) -> str:
+    if n_tokens < d_mlp:
+        return (
+            f"C from {n_tokens} tokens is singular for d_mlp={d_mlp}; collect at least {d_mlp} "
+            "tokens (several times that is better) or pass RomeConfig(ridge=1e-3)"
+        )
     return (
-        f"C from {n_tokens} tokens is singular for d_mlp={d_mlp}; collect at least {d_mlp} tokens "
-        "(several times that is better) or pass a ridge, for instance 1e-3"
+        f"C from {n_tokens} tokens is not positive definite: it holds NaN, or some of its {d_mlp} "
+        "neurons never fire; collect more text or pass RomeConfig(ridge=1e-3)"
     )
+
+
+def _same_probe(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two fingerprints can be of one model; an unknown one can be of any."""
+    return a is None or b is None or (a.shape == b.shape and cosine(a, b.to(a)) > 0.99)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

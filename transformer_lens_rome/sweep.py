@@ -19,10 +19,15 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.default_statistics import default_second_moment
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.prompts import Encoder, target_log_probs
-from transformer_lens_rome.rome import RomeConfig, compute_rome_edit
+from transformer_lens_rome.rome import Rome, RomeConfig
+from transformer_lens_rome.sampling import sample_prefixes
 from transformer_lens_rome.second_moment import SecondMoment
 
 logger = logging.getLogger(__name__)
@@ -66,54 +71,79 @@ def sweep_layers(
         seed: As in `compute_rome_edit`.
         out: A JSON Lines file that gets every record's numbers as they come; a sweep that was
             stopped goes on where it was.
-        progress: Show progress bars.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: no records, a layer out of range, or `out` holds rows of another setting.
     """
     if not records:
         raise ValueError("records is empty; give sweep_layers a few dozen flat CounterFact records")
-    setting = {"seed": seed, "config": json.loads(json.dumps(dataclasses.asdict(config)))}
-    done = _read(out, setting)
+    adapter.check_editable(model, layers)
     encoder = Encoder.of(model)
+    if prefixes is None:
+        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+    done = _read(out)
+    before: dict[int, dict[str, list[float]]] = {}
     scores = []
     for layer in layers:
+        if second_moments is None:
+            moment = default_second_moment(model, layer, prepend_bos=encoder.prepends_bos)
+        else:
+            moment = second_moments[layer]
+        method = Rome(layer, moment, tuple(prefixes), config)
+        setting = _setting(model, method, seed)
         rows = []
-        for record in records:
-            key = (layer, record["case_id"])
-            if key not in done:
-                options = {
-                    "second_moment": second_moments[layer] if second_moments else None,
-                    "prefixes": prefixes,
-                    "config": config,
-                    "seed": seed,
-                    "progress": progress,
-                }
-                done[key] = setting | _test_edit(model, encoder, record, layer, options)
-                _append(out, done[key])
-            rows.append(done[key])
-        before, after = (_percent([row[when] for row in rows]) for when in ("before", "after"))
-        scores.append(LayerScore(layer, len(rows), **after, before=before))
+        for record in tqdm(records, desc=f"edits at layer {layer}", disable=not progress):
+            case = record["case_id"]
+            if case not in before:
+                before[case] = _score(model, encoder, record)
+            if (row := done.get((layer, case))) is None:
+                row = _test_edit(model, encoder, record, method, seed)
+                row = {"layer": layer, "case_id": case, "before": before[case]} | row | setting
+                _append(out, row)
+            elif any(row.get(name) != value for name, value in setting.items()):
+                raise ValueError(
+                    f"{out} holds edits at layer {layer} of another model, configuration, seed, "
+                    "prefixes or statistics; give another file"
+                )
+            rows.append(row)
+        scores.append(_layer_score(layer, rows))
         logger.info("%s", scores[-1])
     return scores
 
 
+def _setting(model: Any, method: Rome, seed: int) -> dict[str, Any]:
+    """What a row depends on beside its record, as JSON gives it back."""
+    setting = {
+        "seed": seed,
+        "config": dataclasses.asdict(method.config),
+        "prefixes": method.prefixes,
+        "model_hash": adapter.weight_hash(adapter.w_out(model, method.layer)),
+        "second_moment": adapter.weight_hash(method.second_moment.sum_kk),
+    }
+    return json.loads(json.dumps(setting))
+
+
 def _test_edit(
-    model: Any, encoder: Encoder, record: Mapping[str, Any], layer: int, options: dict[str, Any]
+    model: Any, encoder: Encoder, record: Mapping[str, Any], method: Rome, seed: int
 ) -> dict[str, Any]:
-    """One edit: mean log-probabilities [new, true] of each prompt before and after."""
+    """One edit: mean log-probabilities [new, true] of each prompt after it."""
     started = time.perf_counter()
-    edit = compute_rome_edit(model, EditRequest.from_dict(record), layer=layer, **options)
+    edit = method.compute(model, EditRequest.from_dict(record), seed=seed)
     seconds = time.perf_counter() - started
-    before = _score(model, encoder, record)
     with applied(model, edit):
         after = _score(model, encoder, record)
     return {
-        "layer": layer,
-        "case_id": record["case_id"],
         "seconds": round(seconds, 2),
         "p_after": edit.health.p_after,
         "relative_norm": edit.health.relative_norm,
-        "before": before,
         "after": after,
     }
+
+
+def _layer_score(layer: int, rows: Sequence[Mapping[str, Any]]) -> LayerScore:
+    before, after = (_percent([row[when] for row in rows]) for when in ("before", "after"))
+    return LayerScore(layer, len(rows), **after, before=before)
 
 
 _PROMPTS = {"ES": "prompt", "PS": "rephrase_prompt", "NS": "locality_prompt"}
@@ -128,33 +158,23 @@ def _score(model: Any, encoder: Encoder, record: Mapping[str, Any]) -> dict[str,
 
 def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """ES, PS, NS and S of some records."""
-    wins = {
-        metric: [true > new if metric == "NS" else new > true for new, true in pairs]
-        for metric in _PROMPTS
-        if (pairs := [row[metric] for row in rows])
-    }
-    found = {metric: 100 * fmean(values) for metric, values in wins.items()}
+
+    def wins(metric: str, new: float, true: float) -> bool:
+        return true > new if metric == "NS" else new > true
+
+    found = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _PROMPTS}
     return found | {"S": harmonic_mean(list(found.values()))}
 
 
-def _read(out: Any, setting: Mapping[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """Rows that an earlier run wrote; a last line cut short by a crash does not count.
-
-    Raises:
-        ValueError: the file holds rows of another configuration or seed.
-    """
-    path = None if out is None else Path(out)
-    if path is None or not path.is_file():
+def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
+    """Rows that an earlier run wrote; a last line cut short by a crash does not count."""
+    if out is None or not Path(out).is_file():
         return {}
-    text = path.read_text()
+    text = Path(out).read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        Path(out).write_text(whole)
     rows = [json.loads(line) for line in whole.splitlines()]
-    if any(row[name] != value for row in rows for name, value in setting.items()):
-        raise ValueError(
-            f"{path} holds a sweep with another configuration or seed; choose another file"
-        )
     return {(row["layer"], row["case_id"]): row for row in rows}
 
 

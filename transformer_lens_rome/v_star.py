@@ -10,6 +10,7 @@ before any change. The KL term compares the predictions at the last subject toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -79,9 +80,10 @@ def read_keys_and_values(
         raise ValueError(
             f"a key at layer {layer} holds NaN or infinity; check the model's weights and dtype"
         )
-    expected = keys @ adapter.w_out(model, layer).detach() + adapter.b_out(model, layer)
-    error = (expected - values).float().norm() / values.float().norm()
-    if not error < 50 * torch.finfo(values.dtype).eps ** 0.75:
+    weight, bias = adapter.w_out(model, layer).detach(), adapter.b_out(model, layer)
+    expected = keys.float() @ weight.float() + bias.float()
+    error = (expected - values.float()).norm() / values.float().norm()
+    if not error < max(1e-3, 8 * torch.finfo(values.dtype).eps):
         raise NotImplementedError(
             f"{adapter.architecture(model)}: the value at layer {layer} is not key @ W_out + b_out "
             f"(relative error {error:.1e}), so a change of W_out would not do what ROME computes"
@@ -122,6 +124,11 @@ def optimise(
             kl = (log_p.exp() * (log_p - log_p_init)).sum()  # KL(current || initial)
             loss = nll + kl_factor * kl + weight_decay * delta.norm() / v.norm() ** 2
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(
+                    f"the objective is {losses[-1]} at step {step}; in float16 that is overflow: "
+                    "load the model in float32 or bfloat16"
+                )
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update()
             if losses[-1] < stop_loss or step == steps - 1:
