@@ -3,12 +3,14 @@
 import dataclasses
 
 import pytest
+import tiny_models
 import torch
 from conftest import make_model
 from rome_setting import CONFIG, LAYER, NEAR, PREFIXES, REQUEST, random_moment, small_edit
 
 from transformer_lens_rome import (
     RomeConfig,
+    adapter,
     applied,
     defaults,
     get_method,
@@ -303,3 +305,15 @@ def test_the_registered_method_is_rome(gpt2):
     assert method.compute(gpt2, REQUEST).digest == small_edit(gpt2).digest
     with pytest.raises(ValueError, match="no method 'memit'; there are .*'rome'"):
         get_method("memit")
+
+
+@pytest.mark.skipif(not tiny_models.has_bridge(), reason="needs a bridge")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_value_that_is_not_key_times_w_out_is_refused_in_half_precision(
+    bos_tokenizer, monkeypatch, dtype
+):
+    model = tiny_models.tiny_bridge("llama", bos_tokenizer, dtype=dtype)
+    small_edit(model, config=dataclasses.replace(CONFIG, steps=1))  # control
+    monkeypatch.setattr(adapter, "w_out", lambda model, layer: torch.zeros(120, 32, dtype=dtype))
+    with pytest.raises(NotImplementedError, match="is not key @ W_out"):
+        read_keys_and_values(model, LAYER, [Encoder.of(model).row("The old man", (4, 7))])
