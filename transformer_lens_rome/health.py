@@ -64,7 +64,7 @@ def _suspicions(
             f"the change is {health.relative_norm:.2f} times the weight's norm and may damage "
             "other facts; collect a larger second moment or pass a ridge"
         )
-    if health.key_agreement < 0.5:
+    if health.key_agreement < 0.3:
         found.append(
             f"the bare prompt's key and k* agree only to {health.key_agreement:.2f} (cosine); a "
             "subject at the start of the prompt does that: check the bare prompt after the edit"
@@ -76,7 +76,7 @@ def _suspicions(
             'an edit that disables the model; RomeConfig(key="mean") avoids it'
         )
     agreement = second_moment.half_agreement
-    if agreement is not None and agreement < 0.5:
+    if agreement is not None and agreement < 0.3:
         found.append(
             f"the second moment has not converged (half-sample agreement {agreement:.2f}); "
             f"collect more than its {second_moment.n_tokens} tokens"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -43,12 +43,24 @@ def sample_tokens(
         logits, cache = adapter.next_logits(model, new, cache)
         logits = logits.float().cpu()
         logits[:, special] = -torch.inf
-        if top_k is not None:
-            floor = logits.topk(top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, -torch.inf)
-        new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        if top_k is None:
+            new = _draw(logits, generator)
+        else:
+            best = logits.topk(top_k)
+            new = best.indices.gather(1, _draw(best.values, generator))
         tokens = torch.cat([tokens, new], dim=1)
     return tokens
+
+
+def _draw(logits: Float[Tensor, "n choice"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
+    """One choice a row, where the summed probabilities pass a uniform number.
+
+    For a vocabulary of 262,144 this takes a fraction of the time of `torch.multinomial`, which
+    draws a number for every choice.
+    """
+    passed = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator) * passed[:, -1:]
+    return torch.searchsorted(passed, uniform, right=True).clamp(max=logits.shape[1] - 1)
 
 
 def sample_prefixes(
@@ -84,7 +96,7 @@ def sampled_texts(
     n: int,
     *,
     length: int = 128,
-    batch_size: int = 64,
+    batch_size: int = 128,
     seed: int = 0,
     progress: bool = True,
 ) -> list[str]:
