@@ -84,7 +84,7 @@ SOUND = EditHealth(
         ({"key_agreement": 0.2}, None, False, "agree only to 0.20"),
         ({"k_C_k": 10.0}, None, False, "denominator is 0.10 of the mean key's"),
         ({"k_C_k": -1.0}, None, False, "denominator is -1.00"),
-        ({}, 0.3, False, "agreement 0.30"),
+        ({}, 0.2, False, "agreement 0.20"),
     ],
 )
 def test_each_suspicion_has_its_warning_and_no_other(gpt2, changes, agreement, known, words):
