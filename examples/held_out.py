@@ -3,8 +3,9 @@
     python examples/held_out.py RECORDS.json TEXT.txt [default | released]
 
 RECORDS are flat CounterFact records, of which the first 50 by case_id are used (the settings were
-chosen on records 200 to 319); TEXT is where the second moment comes from. Rows go to
-examples/results/ as they come, and a run that was stopped goes on where it was.
+chosen on records 200 to 319); TEXT is where the second moment comes from. The context prefixes
+were sampled once from the model and are kept beside the rows. Rows go to examples/results/ as they
+come, and a run that was stopped goes on where it was.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from transformer_lens_rome import RomeConfig, collect_second_moment, sample_prefixes, sweep_layers
+from transformer_lens_rome import RomeConfig, collect_second_moment, sweep_layers
 from transformer_lens_rome.demo import load_demo_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,7 +29,7 @@ def main(records_file: str, text_file: str, *names: str) -> None:
     chosen = {name: SETTINGS[name] for name in names or SETTINGS}
     layers = [layer for layer, _ in chosen.values()]
     moments = collect_second_moment(model, rows, layers, max_tokens=61_440, source="wikitext-2")
-    prefixes = sample_prefixes(model)
+    prefixes = json.loads((RESULTS / "prefixes.json").read_text())
     for name, (layer, config) in chosen.items():
         (score,) = sweep_layers(
             model,

@@ -3,8 +3,9 @@
     python examples/sweep_gemma.py RECORDS.json TEXT.txt [part of a setting's name]
 
 RECORDS are flat CounterFact records, of which 16 are used (positions 200 to 215 by case_id); TEXT
-is where the second moment comes from. Rows go to examples/results/sweep/ as they come, and a run
-that was stopped goes on where it was. Ends with the table of examples/guide/which_layer.md.
+is where the second moment comes from. Three prefixes instead of the default 21 make it quicker.
+Rows go to examples/results/sweep/ as they come, and a run that was stopped goes on where it was.
+Prints the table of examples/guide/which_layer.md.
 """
 
 import json
@@ -13,52 +14,45 @@ from pathlib import Path
 
 import torch
 
-from transformer_lens_rome import (
-    RomeConfig,
-    SecondMoment,
-    collect_second_moment,
-    sample_prefixes,
-    sampled_texts,
-    sweep_layers,
-)
-from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome import RomeConfig, SecondMoment, collect_second_moment, sweep_layers
+from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
 
 RESULTS = Path(__file__).parent / "results" / "sweep"
-PREFIX_LENGTHS = ((5, 1), (10, 1))  # with the bare prompt three, quicker than the default 21
 LAYERS = (0, 1, 2, 5, 8)
 SETTINGS = {
     **{f"layer {n}, clamp 0.75": (n, "text", RomeConfig(clamp=0.75)) for n in LAYERS},
     "layer 5, released": (5, "text", RomeConfig.released(ridge=1e-6)),
     "layer 0, C = I": (0, "identity", RomeConfig(clamp=0.75)),
-    "layer 0, C sampled": (0, "sampled", RomeConfig(clamp=0.75)),
     **{f"layer 0, clamp {c}": (0, "text", RomeConfig(clamp=c)) for c in (1.5, 4.0)},
     "layer 0, weight decay 10": (0, "text", RomeConfig(clamp=0.75, weight_decay=10.0)),
     "layer 0, KL 1": (0, "text", RomeConfig(clamp=0.75, kl_factor=1.0)),
+    "layer 0, C sampled": (0, "sampled", RomeConfig(clamp=0.75)),
 }
 
 
-def statistics(model, text_file: str) -> dict[str, dict[int, SecondMoment]]:
-    """C at every layer from a text, and at layer 0 from sampled text and as the identity."""
+def statistics(model, corpus: str, text_file: str) -> dict[int, SecondMoment]:
+    """C by layer, from the text, from text that the model writes, or as the identity."""
+    if corpus == "identity":
+        return {0: SecondMoment.identity(2048)}
+    if corpus == "sampled":
+        return {0: sampled_second_moment(model, 0)}
     ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
-    sampled = sampled_texts(model, 170)
-    return {
-        "text": collect_second_moment(model, rows, LAYERS, max_tokens=61_440, source="wikitext-2"),
-        "sampled": collect_second_moment(model, sampled, [0], max_tokens=20_000, source="sampled"),
-        "identity": {0: SecondMoment.identity(2048)},
-    }
+    return collect_second_moment(model, rows, LAYERS, max_tokens=61_440, source="wikitext-2")
 
 
 def main(records_file: str, text_file: str, part: str = "") -> None:
     """Run the settings and print a table of their scores."""
     records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])
     model = load_demo_model()
-    moments = statistics(model, text_file)
-    prefixes = sample_prefixes(model, PREFIX_LENGTHS)
+    prefixes = json.loads((RESULTS.parent / "prefixes.json").read_text())[::10]
+    moments: dict[str, dict[int, SecondMoment]] = {}
     print("| setting | ES | PS | NS | S | NS before |\n|---|---|---|---|---|---|")
     for name, (layer, corpus, config) in SETTINGS.items():
         if part not in name:
             continue
+        if corpus not in moments:
+            moments[corpus] = statistics(model, corpus, text_file)
         (score,) = sweep_layers(
             model,
             records[200:216],
