@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--model-class", choices=("bridge", "hooked"), default=_default_class())
+    shared.add_argument("--model-class", choices=("bridge", "hooked"), default=demo.default_class())
     shared.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
@@ -73,13 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--max-tokens", type=int, default=100_000)
     stats.set_defaults(run=run_statistics)
     return parser
-
-
-def _default_class() -> str:
-    """TransformerLens 2 has no bridge."""
-    from importlib.util import find_spec
-
-    return "bridge" if find_spec("transformer_lens.model_bridge") else "hooked"
 
 
 def run_demo(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ PyPI as four data packages, are joined in the cache folder, and are checked agai
 from __future__ import annotations
 
 import hashlib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +36,12 @@ ASK = [
 ]
 
 
-def load_demo_model(model_class: ModelClass = "bridge") -> Any:
+def load_demo_model(model_class: ModelClass | None = None) -> Any:
     """Gemma-3-270M in float32 on the CPU, without weight processing and without the network.
 
     Args:
         model_class: "bridge" for a TransformerBridge (TransformerLens 3.8 and later), "hooked" for
-            a HookedTransformer (before 4).
+            a HookedTransformer (before 4); None for the bridge where there is one.
 
     Raises:
         ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
@@ -49,7 +50,7 @@ def load_demo_model(model_class: ModelClass = "bridge") -> Any:
         return wrap(NAME, *load_demo_hf(), model_class)
 
 
-def load_model(name: str, model_class: ModelClass = "bridge") -> Any:
+def load_model(name: str, model_class: ModelClass | None = None) -> Any:
     """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
     if name == "demo":
         return load_demo_model(model_class)
@@ -61,9 +62,9 @@ def load_model(name: str, model_class: ModelClass = "bridge") -> Any:
         return wrap(name, hf, tokenizer, model_class)
 
 
-def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass = "bridge") -> Any:
+def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass | None = None) -> Any:
     """A Hugging Face model as a TransformerLens model of either class, in eval mode."""
-    if model_class == "bridge":
+    if (model_class or default_class()) == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
         return TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer).eval()
@@ -77,6 +78,11 @@ def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass = "bridge")
     return HookedTransformer.from_pretrained_no_processing(
         name, hf_model=hf, tokenizer=tokenizer, dtype=hf.dtype
     ).eval()
+
+
+def default_class() -> ModelClass:
+    """The class to load where nothing is said: TransformerLens 2 has no bridge."""
+    return "bridge" if find_spec("transformer_lens.model_bridge") else "hooked"
 
 
 def load_demo_hf() -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ Where paper, released code and this module differ:
     key in Λ                 the same         bare prompt's            mean over prefixes
     v* starts at             -                bare prompt's value      mean value over prefixes
     norm for decay, clamp    -                bare prompt's value      mean value over prefixes
-    clamp ||delta||          none             4 (3 for GPT-2 M)        4, less behind a norm
+    clamp ||delta||          none             4 (3 for GPT-2 M)        the same; 0.75 behind a norm
     prefixes                 50 of 2-10       1 + 10 of 5 + 10 of 10   1 + 10 of 5 + 10 of 10
     weight decay, KL factor  1.5e-3, 1e2      0.5, 0.0625              0.5, 0.0625
     stop at loss             5e-2             5e-2                     5e-2
