@@ -168,29 +168,9 @@ def compute_rome_edit(
         raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
     several = not isinstance(request, (EditRequest, Mapping))
     requests = [_as_request(r) for r in (request if several else [request])]
-    adapter.model_class(model)
-    layer = defaults.default_layer(model) if layer is None else layer
-    adapter.check_editable(model, [layer])
-    if prefixes is not None:
-        _check_prefixes(prefixes, config)
-    if isinstance(second_moment, Mapping):
-        raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
-    encoder = Encoder.of(model, prepend_bos)
-    if second_moment is None:
-        second_moment = default_second_moment(
-            model, layer, prepend_bos=encoder.prepends_bos, progress=progress
-        )
-    second_moment.check_fits(model, layer, encoder.prepends_bos)
-    if prefixes is None:
-        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
-        logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
-    if config.clamp is None:
-        released = config.key == "released"
-        clamp = defaults.released_clamp(model) if released else defaults.default_clamp(model, layer)
-        config = dataclasses.replace(config, clamp=clamp)
-    setting = _Setting(
-        model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress
-    )
+    if not requests:
+        raise ValueError("the list of requests is empty; give at least one EditRequest")
+    setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
     edits: list[RankOneEdit] = []
     with ExitStack() as stack:
         for one in requests:
@@ -225,6 +205,39 @@ class _Setting(NamedTuple):
     config: RomeConfig
     seed: int
     progress: bool
+
+
+def _resolve(
+    model: Any,
+    layer: int | None,
+    second_moment: SecondMoment | None,
+    prefixes: Sequence[str] | None,
+    config: RomeConfig,
+    seed: int,
+    prepend_bos: bool | None,
+    progress: bool,
+) -> _Setting:
+    """Check what was given and find, and announce, what was not."""
+    adapter.model_class(model)
+    layer = defaults.default_layer(model) if layer is None else layer
+    adapter.check_editable(model, [layer])
+    if prefixes is not None:
+        _check_prefixes(prefixes, config)
+    if isinstance(second_moment, Mapping):
+        raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
+    encoder = Encoder.of(model, prepend_bos)
+    bos = encoder.prepends_bos
+    if second_moment is None:
+        second_moment = default_second_moment(model, layer, prepend_bos=bos, progress=progress)
+    second_moment.check_fits(model, layer, bos)
+    if prefixes is None:
+        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+        logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
+    if config.clamp is None:
+        released = config.key == "released"
+        clamp = defaults.released_clamp(model) if released else defaults.default_clamp(model, layer)
+        config = dataclasses.replace(config, clamp=clamp)
+    return _Setting(model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress)
 
 
 class _Update(NamedTuple):
