@@ -17,7 +17,7 @@ RANKS = [
     {"edits", "sampling", "second_moment"},
     {"collection", "ledger", "defaults"},
     {"methods", "v_star", "default_statistics"},
-    {"health"},
+    {"health", "rome_config"},
     {"rome"},
     {"sweep", "export", "demo"},
     {"__init__", "__main__"},

@@ -1,0 +1,54 @@
+"""The constants of a ROME edit; `rome` tells where paper, released code and defaults differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformer_lens_rome.sampling import PREFIX_LENGTHS
+
+
+@dataclass(frozen=True)
+class RomeConfig:
+    """The constants of an edit.
+
+    Attributes:
+        steps: Evaluations of the objective; there is one update fewer.
+        lr: Adam's learning rate.
+        clamp: Largest ||delta|| in units of the value's norm. None: the released constant, or less
+            where a norm follows the MLP (`defaults.default_clamp`). Loosen it if the target is
+            not reached, tighten it if neighbours change.
+        weight_decay: Factor of ||delta|| / ||v||² in the objective.
+        kl_factor: Factor of the KL term; larger keeps what else is said of the subject.
+        stop_loss: Stop as soon as the objective is below this.
+        ridge: Added to C's diagonal, in units of its mean; 0 solves with C as it is.
+        key: "mean" uses one k*, the mean over prefixes, everywhere. "released" uses it in u only,
+            and the bare prompt's key and value in Λ, as the published code does.
+        prefix_lengths: (tokens, number of texts) pairs for sampled prefixes.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    clamp: float | None = None
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    stop_loss: float = 5e-2
+    ridge: float = 0.0
+    key: Literal["mean", "released"] = "mean"
+    prefix_lengths: tuple[tuple[int, int], ...] = PREFIX_LENGTHS
+
+    def __post_init__(self) -> None:
+        if self.key not in ("mean", "released"):
+            raise ValueError(f"key must be 'mean' or 'released', got {self.key!r}")
+        for name in ("steps", "lr", "clamp"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "kl_factor", "stop_loss", "ridge"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def released(cls, *, clamp: float | None = None, ridge: float = 0.0) -> RomeConfig:
+        """The published code to the letter; `clamp=None` is 4, but 3 for GPT-2 medium."""
+        return cls(clamp=clamp, ridge=ridge, key="released")
