@@ -17,6 +17,7 @@ from transformer_lens_rome import (
 )
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.defaults import default_layer
+from transformer_lens_rome.prompts import Encoder
 
 pytestmark = pytest.mark.real_model
 
@@ -52,6 +53,16 @@ def test_the_fact_changes_and_generalises(gemma, edit):
         assert top_tokens(gemma, NEIGHBOUR, 1)[0][0] == " Berlin"
         assert p(gemma, NEIGHBOUR, "Berlin") > 0.5 * neighbour
     assert top_tokens(gemma, REQUEST.text, 1)[0][0] == " Seattle"
+
+
+def test_words_are_not_letters(gemma):
+    """The tokenizer joins its pieces, in every version of transformers, and knows every text."""
+    encoder = Encoder.of(gemma)
+    words = ["▁Space", "▁Needle"]
+    assert encoder.tokenizer.convert_ids_to_tokens(encoder.ids(" Space Needle")) == words
+    assert encoder.ids("hi there") == [2202, 993] and encoder.prepends_bos
+    text = "Zoë naïve 東京 🗼 don’t\n\tend"
+    assert encoder.tokenizer.decode(encoder.ids(text)) == text
 
 
 def test_the_subject_token_is_the_last_one(edit):

@@ -12,7 +12,7 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"adapter", "files"},
+    {"adapter", "files", "gguf_tokenizer"},
     {"prompts"},
     {"edits", "sampling", "second_moment"},
     {"collection", "ledger", "defaults"},

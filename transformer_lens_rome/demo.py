@@ -18,6 +18,7 @@ from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import cache_folder, cached_second_moment
 from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest
+from transformer_lens_rome.gguf_tokenizer import gguf_tokenizer
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
 from transformer_lens_rome.second_moment import SecondMoment
@@ -90,7 +91,7 @@ def load_demo_hf() -> tuple[Any, Any]:
     import transformers
 
     path = demo_weights()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = gguf_tokenizer(path, path.parent / "tokenizer")
     options = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -1,0 +1,86 @@
+"""The demo model's tokenizer, built from its model file.
+
+transformers 4 (that of TransformerLens 2) builds it without its merges, so that words fall into
+letters; transformers 5 builds the same as we do, anew at each load. The file holds pieces and their
+scores, as SentencePiece does; BPE needs merges: every pair of pieces whose union is a piece, better
+scores first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+_CONTROL, _USER_DEFINED = 3, 4  # kinds of pieces in the file
+
+
+def gguf_tokenizer(path: Path, folder: Path) -> Any:
+    """The tokenizer of a Gemma model file; kept in a folder, from which it is loaded next time."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        pieces, scores, kinds = _read(path)
+        special = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
+        added = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _USER_DEFINED]
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_bpe(pieces, scores, special, added),
+            bos_token="<bos>",
+            eos_token="<eos>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+        )
+        part = folder.with_suffix(f".{os.getpid()}.part")
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _read(path: Path) -> tuple[list[str], list[float], list[int]]:
+    """Pieces, scores and kinds of the vocabulary."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+
+    def values(name: str) -> list:
+        field = fields[f"tokenizer.ggml.{name}"]
+        return [field.parts[i] for i in field.data]
+
+    pieces = [bytes(piece).decode("utf-8") for piece in values("tokens")]
+    return pieces, [s.item() for s in values("scores")], [k.item() for k in values("token_type")]
+
+
+def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to join two pieces to a third, in the order in which BPE must try them."""
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    found = []
+    for piece, score in zip(pieces, scores, strict=True):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                found.append((-score, ids[piece], ids[left], ids[right], (left, right)))
+    return [pair for *_, pair in sorted(found)]
+
+
+def _bpe(pieces: list[str], scores: list[float], special: list[str], added: list[str]) -> Any:
+    """Gemma's pipeline: spaces become a mark, unknown characters bytes, BOS comes first."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(
+        vocabulary, merges(pieces, scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A",
+        pair="<bos> $A <bos> $B",
+        special_tokens=[("<bos>", vocabulary["<bos>"])],
+    )
+    tokenizer.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in special])
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in added])
+    return tokenizer
