@@ -144,12 +144,12 @@ def sampled_second_moment(
 ) -> SecondMoment:
     """C from text that the model writes itself; made once, then kept in the cache folder.
 
-    `layer=None` is the model's default layer, `max_tokens=None` six tokens for each dimension of a
+    `layer=None` is the model's default layer, `max_tokens=None` four tokens for each dimension of a
     key. Made with the default, `rome_edit` finds these statistics by itself later.
     """
     layer = default_layer(model) if layer is None else layer
     corpus = "sampled" if max_tokens is None else f"sampled-{max_tokens}"
-    budget = 6 * len(w_out(model, layer)) if max_tokens is None else max_tokens
+    budget = 4 * len(w_out(model, layer)) if max_tokens is None else max_tokens
 
     def make() -> SecondMoment:
         length = 128
