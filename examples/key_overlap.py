@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from transformer_lens_rome import EditRequest, SecondMoment, collect_second_moment
-from transformer_lens_rome.adapter import Point, read
+from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.passes import read
 from transformer_lens_rome.prompts import Encoder, pad
 
 LAYERS = tuple(range(10))

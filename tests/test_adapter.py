@@ -11,7 +11,7 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import SHAPES, tiny_hf
 
-from transformer_lens_rome import adapter, defaults
+from transformer_lens_rome import adapter, defaults, passes
 from transformer_lens_rome.adapter import Point
 
 LAYER = 1
@@ -116,7 +116,7 @@ def test_value_is_key_times_w_out_plus_b_out(zoo, name, shape, processed):
     model = zoo(name, shape, processed)
     weight, bias = adapter.w_out(model, LAYER), adapter.b_out(model, LAYER)
     assert weight.shape[0] != weight.shape[1] == model.cfg.d_model == len(bias)
-    found = adapter.read(model, TOKENS, [KEY, VALUE])
+    found = passes.read(model, TOKENS, [KEY, VALUE])
     torch.testing.assert_close(found[KEY] @ weight + bias, found[VALUE], **close)
     if shape in ("gpt2", "gptj", "neox", "phi", "opt", "bloom"):  # the others have no bias
         assert not torch.allclose(found[KEY] @ weight, found[VALUE], atol=1e-2)
@@ -125,7 +125,7 @@ def test_value_is_key_times_w_out_plus_b_out(zoo, name, shape, processed):
 @raw_models
 def test_points_are_those_of_hugging_face(zoo, truth, name, shape):
     expected = hf_activations(truth(shape), shape)
-    found = adapter.read(zoo(name, shape), TOKENS, list(expected))
+    found = passes.read(zoo(name, shape), TOKENS, list(expected))
     for point, tensor in expected.items():
         torch.testing.assert_close(found[point], tensor, **close, msg=lambda m, p=point: f"{p} {m}")
 
@@ -135,9 +135,9 @@ def test_written_weight_is_the_one_that_runs(zoo, truth, name, shape, processed)
     model = zoo(name, shape, processed)
     weight = adapter.w_out(model, LAYER)
     change = change_like(weight)
-    before, clean = adapter.read(model, TOKENS, [KEY, VALUE]), logits_of(model)
+    before, clean = passes.read(model, TOKENS, [KEY, VALUE]), logits_of(model)
     with changed(weight, change):
-        after, edited = adapter.read(model, TOKENS, [KEY, VALUE]), logits_of(model)
+        after, edited = passes.read(model, TOKENS, [KEY, VALUE]), logits_of(model)
     assert torch.equal(before[KEY], after[KEY])
     torch.testing.assert_close(after[VALUE] - before[VALUE], before[KEY] @ change, **close)
     assert (edited - clean).abs().max() > 1e-2
@@ -153,7 +153,7 @@ def test_written_weight_is_the_one_that_runs(zoo, truth, name, shape, processed)
 @all_models
 def test_replacing_the_value_is_what_a_rank_one_edit_does(zoo, name, shape, processed):
     model = zoo(name, shape, processed)
-    keys = adapter.read(model, TOKENS, [KEY])[KEY]
+    keys = passes.read(model, TOKENS, [KEY])[KEY]
     k, lam = keys[0, 4], change_like(torch.empty(model.cfg.d_model)) * 5
     u = k / (k @ k)
     with adapter.hooks(model, [(VALUE, lambda v: v + (keys @ u)[..., None] * lam)]):
@@ -173,7 +173,7 @@ def test_value_is_read_before_the_norm_that_follows(zoo, name, shape, same):
         fwd_hooks=[(f"blocks.{LAYER}.hook_mlp_out", lambda t, hook: seen.append(t.clone()))]
     ):
         logits_of(model)
-    value = adapter.read(model, TOKENS, [VALUE])[VALUE]
+    value = passes.read(model, TOKENS, [VALUE])[VALUE]
     assert torch.allclose(seen[0], value, atol=1e-4) == same
 
 
@@ -213,7 +213,7 @@ def test_logits_at_chosen_places_are_those_of_the_full_forward(zoo, name, shape,
     batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     places = [(2, 7), (0, 10), (1, 3), (0, 0), (1, 0), (0, 10)]
     at = torch.tensor(places).T
-    found = adapter.logits_at(model, batch, *at).detach()
+    found = passes.logits_at(model, batch, *at).detach()
     expected = torch.stack([logits_of(model, rows[r][None])[0, p] for r, p in places])
     torch.testing.assert_close(found, expected, **close)
     if shape == "gemma2":
@@ -229,6 +229,6 @@ def test_cached_steps_give_the_logits_of_the_full_forward(zoo, name, shape):
     )
     expected = logits_of(model, tokens)
     for step in (4, 1, 1, 3):
-        logits, cache = adapter.next_logits(model, tokens[:, done : done + step], cache)
+        logits, cache = passes.next_logits(model, tokens[:, done : done + step], cache)
         done += step
         torch.testing.assert_close(logits, expected[:, done - 1], **close)

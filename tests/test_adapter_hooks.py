@@ -5,7 +5,7 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import has_bridge, tiny_bridge, tiny_hf
 
-from transformer_lens_rome import adapter, defaults
+from transformer_lens_rome import adapter, defaults, passes
 from transformer_lens_rome.adapter import Point
 
 LAYER = 1
@@ -41,9 +41,9 @@ def test_read_stops_early_and_leaves_nothing_behind(model_class, shape, tokenize
     handles = [
         block.register_forward_hook(lambda m, a, o: runs.append(1)) for block in model.blocks
     ]
-    found = adapter.read(model, TOKENS, [KEY, VALUE, Point("key", 0)])
+    found = passes.read(model, TOKENS, [KEY, VALUE, Point("key", 0)])
     assert len(runs) == LAYER  # the blocks below ran to their end; this one was cut short
-    adapter.read(model, TOKENS, [Point("resid_post", model.cfg.n_layers - 1)])
+    passes.read(model, TOKENS, [Point("resid_post", model.cfg.n_layers - 1)])
     assert len(runs) >= 2 * LAYER + 1
     for handle in handles:
         handle.remove()
@@ -56,7 +56,7 @@ def test_read_stops_early_and_leaves_nothing_behind(model_class, shape, tokenize
 def test_read_returns_no_graph_and_keeps_flags(gpt2):
     for parameter in gpt2.parameters():
         parameter.requires_grad_(True)
-    assert not adapter.read(gpt2, TOKENS, [VALUE])[VALUE].requires_grad
+    assert not passes.read(gpt2, TOKENS, [VALUE])[VALUE].requires_grad
     assert all(flags_of(gpt2))
 
 
@@ -65,9 +65,9 @@ def test_hooks_go_after_an_exception_and_the_users_stay(gpt2):
     gpt2.add_hook("blocks.0.hook_resid_post", lambda t, hook: 1.5 * t)
     hooks, theirs = count_hooks(gpt2), logits_of(gpt2)
     assert not torch.allclose(bare, theirs, atol=1e-2)
-    adapter.read(gpt2, TOKENS, [KEY, VALUE])
+    passes.read(gpt2, TOKENS, [KEY, VALUE])
     defaults.norm_follows_mlp(gpt2, LAYER)
-    adapter.logits_at(gpt2, TOKENS, torch.tensor([0]), torch.tensor([5]))
+    passes.logits_at(gpt2, TOKENS, torch.tensor([0]), torch.tensor([5]))
 
     def fail(tensor):
         raise KeyError("from inside a hook")
@@ -88,7 +88,7 @@ def test_hooks_go_after_an_exception_and_the_users_stay(gpt2):
 
 def test_hooks_on_one_point_are_applied_in_order(gpt2):
     seen = []
-    value = adapter.read(gpt2, TOKENS, [VALUE])[VALUE]
+    value = passes.read(gpt2, TOKENS, [VALUE])[VALUE]
     points = [(VALUE, lambda t: 2 * t), (VALUE, lambda t: t + 1), (VALUE, seen.append)]
     with adapter.hooks(gpt2, points):
         logits_of(gpt2)
@@ -101,7 +101,7 @@ def test_a_hook_that_never_fires_is_an_error(gpt2, monkeypatch):
             pass
     monkeypatch.setattr(adapter, "_hook_name", lambda model, point: "blocks.1.no_such_hook")
     with pytest.raises(NotImplementedError, match="no_such_hook"):
-        adapter.read(gpt2, TOKENS, [KEY])
+        passes.read(gpt2, TOKENS, [KEY])
 
 
 # ---------------------------------------------------------------- gradients
@@ -118,7 +118,7 @@ def test_gradients_inside_any_mode_and_flags_restored(gpt2, mode):
         assert not any(flags_of(gpt2))
         delta, kept = torch.zeros_like(towards, requires_grad=True), []
         with adapter.hooks(gpt2, [(VALUE, lambda t: t + delta), (RESID, kept.append)]):
-            adapter.final_residual(gpt2, TOKENS)
+            passes.final_residual(gpt2, TOKENS)
         # in GPT-2 the value is added to the residual stream as it is
         (gradient,) = torch.autograd.grad((kept[0] * towards).sum(), delta)
     torch.testing.assert_close(gradient, towards)
@@ -135,7 +135,7 @@ def test_logits_at_is_differentiable(gpt2):
 
     def logit(delta):
         with adapter.hooks(gpt2, [(Point("value", last), lambda t: t + delta)]):
-            return adapter.logits_at(gpt2, TOKENS, *place)[0, 17]
+            return passes.logits_at(gpt2, TOKENS, *place)[0, 17]
 
     with adapter.gradients_for(gpt2):
         delta = torch.zeros(gpt2.cfg.d_model, requires_grad=True)
@@ -212,7 +212,7 @@ def test_bfloat16_works(shape, tokenizer):
     full = tiny_bridge(shape, tokenizer)
     weight = adapter.w_out(half, LAYER)
     assert weight.dtype == torch.bfloat16
-    found, wide = (adapter.read(m, TOKENS, [KEY, VALUE]) for m in (half, full))
+    found, wide = (passes.read(m, TOKENS, [KEY, VALUE]) for m in (half, full))
     predicted = found[KEY].float() @ weight.float() + adapter.b_out(half, LAYER).float()
     torch.testing.assert_close(predicted, found[VALUE].float(), rtol=2e-2, atol=2e-2)
     error = (found[VALUE].float() - wide[VALUE]).norm() / wide[VALUE].norm()
@@ -221,5 +221,5 @@ def test_bfloat16_works(shape, tokenizer):
     assert adapter.weight_hash(weight) == adapter.weight_hash(weight.clone())
     with torch.no_grad():
         weight.zero_()
-    flat = adapter.read(half, TOKENS, [VALUE])[VALUE]
+    flat = passes.read(half, TOKENS, [VALUE])[VALUE]
     assert torch.equal(flat, adapter.b_out(half, LAYER).expand_as(flat))

@@ -10,9 +10,7 @@ Everything else asks here for the four points of a block that editing and tracin
 and for W_out itself, always `[d_mlp, d_model]`, so that `value = key @ W_out + b_out`.
 Neither model class is imported: TransformerLens 4 removed one of them, and 2.x lacks the other.
 
-Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
-so what stands after a row's last token changes nothing in it, whatever the architecture does with
-masks, positions or sliding windows.
+Its other half, `passes`, runs the models.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -200,33 +198,6 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
         raise RuntimeError(f"hooks that never fired on {architecture(model)}: {silent}")
 
 
-class _AllRead(Exception):
-    """Ends a forward pass as soon as everything asked for has been read."""
-
-
-@torch.no_grad()
-def read(
-    model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
-) -> dict[Point, Tensor]:
-    """Activations at some points of one forward pass, which stops once it has passed them all."""
-    found: dict[Point, Tensor] = {}
-
-    def reader(point: Point) -> Hook:
-        def keep(tensor: Tensor) -> None:
-            found[point] = tensor.detach().clone()
-            if len(found) == len(set(points)):
-                raise _AllRead
-
-        return keep
-
-    try:
-        with hooks(model, [(point, reader(point)) for point in points]):
-            final_residual(model, tokens)
-    except _AllRead:
-        pass
-    return found
-
-
 @contextmanager
 def gradients_for(model: Any) -> Iterator[None]:
     """Gradients on, also inside a caller's `no_grad`, with every parameter frozen until exit."""
@@ -239,88 +210,6 @@ def gradients_for(model: Any) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-# ---------------------------------------------------------------- forward passes
-
-
-def logits_at(
-    model: Any,
-    tokens: Int[Tensor, "batch pos"],
-    rows: Int[Tensor, "n"],
-    positions: Int[Tensor, "n"],
-) -> Float[Tensor, "n d_vocab"]:
-    """Next-token logits at chosen (row, position) pairs; no other position is unembedded."""
-    rows, positions = rows.to(tokens.device), positions.to(tokens.device)
-    if model_class(model) == "hooked":
-        final = final_residual(model, tokens)
-        return _unembed_hooked(model, final[rows.to(final.device), positions.to(final.device)])
-
-    def choose(_module: Any, args: tuple) -> tuple:
-        hidden = args[0]
-        chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
-        return (chosen[:, None], *args[1:])
-
-    handle = model.unembed.register_forward_pre_hook(choose)
-    try:
-        logits = final_residual(model, tokens)
-    finally:
-        handle.remove()
-    if logits.shape[:2] != (len(rows), 1):
-        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
-    return logits[:, 0]
-
-
-def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
-    """One forward pass over right-padded tokens.
-
-    Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
-    """
-    if tokens.shape[1] > (model.cfg.n_ctx or tokens.shape[1]):
-        raise ValueError(
-            f"a text of {tokens.shape[1]} tokens is longer than the model's context of "
-            f"{model.cfg.n_ctx}; shorten the prompt or its prefix"
-        )
-    tokens = tokens.to(model.cfg.device)
-    mask = torch.ones_like(tokens)
-    if model_class(model) == "hooked":
-        return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
-    return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
-
-
-def _unembed_hooked(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    """Final norm, unembedding and soft cap by hand: `model.unembed` copies W_U at each call."""
-    logits = model.ln_final(residual[:, None])[:, 0] @ model.W_U + model.b_U
-    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
-
-
-@torch.no_grad()
-def next_logits(
-    model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
-) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
-    """Logits after the last of some new tokens, and the cache to pass with the next ones."""
-    tokens = tokens.to(model.cfg.device)
-    if model_class(model) == "bridge":
-        kind = "logits_and_cache"
-        logits, cache = model(tokens, return_type=kind, use_cache=True, past_key_values=cache)
-        return logits[:, -1], cache
-    if cache is None:
-        cache = _empty_hooked_cache(model, len(tokens))
-    # without a mask, a start token that is also the padding token would be taken for padding
-    mask = torch.ones_like(tokens)
-    last = model.cfg.n_layers
-    final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
-    return _unembed_hooked(model, final[:, -1]), cache
-
-
-def _empty_hooked_cache(model: Any, batch: int) -> Any:
-    """A key-value cache for a HookedTransformer; 3.x renamed the class."""
-    try:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
-    except ImportError:
-        from transformer_lens import HookedTransformerKeyValueCache as Cache
-    return Cache.init_cache(model.cfg, model.cfg.device, batch)
 
 
 # ---------------------------------------------------------------- Hugging Face side

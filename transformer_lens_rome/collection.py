@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.prompts import Encoder, Row, pad
 from transformer_lens_rome.second_moment import SecondMoment, cosine, probe_keys
@@ -114,7 +114,7 @@ def _add(
 ) -> None:
     """Run one batch; even pieces of text go to the first half, odd ones to the second."""
     rows = [row for _, row in batch]
-    keys = adapter.read(model, pad(rows), [Point("key", n) for n in layers])
+    keys = passes.read(model, pad(rows), [Point("key", n) for n in layers])
     for point, found in keys.items():
         for half in (0, 1):
             mine = [found[i, : len(r.ids)] for i, (n, r) in enumerate(batch) if n % 2 == half]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def norm_follows_mlp(model: Any, layer: int) -> bool:
 
     def output(times: float) -> Tensor:
         with adapter.hooks(model, [(value, lambda tensor: times * tensor)]):
-            return adapter.read(model, tokens, [resid])[resid].float()
+            return passes.read(model, tokens, [resid])[resid].float()
 
     none, two, four = output(0.0), output(2.0), output(4.0)
     return bool((four - two).norm() < 0.5 * (two - none).norm())

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import passes
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list
         chosen = order[first : first + batch_size]
         batch = [rows[i] for i in chosen]
         where, at, labels = target_index(batch)
-        log_probs = adapter.logits_at(model, pad(batch), where, at).float().log_softmax(-1).cpu()
+        log_probs = passes.logits_at(model, pad(batch), where, at).float().log_softmax(-1).cpu()
         picked = log_probs.gather(1, labels[:, None])[:, 0]
         correct = log_probs.argmax(-1) == labels
         sizes = [len(row.target) for row in batch]
@@ -235,6 +235,6 @@ def top_tokens(
     if not row.ids:
         raise ValueError("the prompt holds no token to predict from; give some text")
     last = torch.tensor([len(row.ids) - 1])
-    logits = adapter.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
+    logits = passes.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
     best = logits.float().softmax(-1).topk(k)
     return [(encoder.tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices)]

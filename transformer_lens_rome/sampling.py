@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import passes
 from transformer_lens_rome.prompts import Encoder
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
@@ -40,7 +40,7 @@ def sample_tokens(
     tokens = torch.full((n, 1), encoder.start_id)
     new, cache = tokens, None
     for _ in tqdm(range(length - 1), desc="sampling text", disable=not progress):
-        logits, cache = adapter.next_logits(model, new, cache)
+        logits, cache = passes.next_logits(model, new, cache)
         logits = logits.float().cpu()
         logits[:, special] = -torch.inf
         if top_k is None:
@@ -124,7 +124,7 @@ def greedy_continuation(
     encoder = encoder or Encoder.of(model)
     new, cache, found = torch.tensor([encoder.row(prompt).ids]), None, []
     for _ in range(n_tokens):
-        logits, cache = adapter.next_logits(model, new, cache)
+        logits, cache = passes.next_logits(model, new, cache)
         new = logits.argmax(-1, keepdim=True).cpu()
         found.append(new.item())
     return encoder.tokenizer.decode(found, skip_special_tokens=True)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.files import read_tensors, write_tensors
 
@@ -248,5 +248,5 @@ def probe_keys(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, "pr
     An edit of a layer's own W_out leaves it as it is.
     """
     tokens = torch.arange(1, 9)[None] * 37 % model.cfg.d_vocab
-    found = adapter.read(model, tokens, [Point("key", layer) for layer in layers])
+    found = passes.read(model, tokens, [Point("key", layer) for layer in layers])
     return {point.layer: keys.float().cpu().flatten() for point, keys in found.items()}

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.partial_forward import Change, PartialForward
 from transformer_lens_rome.prompts import Row, pad, target_index
 
 
@@ -39,27 +40,39 @@ class Optimised(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of one optimisation as tensors; the last row is the one for the KL term."""
+    """The rows of one optimisation, and where in them the objective looks.
 
-    tokens: Int[Tensor, "row pos"]
-    lookup: Int[Tensor, "row"]  # the last subject token of each row
-    where: Int[Tensor, "scored"]  # row, position and label of every target token
+    Attributes:
+        rows: Token ids up to the last one that is needed.
+        lookup: The last subject token of each row.
+        where: The row of each scored token; the last entry is the KL term's.
+        at: The position from which it is predicted.
+        labels: Target tokens, one fewer than scored.
+        weights: Mean over a row's target tokens, then over rows.
+    """
+
+    rows: list[tuple[int, ...]]
+    lookup: Int[Tensor, "row"]
+    where: Int[Tensor, "scored"]
     at: Int[Tensor, "scored"]
-    labels: Int[Tensor, "scored"]
-    weights: Float[Tensor, "scored"]  # mean over a row's target tokens, then over rows
+    labels: Int[Tensor, "n"]
+    weights: Float[Tensor, "n"]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], kl_row: Row, device: Any) -> Batch:
-        """Collect the rows; `where` and `at` get one more entry, for the KL row."""
-        every = [*rows, kl_row]
-        lookup = torch.tensor([row.subject[-1] for row in every])
+    def of(cls, rows: Sequence[Row], kl_row: Row) -> Batch:
+        """Collect the rows, and the one for the KL term unless another begins just like it."""
         where, at, labels = target_index(rows)
-        sizes = torch.tensor([len(row.target) for row in rows])
-        weights = 1 / (sizes[where] * len(rows))
-        where = torch.cat([where, torch.tensor([len(rows)])])
-        at = torch.cat([at, lookup[-1:]])
-        tensors = (pad(every), lookup, where, at, labels, weights)
-        return cls(*(tensor.to(device) for tensor in tensors))
+        weights = 1 / (torch.tensor([len(row.target) for row in rows])[where] * len(rows))
+        ids = [row.ids[: row.target[-1]] for row in rows]
+        lookup = [row.subject[-1] for row in rows]
+        last = kl_row.subject[-1]
+        begins = kl_row.ids[: last + 1]
+        alike = [i for i, row in enumerate(ids) if lookup[i] == last and row[: last + 1] == begins]
+        if not alike:
+            alike, ids, lookup = [len(ids)], [*ids, begins], [*lookup, last]
+        where = torch.cat([where, torch.tensor(alike[:1])])
+        at = torch.cat([at, torch.tensor([last])])
+        return cls(ids, torch.tensor(lookup), where, at, labels, weights)
 
 
 def read_keys_and_values(
@@ -73,7 +86,7 @@ def read_keys_and_values(
         ValueError: a key is not finite.
     """
     key, value = Point("key", layer), Point("value", layer)
-    found = adapter.read(model, pad(rows), [key, value])
+    found = passes.read(model, pad(rows), [key, value])
     index = torch.arange(len(rows)), torch.tensor([row.subject[-1] for row in rows])
     keys, values = found[key][index], found[value][index]
     if not torch.isfinite(keys).all():
@@ -113,12 +126,13 @@ def optimise(
     losses: list[float] = []
     clamp_hits, log_p_init = 0, None
     with adapter.gradients_for(model), tqdm(total=steps, desc="v*", disable=not progress) as bar:
-        batch = Batch.of(rows, kl_row, v.device)
+        batch = Batch.of(rows, kl_row)
+        forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
         delta = torch.zeros_like(v)
         adam = torch.optim.Adam([delta], lr=lr)
         for step in range(steps):
             delta.requires_grad_(True)
-            nll, log_p = _nll_and_kl_prediction(model, layer, batch, delta)
+            nll, log_p = _nll_and_kl_prediction(forward, layer, batch, delta)
             if log_p_init is None:
                 log_p_init = log_p.detach()
             kl = (log_p.exp() * (log_p - log_p_init)).sum()  # KL(current || initial)
@@ -140,20 +154,15 @@ def optimise(
 
 
 def _nll_and_kl_prediction(
-    model: Any, layer: int, batch: Batch, delta: Float[Tensor, "d_model"]
+    forward: PartialForward, layer: int, batch: Batch, delta: Float[Tensor, "d_model"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d_vocab"]]:
     """Mean NLL of the target, and the log-probabilities after the subject in the KL row."""
-    rows = torch.arange(len(batch.tokens), device=delta.device)
-
-    def add_delta(value: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
-        added = delta.to(value).expand(len(rows), -1)
-        return value.index_put((rows, batch.lookup), added, accumulate=True)
-
-    with adapter.hooks(model, [(Point("value", layer), add_delta)]):
-        logits = adapter.logits_at(model, batch.tokens, batch.where, batch.at)
+    every = torch.arange(len(batch.rows))
+    add = Change(Point("value", layer), every, batch.lookup, lambda value: value + delta.to(value))
+    logits = forward.logits([add], batch.where, batch.at)
     log_p = logits.to(delta.device).float().log_softmax(-1)
-    picked = log_p[:-1].gather(1, batch.labels[:, None])[:, 0]
-    return -(batch.weights * picked).sum(), log_p[-1]
+    picked = log_p[torch.arange(len(batch.labels)), batch.labels]
+    return -(batch.weights.to(picked) * picked).sum(), log_p[-1]
 
 
 @torch.no_grad()

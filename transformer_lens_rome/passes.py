@@ -1,0 +1,257 @@
+"""Forward passes of both model classes: whole, continued from a cache, or block by block.
+
+The other half of `adapter`, which knows where things are in a model; here they are run.
+
+Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
+so what stands after a row's last token changes nothing in it, whatever the architecture does with
+masks, positions or sliding windows. Only where tokens follow on cached ones does padding stand on
+the left, behind a mask, so that in every row they follow without a gap.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.adapter import Hook, Point, architecture, model_class
+
+# ---------------------------------------------------------------- whole
+
+
+class _AllRead(Exception):
+    """Ends a forward pass as soon as everything asked for has been read."""
+
+
+@torch.no_grad()
+def read(
+    model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
+) -> dict[Point, Tensor]:
+    """Activations at some points of one forward pass, which stops once it has passed them all."""
+    found: dict[Point, Tensor] = {}
+
+    def reader(point: Point) -> Hook:
+        def keep(tensor: Tensor) -> None:
+            found[point] = tensor.detach().clone()
+            if len(found) == len(set(points)):
+                raise _AllRead
+
+        return keep
+
+    try:
+        with adapter.hooks(model, [(point, reader(point)) for point in points]):
+            final_residual(model, tokens)
+    except _AllRead:
+        pass
+    return found
+
+
+def logits_at(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    rows: Int[Tensor, "n"],
+    positions: Int[Tensor, "n"],
+) -> Float[Tensor, "n d_vocab"]:
+    """Next-token logits at chosen (row, position) pairs; no other position is unembedded."""
+    rows, positions = rows.to(tokens.device), positions.to(tokens.device)
+    if model_class(model) == "hooked":
+        final = final_residual(model, tokens)
+        return unembed(model, final[rows.to(final.device), positions.to(final.device)])
+    with _unembed_only(model, rows, positions):
+        logits = final_residual(model, tokens)
+    if logits.shape[:2] != (len(rows), 1):
+        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
+    return logits[:, 0]
+
+
+def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+    """One forward pass over right-padded tokens.
+
+    Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
+    """
+    if tokens.shape[1] > (model.cfg.n_ctx or tokens.shape[1]):
+        raise ValueError(
+            f"a text of {tokens.shape[1]} tokens is longer than the model's context of "
+            f"{model.cfg.n_ctx}; shorten the prompt or its prefix"
+        )
+    tokens = tokens.to(model.cfg.device)
+    mask = torch.ones_like(tokens)
+    if model_class(model) == "hooked":
+        return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+    return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
+
+
+# ---------------------------------------------------------------- the end of a pass
+
+
+def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """Logits from residuals after the last block: final norm, unembedding, soft cap.
+
+    A HookedTransformer's own `unembed` copies W_U at each call, so its product is written out.
+    """
+    normed = model.ln_final(residual[:, None])
+    if model_class(model) == "hooked":
+        logits = normed[:, 0] @ model.W_U + model.b_U
+    else:
+        logits = model.unembed(normed)[:, 0]
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+@contextmanager
+def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]:
+    """A bridge's passes give logits `[n, 1, d_vocab]` at chosen places, not at all of them."""
+
+    def choose(_module: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        return (chosen[:, None], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# ---------------------------------------------------------------- continued from a cache
+
+
+@torch.no_grad()
+def next_logits(
+    model: Any,
+    tokens: Int[Tensor, "batch new"],
+    cache: Any = None,
+    mask: Int[Tensor, "batch old_and_new"] | None = None,
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits after the last of some new tokens, and the cache to pass with the next ones.
+
+    The mask is 0 where there is padding among the cached and new tokens; None: nowhere.
+    """
+    tokens = tokens.to(model.cfg.device)
+    mask = None if mask is None else mask.to(tokens.device)
+    if model_class(model) == "bridge":
+        every = torch.arange(len(tokens))
+        with _unembed_only(model, every, torch.full_like(every, tokens.shape[1] - 1)):
+            logits, cache = model(
+                tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                return_type="logits_and_cache",
+            )
+        return logits[:, 0], cache
+    if cache is None:
+        cache = _empty_hooked_cache(model, len(tokens))
+    # it remembers the mask of what is cached, and without one a start token that is also the
+    # padding token would be taken for padding
+    new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+    last = model.cfg.n_layers
+    final = model(tokens, attention_mask=new, past_kv_cache=cache, stop_at_layer=last)
+    return unembed(model, final[:, -1]), cache
+
+
+def _empty_hooked_cache(model: Any, batch: int) -> Any:
+    """A key-value cache for a HookedTransformer; 3.x renamed the class."""
+    try:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+    except ImportError:
+        from transformer_lens import HookedTransformerKeyValueCache as Cache
+    return Cache.init_cache(model.cfg, model.cfg.device, batch)
+
+
+def _copy_of(cache: Any) -> Any:
+    """A cache to be written to in place of another; the tensors, which are not, stay shared."""
+    new = copy.copy(cache)
+    for name, value in list(vars(cache).items()) if cache is not None else ():
+        if isinstance(value, list):
+            setattr(new, name, [x if isinstance(x, Tensor) else copy.copy(x) for x in value])
+    return new
+
+
+# ---------------------------------------------------------------- block by block
+
+
+class BlockCall(NamedTuple):
+    """One block of a pass, and what it was given beside the residual: masks, positions, cache."""
+
+    block: Any
+    args: tuple
+    kwargs: dict[str, Any]
+    device: torch.device
+
+
+class Recording(NamedTuple):
+    """The calls of a model's last blocks in one pass, to be repeated with other residuals.
+
+    Attributes:
+        residual: What the first of the blocks was given.
+        calls: The calls in order.
+        cache: Keys and values of the tokens that stand before; None if there are none.
+        passed: The copy of the cache that the calls were given.
+    """
+
+    residual: Float[Tensor, "row pos d_model"]
+    calls: list[BlockCall]
+    cache: Any
+    passed: Any
+
+    def replay(self, residual: Float[Tensor, "row pos d_model"]) -> Tensor:
+        """The residual after the last block, when the first one is given this residual."""
+        fresh = _copy_of(self.cache)
+        for block, args, kwargs, device in self.calls:
+            args = tuple(fresh if value is self.passed else value for value in args)
+            kwargs = {k: fresh if value is self.passed else value for k, value in kwargs.items()}
+            output = block(residual.to(device), *args, **kwargs)
+            residual = output[0] if isinstance(output, tuple) else output
+        return residual
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    layer: int,
+    tokens: Int[Tensor, "row new"],
+    mask: Int[Tensor, "row old_and_new"],
+    cache: Any = None,
+) -> Recording:
+    """Run some tokens after cached ones, and record the calls of the blocks from `layer` on."""
+    residuals: list[Tensor] = []
+    calls: list[BlockCall] = []
+
+    def keep(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        residual, *rest = args or (kwargs.pop("hidden_states"),)
+        calls.append(BlockCall(block, tuple(rest), kwargs, residual.device))
+        if len(calls) == 1:
+            residuals.append(residual)
+
+    passed = _copy_of(cache)
+    blocks = list(model.blocks)[layer:]
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        if cache is None:
+            logits_at(model, tokens, torch.tensor([0]), torch.tensor([0]))
+        else:
+            next_logits(model, tokens, passed, mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Recording(residuals[0], calls, cache, passed)
+
+
+@torch.no_grad()
+def keys_and_values(
+    model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+) -> Any:
+    """The cache after some left-padded tokens; what is run after it leaves it as it is."""
+    _, cache = next_logits(model, tokens, mask=mask)
+    if model_class(model) == "hooked":
+        cache.freeze()
+    return cache
