@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,9 @@ class PartialForward:
     """What is left of a forward pass when only some tokens change, from some layer on.
 
     Attributes:
+        model: The model.
+        tokens: All rows, padded on the right.
+        first: The position of each row's first column in a pass: its start, or 0 in whole passes.
         recording: How to run the remainder; None where passes are whole.
     """
 
@@ -84,12 +88,12 @@ class PartialForward:
         """
         if any(not 0 <= start < len(ids) for ids, start in zip(rows, starts, strict=True)):
             raise ValueError("every start must be a position of its row")
-        self._model = model
+        self.model = model
         if cut is None:
             cut = _fits(model, rows, starts) and _can_be_cut(model)
         self.recording = _record(model, layer, rows, starts) if cut else None
-        self._tokens = _padded([list(ids) for ids in rows])
-        self._first = torch.tensor(starts) if cut else torch.zeros(len(rows), dtype=torch.long)
+        self.tokens = _padded([list(ids) for ids in rows])
+        self.first = torch.tensor(starts) if cut else torch.zeros(len(rows), dtype=torch.long)
 
     def logits(
         self,
@@ -102,15 +106,19 @@ class PartialForward:
         Pairs and changes stand at or after their row's start, and changes in the first layer or
         above. Differentiable in whatever the changes' functions hold.
         """
-        with adapter.hooks(self._model, [(change.point, self._hook(change)) for change in changes]):
+        with self.changed(changes):
             if self.recording is None:
-                return passes.logits_at(self._model, self._tokens, rows, positions)
+                return passes.logits_at(self.model, self.tokens, rows, positions)
             final = self.recording.replay(self.recording.residual)
-        index = (rows, positions - self._first[rows])
-        return passes.unembed(self._model, final[tuple(i.to(final.device) for i in index)])
+        index = (rows, positions - self.first[rows])
+        return passes.unembed(self.model, final[tuple(i.to(final.device) for i in index)])
+
+    def changed(self, changes: Sequence[Change]) -> AbstractContextManager[None]:
+        """While this is open, passes over these rows run with the changes made."""
+        return adapter.hooks(self.model, [(change.point, self._hook(change)) for change in changes])
 
     def _hook(self, change: Change) -> adapter.Hook:
-        columns = change.positions - self._first[change.rows]
+        columns = change.positions - self.first[change.rows]
 
         def replace(activation: Float[Tensor, "row column d"]) -> Float[Tensor, "row column d"]:
             index = (change.rows.to(activation.device), columns.to(activation.device))
@@ -168,9 +176,9 @@ def _difference(model: Any) -> str:
     last = torch.tensor([len(row) - 1 for row in rows])
     change = Change(Point("resid_post", layer), each, first, lambda old: 0.5 * old)
     part, whole = (
-        PartialForward(model, layer, rows, starts, cut=cut).logits([change], each, last).float()
+        PartialForward(model, layer, rows, starts, cut=cut).logits([change], each, last)
         for cut in (True, False)
     )
     error = ((part - whole).abs().max() / whole.abs().max()).item()
-    limit = max(1e-3, 16 * torch.finfo(adapter.w_out(model, layer).dtype).eps)
+    limit = max(1e-3, 16 * torch.finfo(whole.dtype).eps)
     return "" if error < limit else f"cached passes differ from whole ones by {error:.1e}"

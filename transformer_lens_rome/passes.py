@@ -125,20 +125,38 @@ def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]
 
 @torch.no_grad()
 def next_logits(
-    model: Any,
-    tokens: Int[Tensor, "batch new"],
-    cache: Any = None,
-    mask: Int[Tensor, "batch old_and_new"] | None = None,
+    model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
-    """Logits after the last of some new tokens, and the cache to pass with the next ones.
+    """Logits after the last of some new tokens, and the cache to pass with the next ones."""
+    return _continue(model, tokens, cache, None, torch.arange(len(tokens)))
 
-    The mask is 0 where there is padding among the cached and new tokens; None: nowhere.
+
+@torch.no_grad()
+def keys_and_values(
+    model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+) -> Any:
+    """The cache after some left-padded tokens; what is run after it leaves it as it is."""
+    _, cache = _continue(model, tokens, None, mask, torch.tensor([0]))
+    if model_class(model) == "hooked":
+        cache.freeze()
+    return cache
+
+
+def _continue(
+    model: Any,
+    tokens: Int[Tensor, "row new"],
+    cache: Any,
+    mask: Int[Tensor, "row old_and_new"] | None,
+    rows: Int[Tensor, "n"],
+) -> tuple[Float[Tensor, "n d_vocab"], Any]:
+    """Run new tokens after cached ones; logits after the last token of some rows, and the cache.
+
+    The mask is 0 where padding stands, among cached and new tokens; None: nowhere.
     """
-    tokens = tokens.to(model.cfg.device)
+    tokens, new = tokens.to(model.cfg.device), tokens.shape[1]
     mask = None if mask is None else mask.to(tokens.device)
     if model_class(model) == "bridge":
-        every = torch.arange(len(tokens))
-        with _unembed_only(model, every, torch.full_like(every, tokens.shape[1] - 1)):
+        with _unembed_only(model, rows, torch.full_like(rows, new - 1)):
             logits, cache = model(
                 tokens,
                 attention_mask=mask,
@@ -149,12 +167,12 @@ def next_logits(
         return logits[:, 0], cache
     if cache is None:
         cache = _empty_hooked_cache(model, len(tokens))
-    # it remembers the mask of what is cached, and without one a start token that is also the
+    # the cache remembers the mask of what it holds; without a mask, a start token that is also the
     # padding token would be taken for padding
-    new = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+    mask = torch.ones_like(tokens) if mask is None else mask[:, -new:]
     last = model.cfg.n_layers
-    final = model(tokens, attention_mask=new, past_kv_cache=cache, stop_at_layer=last)
-    return unembed(model, final[:, -1]), cache
+    final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
+    return unembed(model, final[rows.to(final.device), -1]), cache
 
 
 def _empty_hooked_cache(model: Any, batch: int) -> Any:
@@ -239,19 +257,8 @@ def record(
         if cache is None:
             logits_at(model, tokens, torch.tensor([0]), torch.tensor([0]))
         else:
-            next_logits(model, tokens, passed, mask)
+            _continue(model, tokens, passed, mask, torch.tensor([0]))
     finally:
         for handle in handles:
             handle.remove()
     return Recording(residuals[0], calls, cache, passed)
-
-
-@torch.no_grad()
-def keys_and_values(
-    model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
-) -> Any:
-    """The cache after some left-padded tokens; what is run after it leaves it as it is."""
-    _, cache = next_logits(model, tokens, mask=mask)
-    if model_class(model) == "hooked":
-        cache.freeze()
-    return cache
