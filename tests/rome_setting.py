@@ -13,6 +13,8 @@ from transformer_lens_rome import (
     compute_rome_edit,
 )
 from transformer_lens_rome.adapter import w_out, weight_hash
+from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.v_star import read_keys_and_values
 
 LAYER = 1
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris", "Seattle")
@@ -30,6 +32,12 @@ def random_moment(d_mlp: int, *, seed: int = 0) -> SecondMoment:
     square = torch.randn(d_mlp, d_mlp, generator=generator, dtype=torch.float64)
     keys = keys * torch.logspace(-0.5, 0.5, d_mlp, dtype=torch.float64) @ torch.linalg.qr(square).Q
     return SecondMoment.from_moment(keys.T @ keys / 1000, 1000)
+
+
+def keys_and_values(model, rows):
+    """Keys and values at the last subject token of some rows."""
+    ids, lookup = [row.ids for row in rows], [row.subject[-1] for row in rows]
+    return read_keys_and_values(PartialForward(model, LAYER, ids, lookup), LAYER)
 
 
 def small_edit(model, request=REQUEST, **options):

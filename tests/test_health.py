@@ -5,14 +5,22 @@ import dataclasses
 import pytest
 import torch
 from conftest import make_model
-from rome_setting import CONFIG, LAYER, NEAR, PREFIXES, REQUEST, random_moment, small_edit
+from rome_setting import (
+    CONFIG,
+    LAYER,
+    NEAR,
+    PREFIXES,
+    REQUEST,
+    keys_and_values,
+    random_moment,
+    small_edit,
+)
 
 from transformer_lens_rome import RomeConfig, applied, target_log_probs
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.edits import EditHealth
 from transformer_lens_rome.health import _suspicions
 from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.v_star import read_keys_and_values
 
 STRONG = RomeConfig(steps=20, lr=0.5, clamp=20.0)
 
@@ -38,7 +46,7 @@ def test_every_number_is_the_one_that_can_be_measured(model, key):
     assert found.p_after != pytest.approx(found.p_before, rel=1e-2)  # control
     encoder = Encoder.of(model)
     rows = [encoder.templated_row(REQUEST.prompt, REQUEST.subject, p) for p in PREFIXES]
-    keys = read_keys_and_values(model, LAYER, rows)[0]
+    keys = keys_and_values(model, rows)[0]
     k_mean = keys.mean(0)
     cosine = (keys[0] @ k_mean / keys[0].norm() / k_mean.norm()).item()
     assert found.key_agreement == pytest.approx(cosine, abs=1e-4)

@@ -6,13 +6,20 @@ import pytest
 import tiny_models
 import torch
 from conftest import make_model
-from rome_setting import CONFIG, LAYER, PREFIXES, REQUEST, random_moment, small_edit
+from rome_setting import (
+    CONFIG,
+    LAYER,
+    PREFIXES,
+    REQUEST,
+    keys_and_values,
+    random_moment,
+    small_edit,
+)
 
 from transformer_lens_rome import RomeConfig, SecondMoment, applied
 from transformer_lens_rome.adapter import b_out, w_out
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome import solve_rank_one
-from transformer_lens_rome.v_star import read_keys_and_values
 
 RELEASED = dataclasses.replace(CONFIG, key="released")
 
@@ -23,11 +30,11 @@ def model(request, model_class, tokenizer, bos_tokenizer):
     return make_model(model_class, request.param, known)
 
 
-def keys_and_values(model, prefixes=PREFIXES):
+def one_by_one(model, prefixes=PREFIXES):
     """Keys and values of REQUEST's subject after each prefix, one row at a time."""
     encoder = Encoder.of(model)
     rows = [encoder.templated_row(REQUEST.prompt, REQUEST.subject, p) for p in prefixes]
-    pairs = [read_keys_and_values(model, LAYER, [row]) for row in rows]
+    pairs = [keys_and_values(model, [row]) for row in rows]
     return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
 
 
@@ -45,7 +52,7 @@ def draw(*size, seed=0):
 
 def test_k_star_is_the_mean_key_and_gets_v_star(model):
     edit = small_edit(model)
-    keys, values = keys_and_values(model)
+    keys, values = one_by_one(model)
     assert relative(edit.k_star, keys.mean(0)) < 1e-5
     assert relative(edit.k_star, keys[0]) > 0.05  # control: the bare key is another one
     before = edit.k_star @ w_out(model, LAYER) + b_out(model, LAYER)
@@ -53,7 +60,7 @@ def test_k_star_is_the_mean_key_and_gets_v_star(model):
     assert relative(before, edit.v_star) > 0.05  # control: it had another value
     with applied(model, edit):
         W1 = w_out(model, LAYER).detach().clone()
-        after, moved = keys_and_values(model)
+        after, moved = one_by_one(model)
     assert relative(edit.k_star @ W1 + b_out(model, LAYER), edit.v_star) < 1e-5
     assert relative(moved.mean(0), edit.v_star) < 1e-4  # and so it is in the forward pass
     assert relative(after, keys) < 1e-5  # the edit changes no key of its own layer
@@ -69,7 +76,7 @@ def test_delta_has_rank_one_and_is_the_constrained_optimum(model, key):
     delta, C = edit.delta().double(), moment.C
     singular = torch.linalg.svdvals(delta)
     assert singular[0] > 1e-3 and singular[1] < 1e-6 * singular[0]
-    k_mean = keys_and_values(model)[0].mean(0).double()
+    k_mean = one_by_one(model)[0].mean(0).double()
     multiplier = torch.outer(k_mean, edit.lam.double())
     assert relative(C @ delta, multiplier) < 1e-4
     assert relative(delta, multiplier) > 0.5  # control: C = I is another edit
@@ -164,13 +171,13 @@ def test_the_solve_on_paper():
 
 def test_released_gives_the_bare_key_its_value_along_the_mean_key(model):
     edit = small_edit(model, config=RELEASED)
-    keys, _ = keys_and_values(model)
+    keys, _ = one_by_one(model)
     assert relative(edit.k_star, keys[0]) < 1e-5
     moment = random_moment(len(w_out(model, LAYER)))
     assert relative(edit.u, moment.solve(keys.mean(0)).float()) < 1e-4
     assert relative(edit.u, moment.solve(keys[0]).float()) > 0.05  # control
     with applied(model, edit):
-        _, values = keys_and_values(model)
+        _, values = one_by_one(model)
     assert relative(values[0], edit.v_star) < 1e-4
     assert relative(values.mean(0), edit.v_star) > 0.01  # which is what r-ROME objects to
 

@@ -10,7 +10,7 @@ import torch
 from conftest import make_model
 from rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
-from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit, v_star
+from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit, rome
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.partial_forward import Change, PartialForward
 from transformer_lens_rome.prompts import Encoder
@@ -25,7 +25,7 @@ def both_ways(monkeypatch, edit):
     """An edit on partial passes and on whole ones, and how far apart they are."""
     mine = edit()
     with monkeypatch.context() as patch:
-        patch.setattr(v_star, "PartialForward", partial(PartialForward, cut=False))
+        patch.setattr(rome, "PartialForward", partial(PartialForward, cut=False))
         whole = edit()
     difference = (mine.delta() - whole.delta()).norm() / whole.delta().norm()
     return mine, whole, difference.item()

@@ -6,7 +6,16 @@ import pytest
 import tiny_models
 import torch
 from conftest import make_model
-from rome_setting import CONFIG, LAYER, NEAR, PREFIXES, REQUEST, random_moment, small_edit
+from rome_setting import (
+    CONFIG,
+    LAYER,
+    NEAR,
+    PREFIXES,
+    REQUEST,
+    keys_and_values,
+    random_moment,
+    small_edit,
+)
 
 from transformer_lens_rome import (
     RomeConfig,
@@ -20,8 +29,9 @@ from transformer_lens_rome import (
 )
 from transformer_lens_rome.adapter import w_out, weight_hash
 from transformer_lens_rome.defaults import norm_follows_mlp
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder, join
-from transformer_lens_rome.v_star import optimise, read_keys_and_values
+from transformer_lens_rome.v_star import Batch, optimise
 
 CONSTANTS = {"steps": 2, "lr": 0.2, "clamp": 1e4, "stop_loss": 0.0, "progress": False}
 
@@ -38,13 +48,15 @@ def setting(model):
     parts = (REQUEST.prompt, REQUEST.subject)
     rows = [encoder.templated_row(*parts, prefix, REQUEST.target_new) for prefix in PREFIXES]
     kl_row = encoder.templated_row("{} is a", REQUEST.subject)
-    return rows, kl_row, read_keys_and_values(model, LAYER, rows)[1].mean(0)
+    return rows, kl_row, keys_and_values(model, rows)[1].mean(0)
 
 
 def search(model, *, kl_factor=0.0, weight_decay=0.0, **changed):
     rows, kl_row, v = setting(model)
     constants = CONSTANTS | {"kl_factor": kl_factor, "weight_decay": weight_decay} | changed
-    return optimise(model, LAYER, rows, kl_row, v, **constants)
+    batch = Batch.of(rows, kl_row)
+    forward = PartialForward(model, LAYER, batch.rows, batch.lookup.tolist())
+    return optimise(forward, LAYER, batch, v, **constants)
 
 
 @torch.no_grad()
@@ -316,4 +328,4 @@ def test_a_value_that_is_not_key_times_w_out_is_refused_in_half_precision(
     small_edit(model, config=dataclasses.replace(CONFIG, steps=1))  # control
     monkeypatch.setattr(adapter, "w_out", lambda model, layer: torch.zeros(120, 32, dtype=dtype))
     with pytest.raises(NotImplementedError, match="is not key @ W_out"):
-        read_keys_and_values(model, LAYER, [Encoder.of(model).row("The old man", (4, 7))])
+        keys_and_values(model, [Encoder.of(model).row("The old man", (4, 7))])

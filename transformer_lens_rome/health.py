@@ -11,6 +11,7 @@ from torch import Tensor
 from transformer_lens_rome import adapter
 from transformer_lens_rome.edits import EditHealth, RankOneEdit
 from transformer_lens_rome.ledger import applied
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder, score_rows
 from transformer_lens_rome.second_moment import SecondMoment, cosine
 from transformer_lens_rome.v_star import Optimised, read_keys_and_values
@@ -31,7 +32,8 @@ def measure_health(
     with applied(model, edit):
         after = score_rows(model, [bare])[0]
     weight = adapter.w_out(model, edit.layer).detach()
-    bare_key = read_keys_and_values(model, edit.layer, [bare])[0][0].cpu()
+    forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]])
+    bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
     k_mean = k_mean.cpu()
     health = EditHealth(
         subject_token=encoder.tokenizer.decode([bare.ids[bare.subject[-1]]]),

@@ -61,7 +61,8 @@ class PartialForward:
     Attributes:
         model: The model.
         tokens: All rows, padded on the right.
-        first: The position of each row's first column in a pass: its start, or 0 in whole passes.
+        starts: The first position of each row at which anything changes.
+        first: The position in each row of a pass's first column: its start, or 0 in whole passes.
         recording: How to run the remainder; None where passes are whole.
     """
 
@@ -91,9 +92,9 @@ class PartialForward:
         self.model = model
         if cut is None:
             cut = _fits(model, rows, starts) and _can_be_cut(model)
+        self.tokens, self.starts = _padded([list(ids) for ids in rows]), torch.tensor(starts)
+        self.first = self.starts if cut else torch.zeros_like(self.starts)
         self.recording = _record(model, layer, rows, starts) if cut else None
-        self.tokens = _padded([list(ids) for ids in rows])
-        self.first = torch.tensor(starts) if cut else torch.zeros(len(rows), dtype=torch.long)
 
     def logits(
         self,
@@ -112,6 +113,22 @@ class PartialForward:
             final = self.recording.replay(self.recording.residual)
         index = (rows, positions - self.first[rows])
         return passes.unembed(self.model, final[tuple(i.to(final.device) for i in index)])
+
+    def read(self, points: Sequence[Point]) -> list[Float[Tensor, "row d"]]:
+        """Activations at each row's start, with nothing changed, in the layers from the first on.
+
+        The pass stops once it has passed the last of the points.
+        """
+
+        def run() -> None:
+            if self.recording is None:
+                passes.final_residual(self.model, self.tokens)
+            else:
+                self.recording.replay(self.recording.residual)
+
+        found = passes.read_during(self.model, points, run)
+        every = torch.arange(len(self.tokens))
+        return [found[point][every, self.starts - self.first] for point in points]
 
     def changed(self, changes: Sequence[Change]) -> AbstractContextManager[None]:
         """While this is open, passes over these rows run with the changes made."""

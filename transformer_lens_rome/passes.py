@@ -11,7 +11,7 @@ the left, behind a mask, so that in every row they follow without a gap.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,11 +29,16 @@ class _AllRead(Exception):
     """Ends a forward pass as soon as everything asked for has been read."""
 
 
-@torch.no_grad()
 def read(
     model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
 ) -> dict[Point, Tensor]:
     """Activations at some points of one forward pass, which stops once it has passed them all."""
+    return read_during(model, points, lambda: final_residual(model, tokens))
+
+
+@torch.no_grad()
+def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> dict[Point, Tensor]:
+    """Activations at some points of any pass, which stops once it has passed them all."""
     found: dict[Point, Tensor] = {}
 
     def reader(point: Point) -> Hook:
@@ -46,7 +51,7 @@ def read(
 
     try:
         with adapter.hooks(model, [(point, reader(point)) for point in points]):
-            final_residual(model, tokens)
+            run()
     except _AllRead:
         pass
     return found
@@ -91,17 +96,34 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
 
 def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    """Logits from residuals after the last block: final norm, unembedding, soft cap.
-
-    A HookedTransformer's own `unembed` copies W_U at each call, so its product is written out.
-    """
-    normed = model.ln_final(residual[:, None])
-    if model_class(model) == "hooked":
-        logits = normed[:, 0] @ model.W_U + model.b_U
-    else:
-        logits = model.unembed(normed)[:, 0]
+    """Logits from residuals after the last block: final norm, unembedding, soft cap."""
+    logits = product(model.ln_final(residual[:, None])[:, 0], model.W_U, model.b_U)
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def product(
+    x: Float[Tensor, "n d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, "d_vocab"],
+    *,
+    block: int = 2048,
+) -> Float[Tensor, "n d_vocab"]:
+    """`x @ W_U + b_U`; on a CPU as a batch of products with blocks of the vocabulary.
+
+    One product of a few rows with a wide matrix is what CPU libraries do worst: for 12 rows and
+    262,144 tokens the blocks take half its time (`examples/benchmarks/unembedding.py`).
+    """
+    whole = W_U.shape[1] // block * block
+    if x.device.type != "cpu" or not whole:
+        return torch.addmm(b_U, x, W_U)
+    blocks = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)  # [blocks, d_model, block]
+    biases = b_U[:whole].unflatten(0, (-1, 1, block))
+    logits = torch.baddbmm(biases, x.expand(len(blocks), -1, -1), blocks)
+    logits = logits.transpose(0, 1).flatten(1)
+    if whole == W_U.shape[1]:
+        return logits
+    return torch.cat([logits, torch.addmm(b_U[whole:], x, W_U[:, whole:])], dim=1)
 
 
 @contextmanager

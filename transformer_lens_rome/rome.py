@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,11 +42,12 @@ from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.health import measure_health
 from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit
 from transformer_lens_rome.methods import register_method
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome_config import RomeConfig
 from transformer_lens_rome.sampling import sample_prefixes
 from transformer_lens_rome.second_moment import SecondMoment
-from transformer_lens_rome.v_star import optimise, read_keys_and_values
+from transformer_lens_rome.v_star import Batch, optimise, read_keys_and_values
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +129,7 @@ def compute_rome_edit(
         raise ValueError("the list of requests is empty; give at least one EditRequest")
     setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
     edits: list[RankOneEdit] = []
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.inference_mode(False):  # its tensors cannot meet a gradient
         for one in requests:
             if edits:
                 stack.enter_context(applied(model, edits[-1]))
@@ -211,13 +213,14 @@ def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
         encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
         for prefix in setting.prefixes
     ]
-    keys, values = read_keys_and_values(model, layer, rows)
+    batch = Batch.of(rows, encoder.templated_row("{} is a", request.subject))
+    forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
+    keys, values = (read[: len(rows)] for read in read_keys_and_values(forward, layer))
     v = values[0] if config.key == "released" else values.mean(0)
     found = optimise(
-        model,
+        forward,
         layer,
-        rows,
-        encoder.templated_row("{} is a", request.subject),
+        batch,
         v,
         steps=config.steps,
         lr=config.lr,

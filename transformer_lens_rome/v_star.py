@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.partial_forward import Change, PartialForward
-from transformer_lens_rome.prompts import Row, pad, target_index
+from transformer_lens_rome.prompts import Row, target_index
 
 
 class Optimised(NamedTuple):
@@ -76,19 +77,17 @@ class Batch(NamedTuple):
 
 
 def read_keys_and_values(
-    model: Any, layer: int, rows: Sequence[Row]
+    forward: PartialForward, layer: int
 ) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
-    """Keys and values at each row's last subject token, in float32.
+    """Keys and values at each row's start, the last subject token, in float32.
 
     Raises:
         NotImplementedError: value != key @ W_out + b_out, so this architecture's MLP is not what
             the edit assumes.
         ValueError: a key is not finite.
     """
-    key, value = Point("key", layer), Point("value", layer)
-    found = passes.read(model, pad(rows), [key, value])
-    index = torch.arange(len(rows)), torch.tensor([row.subject[-1] for row in rows])
-    keys, values = found[key][index], found[value][index]
+    model, points = forward.model, (Point("key", layer), Point("value", layer))
+    keys, values = forward.read(points)
     if not torch.isfinite(keys).all():
         raise ValueError(
             f"a key at layer {layer} holds NaN or infinity; check the model's weights and dtype"
@@ -105,10 +104,9 @@ def read_keys_and_values(
 
 
 def optimise(
-    model: Any,
+    forward: PartialForward,
     layer: int,
-    rows: Sequence[Row],
-    kl_row: Row,
+    batch: Batch,
     v: Float[Tensor, "d_model"],
     *,
     steps: int,
@@ -121,13 +119,13 @@ def optimise(
 ) -> Optimised:
     """Minimise L by Adam; at most `steps` losses and `steps - 1` updates, as released.
 
+    `forward` runs the batch's rows from their lookups on.
     After each update delta is pulled back to ||delta|| <= clamp · ||v||.
     """
     losses: list[float] = []
     clamp_hits, log_p_init = 0, None
-    with adapter.gradients_for(model), tqdm(total=steps, desc="v*", disable=not progress) as bar:
-        batch = Batch.of(rows, kl_row)
-        forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
+    bar = tqdm(total=steps, desc="v*", disable=not progress)
+    with adapter.gradients_for(forward.model), bar:
         delta = torch.zeros_like(v)
         adam = torch.optim.Adam([delta], lr=lr)
         for step in range(steps):
@@ -159,10 +157,10 @@ def _nll_and_kl_prediction(
     """Mean NLL of the target, and the log-probabilities after the subject in the KL row."""
     every = torch.arange(len(batch.rows))
     add = Change(Point("value", layer), every, batch.lookup, lambda value: value + delta.to(value))
-    logits = forward.logits([add], batch.where, batch.at)
-    log_p = logits.to(delta.device).float().log_softmax(-1)
-    picked = log_p[torch.arange(len(batch.labels)), batch.labels]
-    return -(batch.weights.to(picked) * picked).sum(), log_p[-1]
+    logits = forward.logits([add], batch.where, batch.at).to(delta.device).float()
+    scored, kl = logits.split([len(batch.labels), 1])
+    nll = cross_entropy(scored, batch.labels.to(logits.device), reduction="none")
+    return (batch.weights.to(nll) * nll).sum(), kl[0].log_softmax(-1)
 
 
 @torch.no_grad()
