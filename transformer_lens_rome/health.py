@@ -32,7 +32,7 @@ def measure_health(
     with applied(model, edit):
         after = score_rows(model, [bare])[0]
     weight = adapter.w_out(model, edit.layer).detach()
-    forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]])
+    forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]], cut=False)
     bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
     k_mean = k_mean.cpu()
     health = EditHealth(

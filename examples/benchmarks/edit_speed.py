@@ -93,10 +93,10 @@ class TimedForward(PartialForward):
         return logits
 
 
-def edit_all(model: Any, forward: Any, **options: Any) -> list[torch.Tensor]:
+def edit_all(model: Any, forward: Any, requests: Any, **options: Any) -> list[torch.Tensor]:
     """The updates of all requests, found with a way to run the model."""
     with patch.object(rome, "PartialForward", forward):
-        return [compute_rome_edit(model, r, **options).delta().double() for r in REQUESTS]
+        return [compute_rome_edit(model, r, **options).delta().double() for r in requests]
 
 
 def compare(model: Any, options: dict[str, Any], flops: bool) -> dict[str, Any]:
@@ -108,13 +108,16 @@ def compare(model: Any, options: dict[str, Any], flops: bool) -> dict[str, Any]:
     for name, forward in (("engine", PartialForward), ("plain", PlainForward)):
         with Measured(weight.device) as measured:
             updates[name] = edit_all(model, forward, **options)
-        found[name] = {"seconds": measured.seconds / len(REQUESTS), "peak_mb": measured.peak_mb}
+        found[name] = {
+            "seconds": measured.seconds / len(options["requests"]),
+            "peak_mb": measured.peak_mb,
+        }
         if flops:
             total = count_flops(lambda f=forward: edit_all(model, f, **options))
-            found[name]["gflop"] = total / len(REQUESTS) / 1e9
+            found[name]["gflop"] = total / len(options["requests"]) / 1e9
     watch = Stopwatch(weight.device)
     edit_all(model, partial(TimedForward, watch=watch), **options)
-    found["parts"] = {name: s / len(REQUESTS) for name, s in watch.parts.items()}
+    found["parts"] = {name: s / len(options["requests"]) for name, s in watch.parts.items()}
     pairs = zip(updates["engine"], updates["plain"], strict=True)
     found["difference"] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     for tokens in (32, 64, 256):
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer for --random")
     parser.add_argument("--layer", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=3)
     parser.add_argument("--prefixes", default="11", help="how many, or a JSON file with a list")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -166,7 +170,7 @@ def main() -> None:
     config = RomeConfig(steps=args.steps, clamp=4.0, stop_loss=0.0)
     options = {"layer": args.layer, "config": config, "progress": False}
     options["second_moment"] = SecondMoment.identity(len(w_out(model, args.layer)))
-    options["prefixes"] = prefixes(args.prefixes)
+    options["prefixes"], options["requests"] = prefixes(args.prefixes), REQUESTS[: args.requests]
     found = {"options": vars(args), "threads": torch.get_num_threads()}
     found |= compare(model, options, args.flops)
     print(table(found))
