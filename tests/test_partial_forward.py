@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from transformer_lens_rome import adapter, partial_forward, passes
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.partial_forward import Change, PartialForward
+from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
 
 ZOO = [
     (name, shape)
@@ -136,6 +136,73 @@ def test_agrees_with_the_models_own_passes_padded_on_either_side(
     torch.testing.assert_close(mine, own[torch.arange(4), ends], rtol=1e-4, atol=1e-4)
 
 
+# ---------------------------------------------------------------- noise, and variants at once
+
+
+def corrupted(rows, starts, d_model, *, replace):
+    """Noise on two tokens of each row, before and after its start where there is room."""
+    generator = torch.Generator().manual_seed(2)
+    places = {(i, p) for i, ids in enumerate(rows) for p in (starts[i] // 2, len(ids) - 1)}
+    where, at = torch.tensor(sorted(places)).T
+    return Noise(where, at, torch.randn(len(where), d_model, generator=generator), replace)
+
+
+def trials(model, rows, starts):
+    """Sets of changes that begin at different layers, out of order, one of them empty."""
+    every, first = torch.arange(len(rows)), torch.tensor(starts)
+    last = torch.tensor([len(ids) - 1 for ids in rows])
+    n = model.cfg.n_layers
+    return [
+        [Change(Point("mlp_out", n - 1), every, first, lambda old: 3 * old)],
+        [Change(Point("resid_post", 0), every, first, lambda old: old.roll(1, -1))],
+        [],
+        [Change(Point("attn_out", layer), every, last, torch.zeros_like) for layer in (1, 2)],
+        [Change(Point("resid_pre", 1), every[:1], first[:1], lambda old: -old)],
+    ]
+
+
+@pytest.mark.parametrize("replace", (False, True))
+@pytest.mark.parametrize(("name", "shape"), ZOO)
+def test_variants_under_noise(name, shape, replace, tokenizer):
+    model = make_model(name, shape, tokenizer)
+    for lengths, starts in (
+        ((12, 9, 15, 4), (7, 2, 11, 0)),
+        ((10, 10, 10), (7, 7, 7)),
+        ((9,), (4,)),
+    ):
+        rows = random_rows(lengths)
+        noise = corrupted(rows, starts, model.cfg.d_model, replace=replace)
+        where, at = scored(rows, starts)
+        sets = trials(model, rows, starts)
+        part, whole, quiet = (
+            PartialForward(model, 0, rows, starts, noise=some, cut=cut).variants(sets, where, at)
+            for some, cut in ((noise, True), (noise, False), (None, False))
+        )
+        assert part.shape == whole.shape == (5, len(where), model.cfg.d_vocab)
+        assert (part - whole).abs().max() < 2e-5 * whole.abs().max()
+        assert ((whole - quiet).abs().amax((1, 2)) > 0.1).all()
+        others = [i for i in range(5) if i != 2]
+        assert ((whole[others] - whole[2]).abs().amax((1, 2)) > 1e-2).all()
+
+
+@pytest.mark.parametrize(("name", "shape"), [pair for pair in ZOO if pair[1] != "bloom"])
+def test_variants_run_as_one_batch(name, shape, tokenizer):
+    """In each block once; BLOOM's bias has an entry a head as well as a row."""
+    model = make_model(name, shape, tokenizer)
+    rows, starts = random_rows((8, 8)), (5, 5)
+    forward = PartialForward(model, 0, rows, starts, cut=True)
+    forward.variants(trials(model, rows, starts), *scored(rows, starts))
+    sizes = []
+    handles = [
+        block.register_forward_hook(lambda m, a, out: sizes.append(len(_first(out))))
+        for block in model.blocks
+    ]
+    forward.variants(trials(model, rows, starts), *scored(rows, starts))
+    for handle in handles:
+        handle.remove()
+    assert sizes == [4, 8, 10]  # of two rows: two variants, then two more, then the last
+
+
 # ---------------------------------------------------------------- what it does not do
 
 
@@ -155,7 +222,7 @@ def test_only_what_can_change_is_run(model_class, tokenizer):
         handle.remove()
     assert [(i, tuple(shape)) for i, shape in ran] == [(1, (4, 4, 32)), (2, (4, 4, 32))]
     assert [tuple(shape[:-1]) for shape in unembedded] == [(2, 1)] and len(logits) == 2
-    assert not forward.recording.residual.requires_grad
+    assert not any(call.residual.requires_grad for call in forward.recording.calls)
 
 
 def _first(output):

@@ -1,10 +1,13 @@
 """The one place that knows `HookedTransformer` from `TransformerBridge`, and module paths.
 
-Everything else asks here for the four points of a block that editing and tracing touch:
+Everything else asks here for the points that editing and tracing touch:
 
     embed        output of the token embedding, before positions are added   [batch, pos, d_model]
+    resid_pre    residual stream before block l                               [batch, pos, d_model]
+    attn_out     what attention adds to it                                    [batch, pos, d_model]
     key          input of W_out at layer l (after the activation)             [batch, pos, d_mlp]
     value        output of W_out, bias included, before any norm after it     [batch, pos, d_model]
+    mlp_out      what the MLP adds to the residual: after any such norm       [batch, pos, d_model]
     resid_post   residual stream after block l                                [batch, pos, d_model]
 
 and for W_out itself, always `[d_mlp, d_model]`, so that `value = key @ W_out + b_out`.
@@ -28,7 +31,7 @@ from torch import Tensor
 class Point(NamedTuple):
     """A place in the model where an activation can be read or replaced."""
 
-    name: Literal["embed", "key", "value", "resid_post"]
+    name: Literal["embed", "resid_pre", "attn_out", "key", "value", "mlp_out", "resid_post"]
     layer: int = 0
 
 
@@ -154,8 +157,8 @@ def _hook_name(model: Any, point: Point) -> str | None:
         return "hook_embed"
     if point.name == "key":
         return f"blocks.{point.layer}.mlp.hook_post"
-    if point.name == "resid_post":
-        return f"blocks.{point.layer}.hook_resid_post"
+    if point.name != "value":
+        return f"blocks.{point.layer}.hook_{point.name}"
     module = _output_module(model, point.layer)
     return module.hook_out.name if model_class(model) == "bridge" else None
 

@@ -25,8 +25,10 @@ on each model, on a few tokens. Where it does not, every pass is a whole one, an
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.recording import Recording, record
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,22 @@ class Change(NamedTuple):
     fn: Callable[[Tensor], Tensor]
 
 
+class Noise(NamedTuple):
+    """A change of embeddings, before positions are added.
+
+    Attributes:
+        rows: The row of each token.
+        positions: Its position in that row.
+        values: What is added to each embedding, or put in its place.
+        replace: Put in its place.
+    """
+
+    rows: Int[Tensor, "n"]
+    positions: Int[Tensor, "n"]
+    values: Float[Tensor, "n d_model"]
+    replace: bool = False
+
+
 class PartialForward:
     """What is left of a forward pass when only some tokens change, from some layer on.
 
@@ -73,6 +92,7 @@ class PartialForward:
         rows: Sequence[Sequence[int]],
         starts: Sequence[int],
         *,
+        noise: Noise | None = None,
         cut: bool | None = None,
     ) -> None:
         """Run, once and without gradients, what stays the same.
@@ -82,6 +102,7 @@ class PartialForward:
             layer: The first block in which anything changes.
             rows: Token ids, not padded. What stands after the last scored token is best left out.
             starts: The first position of each row at which anything changes.
+            noise: A change of embeddings that holds in all passes.
             cut: False runs whole passes, True never does. None: where the model cannot be cut.
 
         Raises:
@@ -94,7 +115,8 @@ class PartialForward:
             cut = _fits(model, rows, starts) and _can_be_cut(model)
         self.tokens, self.starts = _padded([list(ids) for ids in rows]), torch.tensor(starts)
         self.first = self.starts if cut else torch.zeros_like(self.starts)
-        self.recording = _record(model, layer, rows, starts) if cut else None
+        self._layer, self._noise = layer, noise
+        self.recording = _record(model, layer, rows, starts, noise) if cut else None
 
     def logits(
         self,
@@ -107,12 +129,44 @@ class PartialForward:
         Pairs and changes stand at or after their row's start, and changes in the first layer or
         above. Differentiable in whatever the changes' functions hold.
         """
-        with self.changed(changes):
-            if self.recording is None:
-                return passes.logits_at(self.model, self.tokens, rows, positions)
-            final = self.recording.replay(self.recording.residual)
-        index = (rows, positions - self.first[rows])
-        return passes.unembed(self.model, final[tuple(i.to(final.device) for i in index)])
+        return self.variants([changes], rows, positions)[0]
+
+    def variants(
+        self,
+        variants: Sequence[Sequence[Change]],
+        rows: Int[Tensor, "n"],
+        positions: Int[Tensor, "n"],
+    ) -> Float[Tensor, "variant n d_vocab"]:
+        """The same for several sets of changes, each made by itself; run as one batch."""
+        if self.recording is None:
+            return torch.stack([self._whole(changes, rows, positions) for changes in variants])
+        if len(variants) == 1 or _can_be_stacked(self.model, len(self.tokens)):
+            return self.stacked(variants, rows, positions)
+        return torch.cat([self.stacked([one], rows, positions) for one in variants])
+
+    def stacked(
+        self,
+        variants: Sequence[Sequence[Change]],
+        rows: Int[Tensor, "n"],
+        positions: Int[Tensor, "n"],
+    ) -> Float[Tensor, "variant n d_vocab"]:
+        """Run variants as one batch, which each joins at the first layer that it changes."""
+        assert self.recording is not None
+        first = [min((c.point.layer for c in one), default=self._layer) for one in variants]
+        order = sorted(range(len(variants)), key=first.__getitem__)
+        with self.changed([variants[i] for i in order]):
+            final = self.recording.replay(Counter(first))
+        final = final.unflatten(0, (len(variants), -1))
+        rows, columns = rows.to(final.device), (positions - self.first[rows]).to(final.device)
+        chosen = final[torch.tensor(order).argsort()][:, rows, columns]
+        logits = passes.unembed(self.model, chosen.flatten(0, 1))
+        return logits.unflatten(0, chosen.shape[:2])
+
+    def _whole(
+        self, changes: Sequence[Change], rows: Int[Tensor, "n"], positions: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n d_vocab"]:
+        with self.changed([changes]):
+            return passes.logits_at(self.model, self.tokens, rows, positions)
 
     def read(self, points: Sequence[Point]) -> list[Float[Tensor, "row d"]]:
         """Activations at each row's start, with nothing changed, in the layers from the first on.
@@ -122,39 +176,72 @@ class PartialForward:
 
         def run() -> None:
             if self.recording is None:
-                passes.final_residual(self.model, self.tokens)
+                with self.changed(()):
+                    passes.final_residual(self.model, self.tokens)
             else:
-                self.recording.replay(self.recording.residual)
+                self.recording.replay({self._layer: 1})
 
         found = passes.read_during(self.model, points, run)
         every = torch.arange(len(self.tokens))
         return [found[point][every, self.starts - self.first] for point in points]
 
-    def changed(self, changes: Sequence[Change]) -> AbstractContextManager[None]:
-        """While this is open, passes over these rows run with the changes made."""
-        return adapter.hooks(self.model, [(change.point, self._hook(change)) for change in changes])
+    def changed(self, variants: Sequence[Sequence[Change]]) -> AbstractContextManager[None]:
+        """While this is open, passes run with each variant's changes made in its rows."""
+        made: dict[Point, list[tuple[Tensor, Tensor, Callable]]] = {}
+        for i, changes in enumerate(variants):
+            for point, rows, positions, fn in changes:
+                columns = positions - self.first[rows]
+                made.setdefault(point, []).append((rows + i * len(self.tokens), columns, fn))
+        hooks = [(point, partial(_replace, some)) for point, some in made.items()]
+        held = [] if self.recording else _embedded(self._noise, self.first)
+        return adapter.hooks(self.model, held + hooks)
 
-    def _hook(self, change: Change) -> adapter.Hook:
-        columns = change.positions - self.first[change.rows]
 
-        def replace(activation: Float[Tensor, "row column d"]) -> Float[Tensor, "row column d"]:
-            index = (change.rows.to(activation.device), columns.to(activation.device))
-            return activation.index_put(index, change.fn(activation[index]).to(activation))
-
-        return replace
+def _replace(
+    changes: Sequence[tuple[Tensor, Tensor, Callable]], activation: Float[Tensor, "row column d"]
+) -> Float[Tensor, "row column d"]:
+    """Put new activations at (rows, columns) of some old ones."""
+    for rows, columns, fn in changes:
+        index = (rows.to(activation.device), columns.to(activation.device))
+        activation = activation.index_put(index, fn(activation[index]).to(activation))
+    return activation
 
 
 def _record(
-    model: Any, layer: int, rows: Sequence[Sequence[int]], starts: Sequence[int]
-) -> passes.Recording:
+    model: Any,
+    layer: int,
+    rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    noise: Noise | None,
+) -> Recording:
     """Keep the prefixes' keys and values, and record the blocks' calls on the remainders."""
-    width = max(starts)
+    width, first = max(starts), torch.tensor(starts)
     prefixes = [[0] * (width - start) + list(ids[:start]) for ids, start in zip(rows, starts)]
     remainders = _padded([list(ids[start:]) for ids, start in zip(rows, starts)])
-    mask = (torch.arange(width) >= width - torch.tensor(starts)[:, None]).long()
-    cache = passes.keys_and_values(model, torch.tensor(prefixes), mask) if width else None
+    mask, cache = (torch.arange(width) >= width - first[:, None]).long(), None
+    if width:
+        with adapter.hooks(model, _embedded(noise, first - width, width)):
+            cache = passes.keys_and_values(model, torch.tensor(prefixes), mask)
     mask = torch.cat([mask, torch.ones_like(remainders)], dim=1)
-    return passes.record(model, layer, remainders, mask, cache)
+    with adapter.hooks(model, _embedded(noise, first)):
+        return record(model, layer, remainders, mask, cache)
+
+
+def _embedded(
+    noise: Noise | None, first: Int[Tensor, "row"], width: float = torch.inf
+) -> list[tuple[Point, adapter.Hook]]:
+    """A hook for the noise in a pass over `width` columns that starts at these positions."""
+    if noise is None:
+        return []
+    columns = noise.positions - first[noise.rows]
+    there = (columns >= 0) & (columns < width)
+    values = noise.values[there]
+
+    def corrupt(activation: Float[Tensor, "row column d"]) -> Float[Tensor, "row column d"]:
+        index = tuple(i[there].to(activation.device) for i in (noise.rows, columns))
+        return activation.index_put(index, values.to(activation), accumulate=not noise.replace)
+
+    return [(Point("embed"), corrupt)]
 
 
 def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
@@ -171,31 +258,68 @@ def _fits(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> b
     return fits
 
 
+# ---------------------------------------------------------------- does it hold for this model?
+
+
 def _can_be_cut(model: Any) -> bool:
-    """Whether partial passes give what whole ones give; tried once, and noted on the model."""
-    if not hasattr(model, "_rome_can_be_cut"):
+    """Whether partial passes give what whole ones give."""
+    return _tried(model, "whole passes", lambda: _error_of_cutting(model))
+
+
+def _can_be_stacked(model: Any, rows: int) -> bool:
+    """Whether variants run as one batch give what each gives by itself.
+
+    One row is a case of its own: then nothing tells what has one entry a row.
+    """
+    what = "variants one by one" if rows > 1 else "variants of one row one by one"
+    return _tried(model, what, lambda: _error_of_stacking(model, min(rows, 3)))
+
+
+def _tried(model: Any, instead: str, error: Callable[[], float]) -> bool:
+    """Whether something holds for a model: tried once, noted on the model, said if it fails."""
+    trials = model.__dict__.setdefault("_rome_trials", {})
+    if instead not in trials:
         try:
-            reason = _difference(model)
-        except Exception as error:  # hosts without caches, masks or positions fail in many ways
-            reason = f"{type(error).__name__}: {error}"
+            with torch.no_grad():
+                found = error()
+            reason = f"results differ by {found:.1e}" if found else ""
+        except Exception as fault:  # hosts without caches, masks or positions fail in many ways
+            reason = f"{type(fault).__name__}: {fault}"
         if reason:
-            logger.warning("whole passes for %s, slower: %s", adapter.architecture(model), reason)
-        model._rome_can_be_cut = not reason
-    return model._rome_can_be_cut
+            logger.warning("%s for %s, slower: %s", instead, adapter.architecture(model), reason)
+        trials[instead] = not reason
+    return trials[instead]
 
 
-@torch.no_grad()
-def _difference(model: Any) -> str:
-    """How partial and whole passes differ on three short rows, in words; empty if they agree."""
+def _error_of_cutting(model: Any) -> float:
+    """By how much partial and whole passes differ on three short rows."""
     ids = [(7 * i + 1) % model.cfg.d_vocab for i in range(9)]
     rows, starts, layer = (ids, ids[2:8], ids[5:]), (4, 2, 0), model.cfg.n_layers // 2
-    each, first = torch.arange(3), torch.tensor(starts)
     last = torch.tensor([len(row) - 1 for row in rows])
-    change = Change(Point("resid_post", layer), each, first, lambda old: 0.5 * old)
+    change = Change(
+        Point("resid_post", layer), torch.arange(3), torch.tensor(starts), lambda old: 0.5 * old
+    )
     part, whole = (
-        PartialForward(model, layer, rows, starts, cut=cut).logits([change], each, last)
+        PartialForward(model, layer, rows, starts, cut=cut).logits([change], torch.arange(3), last)
         for cut in (True, False)
     )
-    error = ((part - whole).abs().max() / whole.abs().max()).item()
-    limit = max(1e-3, 16 * torch.finfo(whole.dtype).eps)
-    return "" if error < limit else f"cached passes differ from whole ones by {error:.1e}"
+    return _error(part, whole)
+
+
+def _error_of_stacking(model: Any, n: int) -> float:
+    """By how much stacked variants differ from single ones; as many columns as rows."""
+    rows = [[(7 * i + j) % model.cfg.d_vocab for i in range(4 + n)] for j in range(1, 1 + n)]
+    each, start = torch.arange(n), torch.full((n,), 4)
+    variants = [
+        [Change(Point("resid_post", layer), each, start, lambda old: 0.5 * old)]
+        for layer in (model.cfg.n_layers // 2, 0)
+    ]
+    forward = PartialForward(model, 0, rows, start.tolist(), cut=True)
+    single = torch.stack([forward.logits(changes, each, start + n - 1) for changes in variants])
+    return _error(forward.stacked(variants, each, start + n - 1), single)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest entry; 0 if rounding explains it."""
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    return 0.0 if error < max(1e-3, 16 * torch.finfo(expected.dtype).eps) else error

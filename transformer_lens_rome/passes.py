@@ -1,6 +1,7 @@
-"""Forward passes of both model classes: whole, continued from a cache, or block by block.
+"""Forward passes of both model classes: whole, or continued from a cache.
 
-The other half of `adapter`, which knows where things are in a model; here they are run.
+The second part of `adapter`, which knows where things are in a model; here it is run. The third,
+`recording`, runs single blocks.
 
 Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
 so what stands after a row's last token changes nothing in it, whatever the architecture does with
@@ -10,10 +11,9 @@ the left, behind a mask, so that in every row they follow without a gap.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -150,7 +150,7 @@ def next_logits(
     model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
     """Logits after the last of some new tokens, and the cache to pass with the next ones."""
-    return _continue(model, tokens, cache, None, torch.arange(len(tokens)))
+    return continue_from(model, tokens, cache, None, torch.arange(len(tokens)))
 
 
 @torch.no_grad()
@@ -158,13 +158,13 @@ def keys_and_values(
     model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Any:
     """The cache after some left-padded tokens; what is run after it leaves it as it is."""
-    _, cache = _continue(model, tokens, None, mask, torch.tensor([0]))
+    _, cache = continue_from(model, tokens, None, mask, torch.tensor([0]))
     if model_class(model) == "hooked":
         cache.freeze()
     return cache
 
 
-def _continue(
+def continue_from(
     model: Any,
     tokens: Int[Tensor, "row new"],
     cache: Any,
@@ -204,83 +204,3 @@ def _empty_hooked_cache(model: Any, batch: int) -> Any:
     except ImportError:
         from transformer_lens import HookedTransformerKeyValueCache as Cache
     return Cache.init_cache(model.cfg, model.cfg.device, batch)
-
-
-def _copy_of(cache: Any) -> Any:
-    """A cache to be written to in place of another; the tensors, which are not, stay shared."""
-    new = copy.copy(cache)
-    for name, value in list(vars(cache).items()) if cache is not None else ():
-        if isinstance(value, list):
-            setattr(new, name, [x if isinstance(x, Tensor) else copy.copy(x) for x in value])
-    return new
-
-
-# ---------------------------------------------------------------- block by block
-
-
-class BlockCall(NamedTuple):
-    """One block of a pass, and what it was given beside the residual: masks, positions, cache."""
-
-    block: Any
-    args: tuple
-    kwargs: dict[str, Any]
-    device: torch.device
-
-
-class Recording(NamedTuple):
-    """The calls of a model's last blocks in one pass, to be repeated with other residuals.
-
-    Attributes:
-        residual: What the first of the blocks was given.
-        calls: The calls in order.
-        cache: Keys and values of the tokens that stand before; None if there are none.
-        passed: The copy of the cache that the calls were given.
-    """
-
-    residual: Float[Tensor, "row pos d_model"]
-    calls: list[BlockCall]
-    cache: Any
-    passed: Any
-
-    def replay(self, residual: Float[Tensor, "row pos d_model"]) -> Tensor:
-        """The residual after the last block, when the first one is given this residual."""
-        fresh = _copy_of(self.cache)
-        for block, args, kwargs, device in self.calls:
-            args = tuple(fresh if value is self.passed else value for value in args)
-            kwargs = {k: fresh if value is self.passed else value for k, value in kwargs.items()}
-            output = block(residual.to(device), *args, **kwargs)
-            residual = output[0] if isinstance(output, tuple) else output
-        return residual
-
-
-@torch.no_grad()
-def record(
-    model: Any,
-    layer: int,
-    tokens: Int[Tensor, "row new"],
-    mask: Int[Tensor, "row old_and_new"],
-    cache: Any = None,
-) -> Recording:
-    """Run some tokens after cached ones, and record the calls of the blocks from `layer` on."""
-    residuals: list[Tensor] = []
-    calls: list[BlockCall] = []
-
-    def keep(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        residual, *rest = args or (kwargs.pop("hidden_states"),)
-        calls.append(BlockCall(block, tuple(rest), kwargs, residual.device))
-        if len(calls) == 1:
-            residuals.append(residual)
-
-    passed = _copy_of(cache)
-    blocks = list(model.blocks)[layer:]
-    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    try:
-        if cache is None:
-            logits_at(model, tokens, torch.tensor([0]), torch.tensor([0]))
-        else:
-            _continue(model, tokens, passed, mask, torch.tensor([0]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Recording(residuals[0], calls, cache, passed)

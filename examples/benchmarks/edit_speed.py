@@ -49,7 +49,7 @@ class PlainForward(PartialForward):
 
     def logits(self, changes: Any, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """As in the engine; normalised over the vocabulary already, which changes no result."""
-        with self.changed(changes):
+        with self.changed([changes]):
             final = passes.final_residual(self.model, self.tokens)
         if final.shape[-1] == self.model.cfg.d_model:  # a HookedTransformer's last residual
             final = passes.unembed(self.model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
@@ -82,8 +82,8 @@ class TimedForward(PartialForward):
             return changed
 
         changes = [c._replace(fn=partial(watched, fn=c.fn)) for c in changes]
-        with watch.part("blocks, forward"), self.changed(changes):
-            final = self.recording.replay(self.recording.residual)
+        with watch.part("blocks, forward"), self.changed([changes]):
+            final = self.recording.replay({self.recording.layer: 1})
         chosen = final[rows, positions - self.first[rows]]
         chosen.register_hook(arrived("blocks", "unembedding"))
         with watch.part("unembedding, forward"):
