@@ -1,0 +1,168 @@
+"""The grid of a causal trace: restore states of a corrupted run, and score the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_rome import passes
+from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.causal_trace import Kind, Metric
+from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
+from transformer_lens_rome.prompts import Encoder
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A prompt, its answer, and how well the model gives it without corruption.
+
+    Attributes:
+        model: The model.
+        ids: Tokens of the prompt and of the answer but its last one, which predicts nothing.
+        subject: Positions of the subject's tokens.
+        n_prompt: How many of the ids are the prompt's.
+        labels: The answer's tokens; the first is predicted from position n_prompt - 1.
+        answer: The answer as text.
+        metric: What a score is.
+        foil: First token of the other answer, for "logit_diff".
+    """
+
+    model: Any
+    ids: tuple[int, ...]
+    subject: tuple[int, ...]
+    n_prompt: int
+    labels: Int[Tensor, "n_answer"]
+    answer: str
+    metric: Metric
+    foil: int | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: Any,
+        encoder: Encoder,
+        prompt: str,
+        span: tuple[int, int],
+        *,
+        answer: str | None,
+        foil: str | None,
+        metric: Metric,
+    ) -> CleanRun:
+        """Tokenise the prompt; without an answer, ask the model for its top token."""
+        for text in (answer, foil):
+            if text is not None and not text.strip():
+                raise ValueError(f"an answer needs a token, got the text {text!r}")
+        row = encoder.row(prompt, span, answer)
+        if answer is None:
+            last = torch.tensor([len(row.ids) - 1])
+            top = passes.logits_at(model, torch.tensor([row.ids]), torch.tensor([0]), last)
+            ids, n_prompt, labels = row.ids, len(row.ids), [int(top.argmax())]
+        else:
+            ids, n_prompt = row.ids[: row.target[-1]], row.target[0]
+            labels = [row.ids[p] for p in row.target]
+        other = None
+        if foil is not None:
+            against = encoder.row(prompt, None, foil)
+            other = against.ids[against.target[0]]
+        text = encoder.tokenizer.decode(labels) if answer is None else answer
+        return cls(model, ids, row.subject, n_prompt, torch.tensor(labels), text, metric, other)
+
+    @property
+    def at(self) -> Int[Tensor, "n_answer"]:
+        """The positions from which the answer's tokens are predicted."""
+        return torch.arange(len(self.labels)) + self.n_prompt - 1
+
+    @property
+    @torch.no_grad()
+    def p_clean(self) -> float:
+        """The metric without corruption."""
+        rows = torch.zeros_like(self.at)
+        logits = passes.logits_at(self.model, torch.tensor([self.ids]), rows, self.at)
+        return self.score(logits[None, None]).item()
+
+    def score(
+        self, logits: Float[Tensor, "cell sample n_answer d_vocab"]
+    ) -> Float[Tensor, "cell sample"]:
+        """The metric, on the CPU."""
+        logits = logits.float()
+        labels = self.labels.to(logits.device).expand(logits.shape[:-1])[..., None]
+        right = logits.gather(-1, labels)[..., 0]
+        if self.metric == "logit_diff":
+            return (right - logits[..., self.foil])[..., 0].cpu()
+        log_p = (right - logits.logsumexp(-1)).sum(-1).cpu()
+        return log_p if self.metric == "log_probability" else log_p.exp()
+
+    def states(self, name: str) -> list[Float[Tensor, "pos d_model"]]:
+        """The clean run's activations at a kind of point, by layer."""
+        points = [Point(name, layer) for layer in range(self.model.cfg.n_layers)]
+        found = passes.read(self.model, torch.tensor([self.ids]), points)
+        return [found[point][0] for point in points]
+
+
+@torch.no_grad()
+def restore_each(
+    run: CleanRun,
+    rows: Sequence[Sequence[int]],
+    noise: Noise | None,
+    kind: Kind,
+    window: int,
+    batch_size: int,
+    progress: bool,
+) -> tuple[Float[Tensor, "sample layer pos"], Float[Tensor, "sample"]]:
+    """Scores with each (layer, position) restored, and with nothing restored."""
+    n_layers, n, first = run.model.cfg.n_layers, len(rows), run.subject[0]
+    name = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}[kind]
+    clean = run.states(name)
+    scores = torch.empty(n, n_layers, run.n_prompt)
+    each = max(1, batch_size // n)
+    for position in tqdm(range(first, run.n_prompt), desc=f"tracing {kind}", disable=not progress):
+        forward = PartialForward(run.model, 0, rows, [position] * n, noise=noise)
+        if position == first:
+            base = _scores(run, forward, [[]], n)[0]
+        cells = [
+            list(_restored(clean, kind, layer, position, window, n)) for layer in range(n_layers)
+        ]
+        found = [_scores(run, forward, cells[i : i + each], n) for i in range(0, n_layers, each)]
+        scores[:, :, position] = torch.cat(found).T
+    scores[:, :, :first] = base[:, None, None]  # what was not corrupted is restored in vain
+    return scores, base
+
+
+def _scores(
+    run: CleanRun, forward: PartialForward, cells: Sequence[Sequence[Change]], n: int
+) -> Float[Tensor, "cell sample"]:
+    rows = torch.arange(n).repeat_interleave(len(run.labels))
+    logits = forward.variants(cells, rows, run.at.repeat(n))
+    return run.score(logits.unflatten(1, (n, -1)))
+
+
+def _restored(
+    clean: Sequence[Float[Tensor, "pos d_model"]],
+    kind: Kind,
+    layer: int,
+    position: int,
+    window: int,
+    n: int,
+) -> Iterator[Change]:
+    """The changes of one cell: clean states at one position of every row.
+
+    A residual is put where the next block starts, so that only blocks after it run.
+    """
+    every, there = torch.arange(n), torch.full((n,), position)
+    n_layers = len(clean)
+    layers = range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
+    if kind == "resid":
+        layers = range(layer, layer + 1)
+    for at in layers:
+        point = Point({"mlp": "mlp_out", "attn": "attn_out"}.get(kind, "resid_post"), at)
+        if kind == "resid" and at + 1 < n_layers:
+            point = Point("resid_pre", at + 1)
+        state = clean[at][position]
+        yield Change(point, every, there, lambda old, state=state: state.to(old).expand_as(old))

@@ -1,0 +1,211 @@
+"""Causal tracing: where in the model is a fact recalled (Meng et al. 2022, section 2 and App. B).
+
+Three runs on one prompt: clean; corrupted, with noise on the subject's embeddings; and corrupted
+with some states restored to what they were in the clean run, one set of states a cell:
+
+    kind      restored in the cell (layer l, position t)
+    resid     the residual after block l, at t
+    mlp       the MLPs' outputs at t in layers l - window//2 .. l + ceil(window/2) - 1
+    attn      the same for attention
+
+The score of a cell is the mean over noise samples of the answer's probability, as released. The
+same noise is used in all cells. A restored state reaches only later tokens in later layers, and
+`PartialForward` runs only those; restoring a position before the first corrupted one changes
+nothing, so its score is that of restoring nothing.
+
+Noise breaks a model in ways that a change of subject does not (Zhang & Nanda, arXiv:2309.16042);
+`other_subject=` corrupts by putting another subject of as many tokens in the place.
+
+Embeddings are corrupted where `hook_embed` stands: before positions are added, and in BLOOM after
+its embedding norm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
+from transformer_lens_rome.corruption import Gaussian, NoiseSource, subject_embedding_std
+from transformer_lens_rome.partial_forward import Noise
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.restoring import CleanRun, restore_each
+
+logger = logging.getLogger(__name__)
+
+
+def causal_trace(
+    model: Any,
+    prompt: str,
+    subject: str,
+    *,
+    answer: str | None = None,
+    kind: Kind = "resid",
+    window: int = 10,
+    noise: Float[Tensor, "n_samples n_subject_tokens d_model"] | NoiseSource | None = None,
+    noise_std: float | None = None,
+    replace: bool = False,
+    other_subject: str | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+    metric: Metric = "probability",
+    foil: str | None = None,
+    occurrence: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 60,
+    progress: bool = True,
+) -> CausalTrace:
+    """Restore each state of a corrupted run, one after the other; the model stays as it was.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        prompt: Text up to where the answer should follow.
+        subject: The part of the prompt to corrupt.
+        answer: What should follow; any number of tokens. None: the model's top token.
+        kind: What is restored, see the module.
+        window: Layers restored at once, for "mlp" and "attn".
+        noise: What is added to the subject's embeddings, or a source of it (see `corruption`).
+            None: normal with standard deviation `noise_std`.
+        noise_std: None: 3 times `subject_embedding_std` of this subject. The paper takes sigma over
+            all known facts: `noise_std=3 * subject_embedding_std(model, subjects)`.
+        replace: Put the noise in the embeddings' place instead of adding it.
+        other_subject: Corrupt with this subject's tokens instead of noise; one sample.
+        n_samples: How many noises are drawn.
+        seed: For drawing them.
+        metric: What a score is: "probability", "log_probability" or "logit_diff".
+        foil: The other answer of "logit_diff"; first tokens are compared.
+        occurrence: Which of several places where the subject stands, from 0.
+        prepend_bos: Overrides the checkpoint's own rule.
+        batch_size: Rows at a time; changes the speed and nothing else.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: the subject is not in the prompt or stands there twice, the answer holds no
+            token, or noise, window or metric do not fit; the message says what to do.
+    """
+    adapter.model_class(model)
+    _check_options(model, kind, window, metric, foil, n_samples)
+    encoder = Encoder.of(model, prepend_bos)
+    span = subject_span(prompt, subject, occurrence)
+    run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
+    if other_subject is not None:
+        rows, corruption = _other_rows(encoder, run, prompt, span, other_subject), None
+    else:
+        if noise is None:
+            noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
+            noise = Gaussian(noise_std)
+        values = _values(noise, n_samples, len(run.subject), model.cfg.d_model, seed)
+        rows, corruption = [run.ids] * len(values), _noise(run.subject, values, replace)
+    window = 1 if kind == "resid" else window
+    samples, base = restore_each(run, rows, corruption, kind, window, batch_size, progress)
+    return CausalTrace(
+        samples=samples,
+        corrupted_samples=base,
+        p_clean=run.p_clean,
+        tokens=tuple(encoder.tokenizer.decode([i]) for i in run.ids[: run.n_prompt]),
+        subject_positions=run.subject,
+        answer=run.answer,
+        kind=kind,
+        window=window,
+        metric=metric,
+        info={
+            "model": adapter.model_name(model),
+            "prompt": prompt,
+            "subject": subject,
+            "other_subject": other_subject,
+            "noise_std": noise_std,
+            "replace": replace,
+            "seed": seed,
+            "foil": foil,
+            "prepend_bos": encoder.prepends_bos,
+        },
+    )
+
+
+def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tuple[int, int]:
+    """Where the subject stands in the prompt, in characters.
+
+    Raises:
+        ValueError: nowhere, or in several places of which none was chosen.
+    """
+    subject = subject.strip()
+    starts = [i for i in range(len(prompt)) if subject and prompt.startswith(subject, i)]
+    if not starts:
+        raise ValueError(f"the subject {subject!r} does not stand in the prompt {prompt!r}")
+    if occurrence is None and len(starts) > 1:
+        raise ValueError(
+            f"the subject {subject!r} stands {len(starts)} times in {prompt!r}; say which with "
+            f"occurrence=0 to {len(starts) - 1}"
+        )
+    if not 0 <= (occurrence or 0) < len(starts):
+        raise ValueError(f"occurrence {occurrence} of {subject!r}: there are {len(starts)}")
+    start = starts[occurrence or 0]
+    return start, start + len(subject)
+
+
+def _check_options(
+    model: Any, kind: str, window: int, metric: str, foil: str | None, n_samples: int
+) -> None:
+    if model.training:
+        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    if kind not in ("resid", "mlp", "attn"):
+        raise ValueError(f"kind must be 'resid', 'mlp' or 'attn', got {kind!r}")
+    if metric not in ("probability", "log_probability", "logit_diff"):
+        raise ValueError(
+            f"metric must be 'probability', 'log_probability' or 'logit_diff', got {metric!r}"
+        )
+    if (metric == "logit_diff") != (foil is not None):
+        raise ValueError("foil= (the other answer) and metric='logit_diff' go together")
+    if window < 1 or n_samples < 1:
+        raise ValueError(f"window and n_samples must be at least 1, got {window} and {n_samples}")
+
+
+def _default_std(model: Any, subject: str, encoder: Encoder) -> float:
+    std = 3 * subject_embedding_std(model, [subject], encoder=encoder)
+    logger.info("noise of standard deviation %.4g: 3 sigma of this subject's tokens", std)
+    return std
+
+
+def _values(
+    noise: Tensor | NoiseSource, n_samples: int, n_tokens: int, d_model: int, seed: int
+) -> Float[Tensor, "n_samples n_tokens d_model"]:
+    """The noise as a tensor of the right shape."""
+    if not isinstance(noise, Tensor):
+        noise = noise(n_samples, n_tokens, d_model, torch.Generator().manual_seed(seed))
+    if noise.ndim != 3 or noise.shape[1:] != (n_tokens, d_model) or not len(noise):
+        raise ValueError(
+            f"noise must have the shape [n_samples, {n_tokens} subject tokens, {d_model}], got "
+            f"{list(noise.shape)}"
+        )
+    if not torch.isfinite(noise).all():
+        raise ValueError("the noise holds NaN or infinity")
+    return noise.float()
+
+
+def _noise(subject: Sequence[int], values: Tensor, replace: bool) -> Noise:
+    """The noise at the subject's positions of as many rows as there are samples."""
+    n_samples, n_tokens, _ = values.shape
+    rows = torch.arange(n_samples).repeat_interleave(n_tokens)
+    positions = torch.tensor(subject).repeat(n_samples)
+    return Noise(rows, positions, values.flatten(0, 1), replace)
+
+
+def _other_rows(
+    encoder: Encoder, run: CleanRun, prompt: str, span: tuple[int, int], other: str
+) -> list[tuple[int, ...]]:
+    """The row with another subject in the place of this one."""
+    text = prompt[: span[0]] + other.strip() + prompt[span[1] :]
+    place = (span[0], span[0] + len(other.strip()))
+    row = encoder.row(text, place)
+    if row.subject != run.subject or len(row.ids) != run.n_prompt:
+        raise ValueError(
+            f"the other subject {other!r} has tokens {list(row.subject)}, the subject has "
+            f"{list(run.subject)}: choose one of equal length"
+        )
+    return [(*row.ids, *run.ids[run.n_prompt :])]
