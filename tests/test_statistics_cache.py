@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from transformer_lens_rome import default_statistics, files
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import (
-    cache_folder,
     cached_second_moment,
     default_second_moment,
 )
@@ -171,7 +170,7 @@ def test_a_download_that_ends_early_is_no_statistics_file(gpt2, folder, monkeypa
     class Short(io.BytesIO):
         headers = {"Content-Length": "100"}
 
-    monkeypatch.setattr(default_statistics.urllib.request, "urlopen", lambda *a, **k: Short(b"x"))
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *a, **k: Short(b"x"))
     monkeypatch.setattr(default_statistics, "short_name", lambda model: "gpt2-xl")
     with pytest.raises(OSError, match="ended after 1 of 100 bytes"):
         default_statistics._download(gpt2, LAYER)
@@ -181,9 +180,9 @@ def test_a_download_that_ends_early_is_no_statistics_file(gpt2, folder, monkeypa
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    assert files.cache_folder() == tmp_path / "own"
     monkeypatch.delenv("TRANSFORMER_LENS_ROME_CACHE")
-    assert cache_folder() == tmp_path / "xdg" / "transformer_lens_rome"
+    assert files.cache_folder() == tmp_path / "xdg" / "transformer_lens_rome"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"
+    assert files.cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"

@@ -13,10 +13,10 @@ PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
     {"adapter", "files", "gguf_tokenizer"},
-    {"passes"},
-    {"prompts", "recording"},
+    {"passes", "known_facts", "causal_trace"},
+    {"prompts", "recording", "average_trace"},
     {"partial_forward"},
-    {"edits", "sampling", "second_moment", "causal_trace", "corruption"},
+    {"edits", "sampling", "second_moment", "corruption"},
     {"collection", "ledger", "defaults", "restoring"},
     {"methods", "v_star", "default_statistics", "tracing"},
     {"health", "rome_config"},

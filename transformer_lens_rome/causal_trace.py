@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,9 +78,7 @@ class CausalTrace:
         import pandas as pd
 
         n, layers, positions = self.samples.shape
-        error = (
-            self.samples.std(0) / n**0.5 if n > 1 else torch.full((layers, positions), torch.nan)
-        )
+        spread = self.samples.std(0) if n > 1 else torch.full((layers, positions), torch.nan)
         cells = [(layer, position) for layer in range(layers) for position in range(positions)]
         return pd.DataFrame(
             {
@@ -88,7 +87,7 @@ class CausalTrace:
                 "token": [self.tokens[position] for _, position in cells],
                 "in_subject": [position in self.subject_positions for _, position in cells],
                 "score": self.scores.flatten().tolist(),
-                "standard_error": error.flatten().tolist(),
+                "standard_error": (spread / n**0.5).flatten().tolist(),
                 "indirect_effect": self.indirect_effect.flatten().tolist(),
             }
         )
@@ -118,3 +117,30 @@ class CausalTrace:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a whole trace ({error})") from error
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class SeveredTrace:
+    """What restoring the last subject token brings back with a path cut (Meng et al. 2022, fig. 3).
+
+    Attributes:
+        ordinary: The answer's probability in each corrupted sample, by the layer restored.
+        severed: The same, while the cut modules above keep their corrupted outputs at that token.
+        corrupted_samples: The same with nothing restored.
+        p_clean: The probability without corruption.
+        sever: Which modules were cut: "mlp" or "attn".
+        answer: The text whose probability is taken.
+    """
+
+    ordinary: Float[Tensor, "sample layer"]
+    severed: Float[Tensor, "sample layer"]
+    corrupted_samples: Float[Tensor, "sample"]
+    p_clean: float
+    sever: Literal["mlp", "attn"]
+    answer: str
+
+    @property
+    def effects(self) -> Float[Tensor, "2 layer"]:
+        """The figure's bars: ordinary and severed scores less the corrupted one."""
+        scores = (self.ordinary.mean(0), self.severed.mean(0))
+        return torch.stack(scores) - self.corrupted_samples.mean()

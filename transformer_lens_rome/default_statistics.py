@@ -1,26 +1,22 @@
 """Where C comes from when nobody gives one: the cache, the authors' files, or a public corpus.
 
-The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in
-`$XDG_CACHE_HOME` or `~/.cache`. A file there is found by model name, layer, BOS rule and corpus,
-and used only if its probe keys are those of the model at hand.
+A file in the cache folder (see `files`) is found by model name, layer, BOS rule and corpus, and
+used only if its probe keys are those of the model at hand.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from transformer_lens_rome import adapter
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.defaults import short_name
+from transformer_lens_rome.files import cache_folder, download
 from transformer_lens_rome.second_moment import SecondMoment
 
 logger = logging.getLogger(__name__)
@@ -34,14 +30,6 @@ _PUBLISHED = {
 _HOST = "https://rome.baulab.info/data/stats"
 CORPUS = ("wikimedia/wikipedia", "20231101.en")
 """The corpus that is streamed with `datasets` where nothing else is at hand."""
-
-
-def cache_folder() -> Path:
-    """Where statistics are kept between runs."""
-    if own := os.environ.get("TRANSFORMER_LENS_ROME_CACHE"):
-        return Path(own).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "transformer_lens_rome"
 
 
 def default_second_moment(
@@ -128,32 +116,9 @@ def _download(model: Any, layer: int) -> SecondMoment:
     path = cache_folder() / folder / name
     if not path.is_file():
         url = f"{_HOST}/{folder}/wikipedia_stats/{name}"
-        logger.info("downloading %s", url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        try:
-            _fetch(url, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        download(url, path)
     logger.info("second moment of layer %d: %s", layer, path)
     return SecondMoment.from_npz(path)
-
-
-def _fetch(url: str, target: Path) -> None:
-    """Download one file, with a progress bar.
-
-    Raises:
-        OSError: it cannot be had, or ends early.
-    """
-    with urllib.request.urlopen(url, timeout=30) as source, target.open("wb") as file:
-        size = int(source.headers.get("Content-Length", 0))
-        with tqdm(total=size, unit="B", unit_scale=True, desc=target.stem) as bar:
-            while block := source.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-    if size and target.stat().st_size != size:
-        raise OSError(f"{url} ended after {target.stat().st_size} of {size} bytes")
 
 
 def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:

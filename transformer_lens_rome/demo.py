@@ -15,9 +15,10 @@ import torch
 
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.default_statistics import cache_folder, cached_second_moment
+from transformer_lens_rome.default_statistics import cached_second_moment
 from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest
+from transformer_lens_rome.files import cache_folder
 from transformer_lens_rome.gguf_tokenizer import gguf_tokenizer
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts

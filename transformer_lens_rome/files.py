@@ -1,16 +1,25 @@
-"""Tensors on disk: safetensors with JSON metadata, written whole or not at all; never a pickle."""
+"""Files: safetensors with JSON metadata, the cache folder, downloads.
+
+What is written is written whole or not at all, and a pickle is never read. The cache folder is
+`$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in `$XDG_CACHE_HOME` or `~/.cache`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+import urllib.request
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -52,3 +61,36 @@ def read_tensors(path: Any, expected_format: str) -> tuple[dict[str, Tensor], di
             f"not a {expected_format}"
         )
     return tensors, info
+
+
+def cache_folder() -> Path:
+    """Where statistics and downloads are kept between runs."""
+    if own := os.environ.get("TRANSFORMER_LENS_ROME_CACHE"):
+        return Path(own).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "transformer_lens_rome"
+
+
+def download(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
+    """Download one file, with a progress bar; it is kept only if it is whole and passes a check.
+
+    Raises:
+        OSError: it cannot be had, or ends early. What the check raises.
+    """
+    logger.info("downloading %s", url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as file:
+            size = int(source.headers.get("Content-Length", 0))
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.stem) as bar:
+                while block := source.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{url} ended after {part.stat().st_size} of {size} bytes")
+        if check is not None:
+            check(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

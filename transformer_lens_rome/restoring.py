@@ -17,6 +17,8 @@ from transformer_lens_rome.causal_trace import Kind, Metric
 from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
 from transformer_lens_rome.prompts import Encoder
 
+_POINTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+
 
 @dataclass(frozen=True)
 class CleanRun:
@@ -106,41 +108,81 @@ class CleanRun:
         return [found[point][0] for point in points]
 
 
+@dataclass(frozen=True)
+class CorruptedRun:
+    """Rows in which the subject is hidden: the clean run's under noise, or others.
+
+    Attributes:
+        clean: The clean run.
+        rows: Token ids, one row a sample.
+        noise: Noise on their embeddings.
+    """
+
+    clean: CleanRun
+    rows: Sequence[Sequence[int]]
+    noise: Noise | None
+
+    def from_(self, position: int) -> PartialForward:
+        """The passes in which anything changes from one position on."""
+        starts = [position] * len(self.rows)
+        return PartialForward(self.clean.model, 0, self.rows, starts, noise=self.noise)
+
+    def scores(
+        self, forward: PartialForward, cells: Sequence[Sequence[Change]], batch_size: int
+    ) -> Float[Tensor, "sample cell"]:
+        """The metric in each sample with each cell's changes made."""
+        run, n = self.clean, len(self.rows)
+        rows, at = torch.arange(n).repeat_interleave(len(run.labels)), run.at.repeat(n)
+        each, found = max(1, batch_size // n), []
+        for first in range(0, len(cells), each):
+            logits = forward.variants(cells[first : first + each], rows, at)
+            found.append(run.score(logits.unflatten(1, (n, -1))))
+        return torch.cat(found).T
+
+
 @torch.no_grad()
 def restore_each(
-    run: CleanRun,
-    rows: Sequence[Sequence[int]],
-    noise: Noise | None,
-    kind: Kind,
-    window: int,
-    batch_size: int,
-    progress: bool,
+    corrupted: CorruptedRun, kind: Kind, window: int, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "sample layer pos"], Float[Tensor, "sample"]]:
     """Scores with each (layer, position) restored, and with nothing restored."""
-    n_layers, n, first = run.model.cfg.n_layers, len(rows), run.subject[0]
-    name = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}[kind]
-    clean = run.states(name)
+    run, n = corrupted.clean, len(corrupted.rows)
+    n_layers, first = run.model.cfg.n_layers, run.subject[0]
+    clean = run.states(_POINTS[kind])
     scores = torch.empty(n, n_layers, run.n_prompt)
-    each = max(1, batch_size // n)
     for position in tqdm(range(first, run.n_prompt), desc=f"tracing {kind}", disable=not progress):
-        forward = PartialForward(run.model, 0, rows, [position] * n, noise=noise)
+        cells = [list(_restored(clean, kind, i, position, window, n)) for i in range(n_layers)]
+        forward = corrupted.from_(position)
+        scores[:, :, position] = corrupted.scores(forward, cells, batch_size)
         if position == first:
-            base = _scores(run, forward, [[]], n)[0]
-        cells = [
-            list(_restored(clean, kind, layer, position, window, n)) for layer in range(n_layers)
-        ]
-        found = [_scores(run, forward, cells[i : i + each], n) for i in range(0, n_layers, each)]
-        scores[:, :, position] = torch.cat(found).T
+            base = corrupted.scores(forward, [[]], batch_size)[:, 0]
     scores[:, :, :first] = base[:, None, None]  # what was not corrupted is restored in vain
     return scores, base
 
 
-def _scores(
-    run: CleanRun, forward: PartialForward, cells: Sequence[Sequence[Change]], n: int
-) -> Float[Tensor, "cell sample"]:
-    rows = torch.arange(n).repeat_interleave(len(run.labels))
-    logits = forward.variants(cells, rows, run.at.repeat(n))
-    return run.score(logits.unflatten(1, (n, -1)))
+@torch.no_grad()
+def sever_each(
+    corrupted: CorruptedRun, sever: Kind, batch_size: int, progress: bool
+) -> tuple[Float[Tensor, "sample layer"], Float[Tensor, "sample layer"], Float[Tensor, "sample"]]:
+    """Scores with the last subject token restored at each layer: plainly, severed, and not at all.
+
+    Severed: the outputs of the layers above, at that token, stay those of the corrupted run.
+    """
+    run, n, position = corrupted.clean, len(corrupted.rows), corrupted.clean.subject[-1]
+    n_layers, clean = run.model.cfg.n_layers, run.states("resid_post")
+    every, there = torch.arange(n), torch.full((n,), position)
+    forward = corrupted.from_(position)
+    points = [Point(_POINTS[sever], layer) for layer in range(n_layers)]
+    kept = [
+        Change(point, every, there, lambda old, state=state: state.to(old))
+        for point, state in zip(points, forward.read(points), strict=True)
+    ]
+    restored = [list(_restored(clean, "resid", i, position, 1, n)) for i in range(n_layers)]
+    severed = [[*changes, *kept[i + 1 :]] for i, changes in enumerate(restored)]
+    cells = [[], *restored, *severed]
+    with tqdm(total=1, desc=f"severing {sever}", disable=not progress) as bar:
+        scores = corrupted.scores(forward, cells, batch_size)
+        bar.update()
+    return scores[:, 1 : 1 + n_layers], scores[:, 1 + n_layers :], scores[:, 0]
 
 
 def _restored(
@@ -161,7 +203,7 @@ def _restored(
     if kind == "resid":
         layers = range(layer, layer + 1)
     for at in layers:
-        point = Point({"mlp": "mlp_out", "attn": "attn_out"}.get(kind, "resid_post"), at)
+        point = Point(_POINTS[kind], at)
         if kind == "resid" and at + 1 < n_layers:
             point = Point("resid_pre", at + 1)
         state = clean[at][position]

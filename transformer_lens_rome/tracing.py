@@ -23,19 +23,18 @@ its embedding norm.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome import adapter
-from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
+from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric, SeveredTrace
 from transformer_lens_rome.corruption import Gaussian, NoiseSource, subject_embedding_std
 from transformer_lens_rome.partial_forward import Noise
 from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.restoring import CleanRun, restore_each
+from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
 
 logger = logging.getLogger(__name__)
 
@@ -89,21 +88,19 @@ def causal_trace(
         ValueError: the subject is not in the prompt or stands there twice, the answer holds no
             token, or noise, window or metric do not fit; the message says what to do.
     """
-    adapter.model_class(model)
     _check_options(model, kind, window, metric, foil, n_samples)
     encoder = Encoder.of(model, prepend_bos)
     span = subject_span(prompt, subject, occurrence)
     run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
-    if other_subject is not None:
-        rows, corruption = _other_rows(encoder, run, prompt, span, other_subject), None
-    else:
+    if other_subject is None:
         if noise is None:
             noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
             noise = Gaussian(noise_std)
-        values = _values(noise, n_samples, len(run.subject), model.cfg.d_model, seed)
-        rows, corruption = [run.ids] * len(values), _noise(run.subject, values, replace)
+        corrupted = _noisy(run, noise, n_samples, seed, replace)
+    else:
+        corrupted = _with_other_subject(run, encoder, prompt, span, other_subject)
     window = 1 if kind == "resid" else window
-    samples, base = restore_each(run, rows, corruption, kind, window, batch_size, progress)
+    samples, base = restore_each(corrupted, kind, window, batch_size, progress)
     return CausalTrace(
         samples=samples,
         corrupted_samples=base,
@@ -126,6 +123,40 @@ def causal_trace(
             "prepend_bos": encoder.prepends_bos,
         },
     )
+
+
+def severed_trace(
+    model: Any,
+    prompt: str,
+    subject: str,
+    *,
+    sever: Literal["mlp", "attn"] = "mlp",
+    answer: str | None = None,
+    noise: Float[Tensor, "n_samples n_subject_tokens d_model"] | NoiseSource | None = None,
+    noise_std: float | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+    occurrence: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 60,
+    progress: bool = True,
+) -> SeveredTrace:
+    """Restore the last subject token at each layer with a path cut (Meng et al. 2022, fig. 3).
+
+    The state after block l is restored, while at that token the MLPs (or attention) of the layers
+    above keep the outputs that they have in the corrupted run: what is lost is what they would have
+    made of the restored state. Takes the arguments of `causal_trace`.
+    """
+    _check_options(model, sever, 1, "probability", None, n_samples)
+    encoder = Encoder.of(model, prepend_bos)
+    span = subject_span(prompt, subject, occurrence)
+    run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=None, metric="probability")
+    if noise is None:
+        noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
+        noise = Gaussian(noise_std)
+    corrupted = _noisy(run, noise, n_samples, seed, replace=False)
+    ordinary, severed, base = sever_each(corrupted, sever, batch_size, progress)
+    return SeveredTrace(ordinary, severed, base, run.p_clean, sever, run.answer)
 
 
 def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tuple[int, int]:
@@ -152,6 +183,7 @@ def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tu
 def _check_options(
     model: Any, kind: str, window: int, metric: str, foil: str | None, n_samples: int
 ) -> None:
+    adapter.model_class(model)
     if model.training:
         raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
     if kind not in ("resid", "mlp", "attn"):
@@ -172,10 +204,11 @@ def _default_std(model: Any, subject: str, encoder: Encoder) -> float:
     return std
 
 
-def _values(
-    noise: Tensor | NoiseSource, n_samples: int, n_tokens: int, d_model: int, seed: int
-) -> Float[Tensor, "n_samples n_tokens d_model"]:
-    """The noise as a tensor of the right shape."""
+def _noisy(
+    run: CleanRun, noise: Tensor | NoiseSource, n_samples: int, seed: int, replace: bool
+) -> CorruptedRun:
+    """As many rows as there are samples, with noise at the subject's positions."""
+    n_tokens, d_model = len(run.subject), run.model.cfg.d_model
     if not isinstance(noise, Tensor):
         noise = noise(n_samples, n_tokens, d_model, torch.Generator().manual_seed(seed))
     if noise.ndim != 3 or noise.shape[1:] != (n_tokens, d_model) or not len(noise):
@@ -185,27 +218,21 @@ def _values(
         )
     if not torch.isfinite(noise).all():
         raise ValueError("the noise holds NaN or infinity")
-    return noise.float()
+    rows = torch.arange(len(noise)).repeat_interleave(n_tokens)
+    positions = torch.tensor(run.subject).repeat(len(noise))
+    values = Noise(rows, positions, noise.float().flatten(0, 1), replace)
+    return CorruptedRun(run, [run.ids] * len(noise), values)
 
 
-def _noise(subject: Sequence[int], values: Tensor, replace: bool) -> Noise:
-    """The noise at the subject's positions of as many rows as there are samples."""
-    n_samples, n_tokens, _ = values.shape
-    rows = torch.arange(n_samples).repeat_interleave(n_tokens)
-    positions = torch.tensor(subject).repeat(n_samples)
-    return Noise(rows, positions, values.flatten(0, 1), replace)
-
-
-def _other_rows(
-    encoder: Encoder, run: CleanRun, prompt: str, span: tuple[int, int], other: str
-) -> list[tuple[int, ...]]:
-    """The row with another subject in the place of this one."""
+def _with_other_subject(
+    run: CleanRun, encoder: Encoder, prompt: str, span: tuple[int, int], other: str
+) -> CorruptedRun:
+    """One row, with another subject in the place of this one."""
     text = prompt[: span[0]] + other.strip() + prompt[span[1] :]
-    place = (span[0], span[0] + len(other.strip()))
-    row = encoder.row(text, place)
+    row = encoder.row(text, (span[0], span[0] + len(other.strip())))
     if row.subject != run.subject or len(row.ids) != run.n_prompt:
         raise ValueError(
             f"the other subject {other!r} has tokens {list(row.subject)}, the subject has "
             f"{list(run.subject)}: choose one of equal length"
         )
-    return [(*row.ids, *run.ids[run.n_prompt :])]
+    return CorruptedRun(run, [(*row.ids, *run.ids[run.n_prompt :])], None)

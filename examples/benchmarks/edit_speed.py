@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 from measure import Measured, Stopwatch, count_flops, matmul_flops_per_second
+from plain import PlainForward
 from shapes import SHAPES, random_model
 
 from transformer_lens_rome import (
@@ -39,21 +40,6 @@ REQUESTS = (
     EditRequest("The native language of {} is", "Dany Robin", "German"),
     EditRequest("The capital of {} is", "Campania", "Brussels"),
 )
-
-
-class PlainForward(PartialForward):
-    """Whole rows through all layers, and log-probabilities at every position."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, cut=False)
-
-    def logits(self, changes: Any, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """As in the engine; normalised over the vocabulary already, which changes no result."""
-        with self.changed([changes]):
-            final = passes.final_residual(self.model, self.tokens)
-        if final.shape[-1] == self.model.cfg.d_model:  # a HookedTransformer's last residual
-            final = passes.unembed(self.model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
-        return final.log_softmax(-1)[rows, positions]
 
 
 class TimedForward(PartialForward):

@@ -1,0 +1,177 @@
+"""Traces averaged over facts, by the six kinds of token of the paper (Meng et al. 2022, fig. 2).
+
+    category                  position, of subject tokens b .. e-1 and n prompt tokens    counted
+    first subject token       b                                                           a fact
+    middle subject tokens     b+1 .. e-2                                                  a token
+    last subject token        e-1                                                         a fact
+    first subsequent token    e                                                           a fact
+    further tokens            e+1 .. n-2                                                  a token
+    last token                n-1                                                         a fact
+
+Categories overlap as in the paper: the only token of a subject is its first and its last. A prompt
+that ends with its subject has no subsequent token. Averages are the released ones: the mean score
+of a category less the mean corrupted score of all facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_rome.causal_trace import CausalTrace, Kind
+from transformer_lens_rome.files import read_tensors, write_tensors
+
+CATEGORIES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first subsequent token",
+    "further tokens",
+    "last token",
+)
+_FORMAT = "transformer_lens_rome.average_trace.1"
+_TENSORS = ("scores", "half_width", "n", "effects", "best_layer")
+
+
+@dataclass(frozen=True, eq=False)
+class AverageTrace:
+    """Mean scores by category and layer.
+
+    Attributes:
+        scores: Mean metric with a state of that category restored; NaN for an empty category.
+        half_width: Half the 95% interval of that mean, 1.96 standard errors over its own n.
+        n: How many facts or tokens each category has.
+        effects: Total effect of each fact.
+        best_layer: For each fact, the layer at which its last subject token restores most.
+        p_clean: Mean metric of the clean runs.
+        p_corrupted: Mean metric with nothing restored.
+        kind: As in `CausalTrace`.
+        window: As in `CausalTrace`.
+        n_wrong: Facts that were left out because the model does not know them.
+    """
+
+    scores: Float[Tensor, "category layer"]
+    half_width: Float[Tensor, "category layer"]
+    n: Int[Tensor, "category"]
+    effects: Float[Tensor, "fact"]
+    best_layer: Int[Tensor, "fact"]
+    p_clean: float
+    p_corrupted: float
+    kind: Kind
+    window: int
+    n_wrong: int = 0
+
+    @property
+    def n_facts(self) -> int:
+        """How many facts were averaged."""
+        return len(self.effects)
+
+    @property
+    def indirect_effect(self) -> Float[Tensor, "category layer"]:
+        """AIE: scores - p_corrupted."""
+        return self.scores - self.p_corrupted
+
+    @property
+    def total_effect(self) -> float:
+        """ATE: p_clean - p_corrupted."""
+        return self.p_clean - self.p_corrupted
+
+    def peak(self, category: str) -> tuple[int, float]:
+        """The layer at which a category restores most, and its AIE."""
+        row = self.indirect_effect[CATEGORIES.index(category)]
+        return int(row.argmax()), row.max().item()
+
+    def to_dataframe(self) -> Any:
+        """One row a category and layer, as a pandas DataFrame."""
+        import pandas as pd
+
+        layers = self.scores.shape[1]
+        effect = self.indirect_effect
+        return pd.DataFrame(
+            {
+                "category": [name for name in CATEGORIES for _ in range(layers)],
+                "layer": list(range(layers)) * len(CATEGORIES),
+                "n": self.n.repeat_interleave(layers).tolist(),
+                "score": self.scores.flatten().tolist(),
+                "indirect_effect": effect.flatten().tolist(),
+                "half_width": self.half_width.flatten().tolist(),
+            }
+        )
+
+    def save(self, path: Any) -> None:
+        """Write safetensors with JSON metadata."""
+        info = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {name: info.pop(name) for name in _TENSORS}
+        write_tensors(path, tensors, {"format": _FORMAT, **info})
+
+    @classmethod
+    def load(cls, path: Any) -> AverageTrace:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or not a whole average.
+        """
+        tensors, info = read_tensors(path, _FORMAT)
+        try:
+            found = cls(**tensors, **{k: v for k, v in info.items() if k != "format"})
+            if found.scores.shape != found.half_width.shape or len(found.n) != len(CATEGORIES):
+                raise ValueError(f"axes do not fit: {tuple(found.scores.shape)}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a whole average ({error})") from error
+        return found
+
+
+def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> AverageTrace:
+    """Average traces of one kind, window, metric and model over facts.
+
+    Raises:
+        ValueError: no traces, or traces that do not belong together.
+    """
+    if not traces:
+        raise ValueError("there are no traces to average")
+    alike = {(t.kind, t.window, t.metric, t.samples.shape[1], t.info["model"]) for t in traces}
+    if len(alike) > 1:
+        raise ValueError(f"traces of different kinds, windows, metrics or models: {sorted(alike)}")
+    columns = [_by_category(trace) for trace in traces]
+    stacked = [torch.cat([one[i] for one in columns]) for i in range(len(CATEGORIES))]
+    last = torch.stack([trace.scores[:, trace.subject_last] for trace in traces])
+    return AverageTrace(
+        scores=torch.stack([items.mean(0) for items in stacked]),
+        half_width=torch.stack([_half_width(items) for items in stacked]),
+        n=torch.tensor([len(items) for items in stacked]),
+        effects=torch.tensor([trace.total_effect for trace in traces]),
+        best_layer=last.argmax(1),
+        p_clean=sum(trace.p_clean for trace in traces) / len(traces),
+        p_corrupted=sum(trace.p_corrupted for trace in traces) / len(traces),
+        kind=traces[0].kind,
+        window=traces[0].window,
+        n_wrong=n_wrong,
+    )
+
+
+def _half_width(items: Float[Tensor, "item layer"]) -> Float[Tensor, "layer"]:
+    """1.96 standard errors of the mean; NaN for fewer than two items."""
+    if len(items) < 2:
+        return torch.full(items.shape[1:], torch.nan)
+    return 1.96 * items.std(0) / len(items) ** 0.5
+
+
+def _by_category(trace: CausalTrace) -> list[Float[Tensor, "item layer"]]:
+    """The trace's scores in each category, one row a position."""
+    begin, end = trace.subject_positions[0], trace.subject_positions[-1] + 1
+    scores, n = trace.scores.T, len(trace.tokens)
+    ranges = (
+        (begin, begin + 1),
+        (begin + 1, end - 1),
+        (end - 1, end),
+        (end, min(end + 1, n)),
+        (end + 1, n - 1),
+        (n - 1, n),
+    )
+    return [scores[first : max(first, last)] for first, last in ranges]
