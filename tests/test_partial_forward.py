@@ -282,6 +282,24 @@ def test_a_model_that_cannot_be_cut_runs_whole(gpt2, monkeypatch, caplog, fault,
     assert words in record.message and "whole passes" in record.message
 
 
+def test_a_users_hook_counts_positions_from_the_rows_first_token(gpt2):
+    """So passes are whole while it is there, and partial again when it is gone."""
+
+    def ablate(state, hook):
+        state = state.clone()
+        state[:, 3] = 0
+        return state
+
+    rows, starts = random_rows((12, 9)), (7, 2)
+    with gpt2.hooks(fwd_hooks=[("blocks.0.hook_resid_post", ablate)]):
+        found = outcome(gpt2, Point("value", 1), rows, starts)
+        whole = outcome(gpt2, Point("value", 1), rows, starts, cut=False)
+        blind = outcome(gpt2, Point("value", 1), rows, starts, cut=True)
+    assert all(map(torch.equal, found, whole))
+    assert not torch.allclose(blind[0], whole[0], atol=1e-2)
+    assert PartialForward(gpt2, 1, rows, starts).recording is not None
+
+
 def test_rows_that_do_not_fit_when_aligned_run_whole(gpt2, caplog):
     rows, starts = random_rows((100, 100)), (99, 0)
     with caplog.at_level(logging.INFO, logger=partial_forward.__name__):

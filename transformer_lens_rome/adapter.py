@@ -201,6 +201,12 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
         raise RuntimeError(f"hooks that never fired on {architecture(model)}: {silent}")
 
 
+def has_hooks(model: Any) -> bool:
+    """Whether somebody's forward hooks are on the model; permanent ones are the bridge's own."""
+    points = model.hook_dict.values()
+    return any(not hook.is_permanent for point in points for hook in point.fwd_hooks)
+
+
 @contextmanager
 def gradients_for(model: Any) -> Iterator[None]:
     """Gradients on, also inside a caller's `no_grad`, with every parameter frozen until exit."""

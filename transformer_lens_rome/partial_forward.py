@@ -19,7 +19,10 @@ on each model, on a few tokens. Where it does not, every pass is a whole one, an
 
 - models without key-value caches, or whose caches are not exact;
 - models that scale or project their logits outside `ln_final` and `unembed` (OPT-350M, Cohere);
-- rows that together need more columns than the model's context.
+- rows that together need more columns than the model's context;
+- models with hooks of the user's own, which may count positions.
+
+Several sets of changes run as one batch; in BLOOM sets for a single row run one by one.
 """
 
 from __future__ import annotations
@@ -103,7 +106,8 @@ class PartialForward:
             rows: Token ids, not padded. What stands after the last scored token is best left out.
             starts: The first position of each row at which anything changes.
             noise: A change of embeddings that holds in all passes.
-            cut: False runs whole passes, True never does. None: where the model cannot be cut.
+            cut: False runs whole passes, True never does. None: whole ones where the rows or the
+                model cannot be cut, see above.
 
         Raises:
             ValueError: a start that is not a position of its row, or a row that is too long.
@@ -112,7 +116,7 @@ class PartialForward:
             raise ValueError("every start must be a position of its row")
         self.model = model
         if cut is None:
-            cut = _fits(model, rows, starts) and _can_be_cut(model)
+            cut = _rows_can_be_cut(model, rows, starts) and _can_be_cut(model)
         self.tokens, self.starts = _padded([list(ids) for ids in rows]), torch.tensor(starts)
         self.first = self.starts if cut else torch.zeros_like(self.starts)
         self._layer, self._noise = layer, noise
@@ -249,13 +253,16 @@ def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
     return torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
 
 
-def _fits(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
-    """Whether the rows, aligned at their starts, are no longer than the model's context."""
+def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
+    """Whether the rows fit when aligned, and no hook of the user's counts their positions."""
     remainder = max(len(ids) - start for ids, start in zip(rows, starts))
-    fits = max(starts) + remainder <= (model.cfg.n_ctx or torch.inf)
-    if not fits:
+    if max(starts) + remainder > (model.cfg.n_ctx or torch.inf):
         logger.info("whole passes: the rows, aligned, are longer than the model's context")
-    return fits
+        return False
+    if adapter.has_hooks(model):
+        logger.info("whole passes: the model has hooks, which may count positions")
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- does it hold for this model?
