@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Measured:
 
     def __enter__(self) -> Measured:
         synchronise(self._device)
+        with suppress(OSError, AttributeError):  # glibc: give back what is free but kept
+            ctypes.CDLL(None).malloc_trim(0)
         self._base = self._peak = self._in_use()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
