@@ -181,9 +181,7 @@ def test_severed_is_what_two_whole_passes_give(model_class, shape, sever, tokeni
     noise = torch.randn(3, len(row.subject), model.cfg.d_model, generator=generator)
     plain = causal_trace(model, PROMPT, SUBJECT, noise=noise, answer="Paris", progress=False)
     answer = int(Encoder.of(model).ids(" Paris")[0])
-    found = severed_trace(
-        model, PROMPT, SUBJECT, sever=sever, noise=noise, answer="Paris", progress=False
-    )
+    found = severed_trace(model, PROMPT, SUBJECT, sever=sever, noise=noise, answer="Paris")
     expected = direct(model, ids, plain, noise, answer, sever)
     torch.testing.assert_close(found.severed, expected, rtol=1e-4, atol=1e-7)
     ordinary = plain.samples[:, :, plain.subject_last]

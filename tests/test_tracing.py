@@ -109,8 +109,8 @@ def test_what_was_not_corrupted_is_restored_in_vain(model):
     assert before.shape[2] and (before == found.corrupted_samples[:, None, None]).all()
 
 
-def test_all_layers_of_attention_and_mlp_in_one_window(model):
-    """Restoring all outputs at one position restores the state except for its corrupted start."""
+def test_a_window_wider_than_the_model_is_the_same_at_every_centre(model):
+    """It restores all layers, wherever it is centred."""
     wide = trace(model, kind="mlp", window=100)
     assert wide.window == 100
     assert (wide.samples - wide.samples[:, :1]).abs().max() < 1e-6

@@ -161,7 +161,7 @@ def restore_each(
 
 @torch.no_grad()
 def sever_each(
-    corrupted: CorruptedRun, sever: Kind, batch_size: int, progress: bool
+    corrupted: CorruptedRun, sever: Kind, batch_size: int
 ) -> tuple[Float[Tensor, "sample layer"], Float[Tensor, "sample layer"], Float[Tensor, "sample"]]:
     """Scores with the last subject token restored at each layer: plainly, severed, and not at all.
 
@@ -179,9 +179,7 @@ def sever_each(
     restored = [list(_restored(clean, "resid", i, position, 1, n)) for i in range(n_layers)]
     severed = [[*changes, *kept[i + 1 :]] for i, changes in enumerate(restored)]
     cells = [[], *restored, *severed]
-    with tqdm(total=1, desc=f"severing {sever}", disable=not progress) as bar:
-        scores = corrupted.scores(forward, cells, batch_size)
-        bar.update()
+    scores = corrupted.scores(forward, cells, batch_size)
     return scores[:, 1 : 1 + n_layers], scores[:, 1 + n_layers :], scores[:, 0]
 
 

@@ -139,13 +139,12 @@ def severed_trace(
     occurrence: int | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 60,
-    progress: bool = True,
 ) -> SeveredTrace:
     """Restore the last subject token at each layer with a path cut (Meng et al. 2022, fig. 3).
 
     The state after block l is restored, while at that token the MLPs (or attention) of the layers
     above keep the outputs that they have in the corrupted run: what is lost is what they would have
-    made of the restored state. Takes the arguments of `causal_trace`.
+    made of the restored state. The arguments are those of `causal_trace`.
     """
     _check_options(model, sever, 1, "probability", None, n_samples)
     encoder = Encoder.of(model, prepend_bos)
@@ -155,7 +154,7 @@ def severed_trace(
         noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
         noise = Gaussian(noise_std)
     corrupted = _noisy(run, noise, n_samples, seed, replace=False)
-    ordinary, severed, base = sever_each(corrupted, sever, batch_size, progress)
+    ordinary, severed, base = sever_each(corrupted, sever, batch_size)
     return SeveredTrace(ordinary, severed, base, run.p_clean, sever, run.answer)
 
 
