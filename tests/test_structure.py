@@ -13,13 +13,13 @@ PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
     {"adapter", "files", "gguf_tokenizer"},
-    {"passes", "known_facts", "causal_trace"},
-    {"prompts", "recording", "average_trace"},
-    {"partial_forward"},
+    {"passes", "known_facts", "results"},
+    {"prompts", "recording", "causal_trace", "severed_trace"},
+    {"partial_forward", "average_trace"},
     {"edits", "sampling", "second_moment", "corruption"},
     {"collection", "ledger", "defaults", "restoring"},
     {"methods", "v_star", "default_statistics", "tracing"},
-    {"health", "rome_config"},
+    {"health", "rome_config", "fact_traces"},
     {"rome"},
     {"sweep", "export", "demo"},
     {"__init__", "__main__"},

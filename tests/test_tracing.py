@@ -30,7 +30,9 @@ HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_o
 
 
 def trace(model, prompt=PROMPT, subject=SUBJECT, **options):
-    known = {"noise_std": 1.0, "n_samples": 3, "window": 2, "progress": False}
+    known = {"n_samples": 3, "window": 2, "progress": False}
+    if "noise" not in options:
+        known["noise_std"] = 1.0
     return causal_trace(model, prompt, subject, **(known | options))
 
 

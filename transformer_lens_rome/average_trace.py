@@ -15,17 +15,16 @@ of a category less the mean corrupted score of all facts.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.results import Result
 
 CATEGORIES = (
     "first subject token",
@@ -35,12 +34,10 @@ CATEGORIES = (
     "further tokens",
     "last token",
 )
-_FORMAT = "transformer_lens_rome.average_trace.1"
-_TENSORS = ("scores", "half_width", "n", "effects", "best_layer")
 
 
 @dataclass(frozen=True, eq=False)
-class AverageTrace:
+class AverageTrace(Result):
     """Mean scores by category and layer.
 
     Attributes:
@@ -66,6 +63,12 @@ class AverageTrace:
     kind: Kind
     window: int
     n_wrong: int = 0
+
+    FORMAT: ClassVar[str] = "transformer_lens_rome.average_trace.1"
+
+    def __post_init__(self) -> None:
+        if self.scores.shape != self.half_width.shape or len(self.n) != len(CATEGORIES):
+            raise ValueError(f"axes do not fit: {tuple(self.scores.shape)}")
 
     @property
     def n_facts(self) -> int:
@@ -103,28 +106,6 @@ class AverageTrace:
                 "half_width": self.half_width.flatten().tolist(),
             }
         )
-
-    def save(self, path: Any) -> None:
-        """Write safetensors with JSON metadata."""
-        info = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {name: info.pop(name) for name in _TENSORS}
-        write_tensors(path, tensors, {"format": _FORMAT, **info})
-
-    @classmethod
-    def load(cls, path: Any) -> AverageTrace:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, or not a whole average.
-        """
-        tensors, info = read_tensors(path, _FORMAT)
-        try:
-            found = cls(**tensors, **{k: v for k, v in info.items() if k != "format"})
-            if found.scores.shape != found.half_width.shape or len(found.n) != len(CATEGORIES):
-                raise ValueError(f"axes do not fit: {tuple(found.scores.shape)}")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold a whole average ({error})") from error
-        return found
 
 
 def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> AverageTrace:

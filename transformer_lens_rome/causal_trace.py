@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.results import Result
 
 Kind = Literal["resid", "mlp", "attn"]
 Metric = Literal["probability", "log_probability", "logit_diff"]
-_FORMAT = "transformer_lens_rome.trace.1"
-_TENSORS = ("samples", "corrupted_samples")
 
 
 @dataclass(frozen=True, eq=False)
-class CausalTrace:
+class CausalTrace(Result):
     """What restoring each state of a corrupted run brings back (Meng et al. 2022, section 2).
 
     Attributes:
@@ -47,6 +44,13 @@ class CausalTrace:
     window: int
     metric: Metric
     info: dict[str, Any]
+
+    FORMAT: ClassVar[str] = "transformer_lens_rome.trace.1"
+
+    def __post_init__(self) -> None:
+        n, _, positions = self.samples.shape
+        if (n, positions) != (len(self.corrupted_samples), len(self.tokens)):
+            raise ValueError(f"axes do not fit: {tuple(self.samples.shape)}")
 
     @property
     def scores(self) -> Float[Tensor, "layer pos"]:
@@ -91,56 +95,3 @@ class CausalTrace:
                 "indirect_effect": self.indirect_effect.flatten().tolist(),
             }
         )
-
-    def save(self, path: Any) -> None:
-        """Write safetensors with JSON metadata."""
-        info = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {name: info.pop(name) for name in _TENSORS}
-        write_tensors(path, tensors, {"format": _FORMAT, **info})
-
-    @classmethod
-    def load(cls, path: Any) -> CausalTrace:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, or not a whole trace file.
-        """
-        tensors, info = read_tensors(path, _FORMAT)
-        try:
-            info = {name: value for name, value in info.items() if name != "format"}
-            for name in ("tokens", "subject_positions"):
-                info[name] = tuple(info[name])
-            found = cls(**tensors, **info)
-            sizes = found.samples.ndim, found.samples.shape[2], len(found.corrupted_samples)
-            if sizes != (3, len(found.tokens), len(found.samples)):
-                raise ValueError(f"axes do not fit: {tuple(found.samples.shape)}")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} does not hold a whole trace ({error})") from error
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class SeveredTrace:
-    """What restoring the last subject token brings back with a path cut (Meng et al. 2022, fig. 3).
-
-    Attributes:
-        ordinary: The answer's probability in each corrupted sample, by the layer restored.
-        severed: The same, while the cut modules above keep their corrupted outputs at that token.
-        corrupted_samples: The same with nothing restored.
-        p_clean: The probability without corruption.
-        sever: Which modules were cut: "mlp" or "attn".
-        answer: The text whose probability is taken.
-    """
-
-    ordinary: Float[Tensor, "sample layer"]
-    severed: Float[Tensor, "sample layer"]
-    corrupted_samples: Float[Tensor, "sample"]
-    p_clean: float
-    sever: Literal["mlp", "attn"]
-    answer: str
-
-    @property
-    def effects(self) -> Float[Tensor, "2 layer"]:
-        """The figure's bars: ordinary and severed scores less the corrupted one."""
-        scores = (self.ordinary.mean(0), self.severed.mean(0))
-        return torch.stack(scores) - self.corrupted_samples.mean()

@@ -31,6 +31,7 @@ class CleanRun:
         n_prompt: How many of the ids are the prompt's.
         labels: The answer's tokens; the first is predicted from position n_prompt - 1.
         answer: The answer as text.
+        tokens: The prompt's tokens as text.
         metric: What a score is.
         foil: First token of the other answer, for "logit_diff".
     """
@@ -41,6 +42,7 @@ class CleanRun:
     n_prompt: int
     labels: Int[Tensor, "n_answer"]
     answer: str
+    tokens: tuple[str, ...]
     metric: Metric
     foil: int | None
 
@@ -73,8 +75,11 @@ class CleanRun:
         if foil is not None:
             against = encoder.row(prompt, None, foil)
             other = against.ids[against.target[0]]
-        text = encoder.tokenizer.decode(labels) if answer is None else answer
-        return cls(model, ids, row.subject, n_prompt, torch.tensor(labels), text, metric, other)
+        decode = encoder.tokenizer.decode
+        text = decode(labels) if answer is None else answer
+        tokens = tuple(decode([i]) for i in ids[:n_prompt])
+        labels = torch.tensor(labels)
+        return cls(model, ids, row.subject, n_prompt, labels, text, tokens, metric, other)
 
     @property
     def at(self) -> Int[Tensor, "n_answer"]:
@@ -128,13 +133,18 @@ class CorruptedRun:
         return PartialForward(self.clean.model, 0, self.rows, starts, noise=self.noise)
 
     def scores(
-        self, forward: PartialForward, cells: Sequence[Sequence[Change]], batch_size: int
+        self,
+        forward: PartialForward,
+        cells: Sequence[Sequence[Change]],
+        batch_size: int,
+        *,
+        progress: str | None = None,
     ) -> Float[Tensor, "sample cell"]:
-        """The metric in each sample with each cell's changes made."""
+        """The metric in each sample with each cell's changes made; with a bar of that name."""
         run, n = self.clean, len(self.rows)
         rows, at = torch.arange(n).repeat_interleave(len(run.labels)), run.at.repeat(n)
         each, found = max(1, batch_size // n), []
-        for first in range(0, len(cells), each):
+        for first in tqdm(range(0, len(cells), each), desc=progress, disable=progress is None):
             logits = forward.variants(cells[first : first + each], rows, at)
             found.append(run.score(logits.unflatten(1, (n, -1))))
         return torch.cat(found).T
@@ -161,7 +171,7 @@ def restore_each(
 
 @torch.no_grad()
 def sever_each(
-    corrupted: CorruptedRun, sever: Kind, batch_size: int
+    corrupted: CorruptedRun, sever: Kind, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "sample layer"], Float[Tensor, "sample layer"], Float[Tensor, "sample"]]:
     """Scores with the last subject token restored at each layer: plainly, severed, and not at all.
 
@@ -179,7 +189,8 @@ def sever_each(
     restored = [list(_restored(clean, "resid", i, position, 1, n)) for i in range(n_layers)]
     severed = [[*changes, *kept[i + 1 :]] for i, changes in enumerate(restored)]
     cells = [[], *restored, *severed]
-    scores = corrupted.scores(forward, cells, batch_size)
+    bar = f"tracing with {sever} severed" if progress else None
+    scores = corrupted.scores(forward, cells, batch_size, progress=bar)
     return scores[:, 1 : 1 + n_layers], scores[:, 1 + n_layers :], scores[:, 0]
 
 

@@ -23,18 +23,19 @@ its embedding norm.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome import adapter
-from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric, SeveredTrace
+from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
 from transformer_lens_rome.corruption import Gaussian, NoiseSource, subject_embedding_std
 from transformer_lens_rome.partial_forward import Noise
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
+from transformer_lens_rome.severed_trace import Sever, SeveredTrace
 
 logger = logging.getLogger(__name__)
 
@@ -88,40 +89,39 @@ def causal_trace(
         ValueError: the subject is not in the prompt or stands there twice, the answer holds no
             token, or noise, window or metric do not fit; the message says what to do.
     """
-    _check_options(model, kind, window, metric, foil, n_samples)
-    encoder = Encoder.of(model, prepend_bos)
-    span = subject_span(prompt, subject, occurrence)
-    run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
-    if other_subject is None:
-        if noise is None:
-            noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
-            noise = Gaussian(noise_std)
-        corrupted = _noisy(run, noise, n_samples, seed, replace)
-    else:
-        corrupted = _with_other_subject(run, encoder, prompt, span, other_subject)
-    window = 1 if kind == "resid" else window
+    if kind not in ("resid", "mlp", "attn"):
+        raise ValueError(f"kind must be 'resid', 'mlp' or 'attn', got {kind!r}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 layer, got {window}")
+    noise = _source(noise, noise_std)
+    corrupted, info = _corrupted_run(
+        model,
+        prompt,
+        subject,
+        answer=answer,
+        noise=noise,
+        replace=replace,
+        other_subject=other_subject,
+        n_samples=n_samples,
+        seed=seed,
+        metric=metric,
+        foil=foil,
+        occurrence=occurrence,
+        prepend_bos=prepend_bos,
+    )
+    run, window = corrupted.clean, 1 if kind == "resid" else window
     samples, base = restore_each(corrupted, kind, window, batch_size, progress)
     return CausalTrace(
         samples=samples,
         corrupted_samples=base,
         p_clean=run.p_clean,
-        tokens=tuple(encoder.tokenizer.decode([i]) for i in run.ids[: run.n_prompt]),
+        tokens=run.tokens,
         subject_positions=run.subject,
         answer=run.answer,
         kind=kind,
         window=window,
         metric=metric,
-        info={
-            "model": adapter.model_name(model),
-            "prompt": prompt,
-            "subject": subject,
-            "other_subject": other_subject,
-            "noise_std": noise_std,
-            "replace": replace,
-            "seed": seed,
-            "foil": foil,
-            "prepend_bos": encoder.prepends_bos,
-        },
+        info=info,
     )
 
 
@@ -130,7 +130,7 @@ def severed_trace(
     prompt: str,
     subject: str,
     *,
-    sever: Literal["mlp", "attn"] = "mlp",
+    sever: Sever = "mlp",
     answer: str | None = None,
     noise: Float[Tensor, "n_samples n_subject_tokens d_model"] | NoiseSource | None = None,
     noise_std: float | None = None,
@@ -139,6 +139,7 @@ def severed_trace(
     occurrence: int | None = None,
     prepend_bos: bool | None = None,
     batch_size: int = 60,
+    progress: bool = True,
 ) -> SeveredTrace:
     """Restore the last subject token at each layer with a path cut (Meng et al. 2022, fig. 3).
 
@@ -146,16 +147,22 @@ def severed_trace(
     above keep the outputs that they have in the corrupted run: what is lost is what they would have
     made of the restored state. The arguments are those of `causal_trace`.
     """
-    _check_options(model, sever, 1, "probability", None, n_samples)
-    encoder = Encoder.of(model, prepend_bos)
-    span = subject_span(prompt, subject, occurrence)
-    run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=None, metric="probability")
-    if noise is None:
-        noise_std = _default_std(model, subject, encoder) if noise_std is None else noise_std
-        noise = Gaussian(noise_std)
-    corrupted = _noisy(run, noise, n_samples, seed, replace=False)
-    ordinary, severed, base = sever_each(corrupted, sever, batch_size)
-    return SeveredTrace(ordinary, severed, base, run.p_clean, sever, run.answer)
+    if sever not in ("mlp", "attn"):
+        raise ValueError(f"sever must be 'mlp' or 'attn', got {sever!r}")
+    corrupted, info = _corrupted_run(
+        model,
+        prompt,
+        subject,
+        answer=answer,
+        noise=_source(noise, noise_std),
+        n_samples=n_samples,
+        seed=seed,
+        occurrence=occurrence,
+        prepend_bos=prepend_bos,
+    )
+    run = corrupted.clean
+    ordinary, severed, base = sever_each(corrupted, sever, batch_size, progress)
+    return SeveredTrace(ordinary, severed, base, run.p_clean, sever, run.answer, info)
 
 
 def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tuple[int, int]:
@@ -179,28 +186,73 @@ def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tu
     return start, start + len(subject)
 
 
-def _check_options(
-    model: Any, kind: str, window: int, metric: str, foil: str | None, n_samples: int
-) -> None:
+def _source(
+    noise: Tensor | NoiseSource | None, noise_std: float | None
+) -> Tensor | NoiseSource | None:
+    """The noise that was asked for; None if nothing was said."""
+    if noise is not None and noise_std is not None:
+        raise ValueError("give noise= or noise_std=, not both")
+    return Gaussian(noise_std) if noise_std is not None else noise
+
+
+def _corrupted_run(
+    model: Any,
+    prompt: str,
+    subject: str,
+    *,
+    answer: str | None,
+    noise: Tensor | NoiseSource | None,
+    n_samples: int,
+    seed: int,
+    occurrence: int | None,
+    prepend_bos: bool | None,
+    replace: bool = False,
+    other_subject: str | None = None,
+    metric: Metric = "probability",
+    foil: str | None = None,
+) -> tuple[CorruptedRun, dict[str, Any]]:
+    """The clean and corrupted runs of a trace, and how to make them again."""
+    _check_options(model, metric, foil, n_samples)
+    encoder = Encoder.of(model, prepend_bos)
+    span = subject_span(prompt, subject, occurrence)
+    run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
+    if other_subject is not None:
+        corrupted = _with_other_subject(run, encoder, prompt, span, other_subject)
+    else:
+        noise = _default_noise(model, subject, encoder) if noise is None else noise
+        corrupted = _noisy(run, noise, n_samples, seed, replace)
+    return corrupted, {
+        "model": adapter.model_name(model),
+        "prompt": prompt,
+        "subject": subject,
+        "other_subject": other_subject,
+        "noise": None if other_subject is not None else type(noise).__name__,
+        "noise_std": noise.std if isinstance(noise, Gaussian) else None,
+        "replace": replace,
+        "seed": seed,
+        "foil": foil,
+        "prepend_bos": encoder.prepends_bos,
+    }
+
+
+def _check_options(model: Any, metric: str, foil: str | None, n_samples: int) -> None:
     adapter.model_class(model)
     if model.training:
         raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
-    if kind not in ("resid", "mlp", "attn"):
-        raise ValueError(f"kind must be 'resid', 'mlp' or 'attn', got {kind!r}")
     if metric not in ("probability", "log_probability", "logit_diff"):
         raise ValueError(
             f"metric must be 'probability', 'log_probability' or 'logit_diff', got {metric!r}"
         )
     if (metric == "logit_diff") != (foil is not None):
         raise ValueError("foil= (the other answer) and metric='logit_diff' go together")
-    if window < 1 or n_samples < 1:
-        raise ValueError(f"window and n_samples must be at least 1, got {window} and {n_samples}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
 
 
-def _default_std(model: Any, subject: str, encoder: Encoder) -> float:
+def _default_noise(model: Any, subject: str, encoder: Encoder) -> Gaussian:
     std = 3 * subject_embedding_std(model, [subject], encoder=encoder)
     logger.info("noise of standard deviation %.4g: 3 sigma of this subject's tokens", std)
-    return std
+    return Gaussian(std)
 
 
 def _noisy(
