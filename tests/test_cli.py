@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from transformer_lens_rome import RankOneEdit, SecondMoment
 from transformer_lens_rome.__main__ import main
+from transformer_lens_rome.causal_trace import CausalTrace
 
 needs_bridge = pytest.mark.skipif(
     not tiny_models.has_bridge(), reason="a folder is loaded as a bridge, which this version lacks"
@@ -71,3 +72,17 @@ def test_a_bad_request_is_one_line_and_status_2(capsys):
     assert main(["edit", "demo", "no hole here", SUBJECT, TARGET]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the prompt needs exactly one '{}'") and error.count("\n") == 1
+
+
+@needs_bridge
+def test_trace_says_where(checkpoint, tmp_path, capsys):
+    saved, shown = tmp_path / "trace.safetensors", tmp_path / "trace.html"
+    arguments = ["trace", str(checkpoint), "In the city Space Needle is", "Space Needle"]
+    arguments += ["--kind", "mlp", "--window", "2", "--samples", "3", "--seed", "1", "--json"]
+    assert main([*arguments, "--save", str(saved), "--html", str(shown)]) == 0
+    report, trace = json.loads(capsys.readouterr().out), CausalTrace.load(saved)
+    assert (trace.kind, trace.window, trace.samples.shape[0]) == ("mlp", 2, 3)
+    assert report["p_corrupted"] == pytest.approx(trace.p_corrupted)
+    assert report["last_subject_token"] == trace.scores[:, trace.subject_last].tolist()
+    assert f"{trace.scores.max().item():.3g}" in report["best"][0]
+    assert "CircuitsVis.render(" in shown.read_text()

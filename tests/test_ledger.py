@@ -10,9 +10,9 @@ import torch
 from conftest import make_model
 from rome_setting import LAYER, random_edit
 
-from transformer_lens_rome import AppliedEdit, active_edits, applied, apply_edit
+from transformer_lens_rome import AppliedEdit, applied, apply_edit
 from transformer_lens_rome.adapter import w_out, weight_hash
-from transformer_lens_rome.ledger import base_weight
+from transformer_lens_rome.ledger import active_edits, base_weight
 
 
 def weights(model):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from rome_setting import random_edit
 
-from transformer_lens_rome import active_edits, adapter, applied, apply_edit, revert_all
+from transformer_lens_rome import adapter, applied, apply_edit, revert_all
 from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.ledger import active_edits
 
 
 def interrupt_at(monkeypatch, call: int):

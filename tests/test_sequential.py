@@ -8,8 +8,9 @@ import pytest
 import torch
 from rome_setting import CONFIG, LAYER, random_moment, small_edit
 
-from transformer_lens_rome import EditRequest, active_edits, applied, rome_edit
+from transformer_lens_rome import EditRequest, applied, rome_edit
 from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.ledger import active_edits
 
 SUBJECTS = "Paris Rome Seattle London Danielle LeBron Leonardo Apple Microsoft Space".split()
 REQUESTS = [EditRequest("{} is in", subject, "French") for subject in SUBJECTS]

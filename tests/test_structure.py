@@ -12,26 +12,41 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"adapter", "files", "gguf_tokenizer"},
-    {"passes", "known_facts", "results"},
+    {"adapter", "files", "gguf_tokenizer", "patching", "viz.page"},
+    {"passes", "known_facts", "results", "viz.views", "viz.figures"},
+    {"viz.edit_figure"},
+    {"viz"},
     {"prompts", "recording", "causal_trace", "severed_trace"},
     {"partial_forward", "average_trace"},
     {"edits", "sampling", "second_moment", "corruption"},
     {"collection", "ledger", "defaults", "restoring"},
     {"methods", "v_star", "default_statistics", "tracing"},
-    {"health", "rome_config", "fact_traces"},
+    {"health", "rome_config", "fact_traces", "microscope"},
     {"rome"},
     {"sweep", "export", "demo"},
     {"__init__", "__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-TREES = {name: ast.parse((PACKAGE / f"{name}.py").read_text()) for name in MODULES}
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+}
+PATHS = {name.removesuffix(".__init__"): path for name, path in PATHS.items()}
+MODULES = sorted(PATHS)
+TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+
+
+def running(tree):
+    """Every node but what stands under `if TYPE_CHECKING:`, which never runs."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from running(node)
 
 
 def imports(tree):
     """Dotted names of everything that a module imports, at any depth."""
-    for node in ast.walk(tree):
+    for node in running(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,8 +59,8 @@ def own_imports(tree):
     for name in imports(tree):
         package, _, rest = name.partition(".")
         if package == NAME:
-            module = rest.split(".")[0]
-            yield module if module in MODULES else "__init__"
+            within = [m for m in MODULES if f"{rest}.".startswith(f"{m}.")]
+            yield max(within, key=len, default="__init__")
 
 
 def called(tree):
@@ -56,9 +71,11 @@ def called(tree):
 def test_the_parser_finds_what_it_looks_for():
     tree = ast.parse(
         f"import {NAME}.rome\nfrom {NAME} import adapter, rome_edit\n"
-        f"def f():\n    from {NAME}.edits import Edit\n    torch.load(print(1))"
+        f"if TYPE_CHECKING:\n    import {NAME}.sweep\n"
+        f"def f():\n    from {NAME}.edits import Edit\n    torch.load(print(1))\n"
+        f"    from {NAME}.viz.page import View"
     )
-    assert list(own_imports(tree)) == ["rome", "adapter", "__init__", "edits"]
+    assert list(own_imports(tree)) == ["rome", "adapter", "__init__", "edits", "viz.page"]
     assert called(tree) == {"torch.load", "print"}
 
 
@@ -83,7 +100,7 @@ def test_only_the_adapter_knows_the_model_classes(module):
         mentioned |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         mentioned |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         assert not mentioned & classes
-    if module not in ("adapter", "passes", "recording", "demo"):
+    if module not in ("adapter", "passes", "recording", "demo", "patching"):
         assert not [n for n in imports(tree) if n.split(".")[0] == "transformer_lens"]
         attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         assert not attributes & {"blocks", "W_out", "W_U", "W_E", "hook_dict"}, "a module path"

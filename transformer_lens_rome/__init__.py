@@ -1,38 +1,40 @@
 """Locate, change and measure facts in the TransformerLens model that you already have."""
 
+from transformer_lens_rome.average_trace import average_traces
 from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.edits import DenseEdit, EditHealth, EditRequest, RankOneEdit, load_edit
+from transformer_lens_rome.edits import DenseEdit, EditRequest, RankOneEdit, load_edit
 from transformer_lens_rome.export import export_hf
-from transformer_lens_rome.ledger import AppliedEdit, active_edits, applied, apply_edit, revert_all
-from transformer_lens_rome.methods import EditMethod, get_method, register_method
+from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit, revert_all
+from transformer_lens_rome.methods import get_method
+from transformer_lens_rome.microscope import show_edit
 from transformer_lens_rome.prompts import target_log_probs, top_tokens
 from transformer_lens_rome.rome import RomeConfig, compute_rome_edit, rome_edit
-from transformer_lens_rome.sampling import sample_prefixes, sampled_texts
+from transformer_lens_rome.sampling import sampled_texts
 from transformer_lens_rome.second_moment import SecondMoment
 from transformer_lens_rome.sweep import sweep_layers
+from transformer_lens_rome.tracing import causal_trace, severed_trace
 
 __all__ = [
     "AppliedEdit",
     "DenseEdit",
-    "EditHealth",
-    "EditMethod",
     "EditRequest",
     "RankOneEdit",
     "RomeConfig",
     "SecondMoment",
-    "active_edits",
     "applied",
     "apply_edit",
+    "average_traces",
+    "causal_trace",
     "collect_second_moment",
     "compute_rome_edit",
     "export_hf",
     "get_method",
     "load_edit",
-    "register_method",
     "revert_all",
     "rome_edit",
-    "sample_prefixes",
     "sampled_texts",
+    "severed_trace",
+    "show_edit",
     "sweep_layers",
     "target_log_probs",
     "top_tokens",

@@ -1,4 +1,4 @@
-"""Command line: `python -m transformer_lens_rome demo | edit | statistics`."""
+"""Command line: `python -m transformer_lens_rome demo | edit | statistics | trace`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from transformer_lens_rome.prompts import Encoder, target_log_probs, top_tokens
 from transformer_lens_rome.rome import RomeConfig, compute_rome_edit
 from transformer_lens_rome.sampling import greedy_continuation, sampled_texts
 from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.tracing import causal_trace
+from transformer_lens_rome.viz import save_html
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,14 +48,18 @@ def _parser() -> argparse.ArgumentParser:
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--model-class", choices=("bridge", "hooked"), default=demo.default_class())
-    shared.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
 
-    show = commands.add_parser("demo", parents=[shared], help="edit a fact in the bundled model")
+    layer = argparse.ArgumentParser(add_help=False)
+    layer.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
+
+    show = commands.add_parser(
+        "demo", parents=[shared, layer], help="edit a fact in the demo model"
+    )
     show.set_defaults(run=run_demo)
 
-    edit = commands.add_parser("edit", parents=[shared], help="edit a fact in any model")
+    edit = commands.add_parser("edit", parents=[shared, layer], help="edit a fact in any model")
     edit.add_argument("model", help="hub name, folder, or 'demo'")
     edit.add_argument("prompt", help="with {} where the subject goes")
     edit.add_argument("subject")
@@ -66,12 +72,27 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--export", help="write the edited checkpoint to this folder")
     edit.set_defaults(run=run_edit)
 
-    stats = commands.add_parser("statistics", parents=[shared], help="collect a second moment")
+    stats = commands.add_parser(
+        "statistics", parents=[shared, layer], help="collect a second moment"
+    )
     stats.add_argument("model", help="hub name, folder, or 'demo'")
     stats.add_argument("out", help="file to write (safetensors)")
     stats.add_argument("--text", help="a text file (default: text that the model writes itself)")
     stats.add_argument("--max-tokens", type=int, default=100_000)
     stats.set_defaults(run=run_statistics)
+
+    trace = commands.add_parser("trace", parents=[shared], help="where a fact is recalled")
+    trace.add_argument("model", help="hub name, folder, or 'demo'")
+    trace.add_argument("prompt", help="text up to where the answer should follow")
+    trace.add_argument("subject", help="the part of the prompt to corrupt")
+    trace.add_argument("--answer", help="what should follow (default: the model's top token)")
+    trace.add_argument("--kind", choices=("resid", "mlp", "attn"), default="resid")
+    trace.add_argument("--window", type=int, default=10, help="layers restored at once")
+    trace.add_argument("--samples", type=int, default=10, help="how many noises")
+    trace.add_argument("--seed", type=int, default=0)
+    trace.add_argument("--save", help="write the trace here (safetensors)")
+    trace.add_argument("--html", help="write a page that shows it here")
+    trace.set_defaults(run=run_trace)
     return parser
 
 
@@ -125,6 +146,39 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
     if not math.isfinite(report["condition_number"]):
         report["condition_number"] = "infinite"  # JSON has no such number
     return {"file": options.out} | report
+
+
+def run_trace(options: argparse.Namespace) -> dict[str, Any]:
+    """Trace one fact; save it as data or as a page."""
+    model = demo.load_model(options.model, options.model_class)
+    trace = causal_trace(
+        model,
+        options.prompt,
+        options.subject,
+        answer=options.answer,
+        kind=options.kind,
+        window=options.window,
+        n_samples=options.samples,
+        seed=options.seed,
+        progress=not options.json,
+    )
+    if options.save:
+        trace.save(options.save)
+    if options.html:
+        save_html(options.html, trace, title=options.prompt)
+    best = trace.scores.flatten().argsort(descending=True)[:5].tolist()
+    cells = [divmod(i, len(trace.tokens)) for i in best]
+    return {
+        "model": adapter.model_name(model),
+        "answer": trace.answer,
+        "p_clean": trace.p_clean,
+        "p_corrupted": trace.p_corrupted,
+        "best": [
+            f"layer {layer} at {trace.tokens[position]!r}: {trace.scores[layer, position]:.3g}"
+            for layer, position in cells
+        ],
+        "last_subject_token": trace.scores[:, trace.subject_last].tolist(),
+    }
 
 
 def _edit(

@@ -4,6 +4,7 @@ Everything else asks here for the points that editing and tracing touch:
 
     embed        output of the token embedding, before positions are added   [batch, pos, d_model]
     resid_pre    residual stream before block l                               [batch, pos, d_model]
+    pattern      attention weights                                    [batch, head, dest, src]
     attn_out     what attention adds to it                                    [batch, pos, d_model]
     key          input of W_out at layer l (after the activation)             [batch, pos, d_mlp]
     value        output of W_out, bias included, before any norm after it     [batch, pos, d_model]
@@ -31,7 +32,9 @@ from torch import Tensor
 class Point(NamedTuple):
     """A place in the model where an activation can be read or replaced."""
 
-    name: Literal["embed", "resid_pre", "attn_out", "key", "value", "mlp_out", "resid_post"]
+    name: Literal[
+        "embed", "resid_pre", "pattern", "attn_out", "key", "value", "mlp_out", "resid_post"
+    ]
     layer: int = 0
 
 
@@ -155,6 +158,8 @@ def _hook_name(model: Any, point: Point) -> str | None:
     """
     if point.name == "embed":
         return "hook_embed"
+    if point.name == "pattern":
+        return f"blocks.{point.layer}.attn.hook_pattern"
     if point.name == "key":
         return f"blocks.{point.layer}.mlp.hook_post"
     if point.name != "value":

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.viz import View, plot_averages
+from transformer_lens_rome.viz.page import COLOURS, heat_map
 
 CATEGORIES = (
     "first subject token",
@@ -65,6 +67,7 @@ class AverageTrace(Result):
     n_wrong: int = 0
 
     FORMAT: ClassVar[str] = "transformer_lens_rome.average_trace.1"
+    categories: ClassVar[tuple[str, ...]] = CATEGORIES
 
     def __post_init__(self) -> None:
         if self.scores.shape != self.half_width.shape or len(self.n) != len(CATEGORIES):
@@ -106,6 +109,27 @@ class AverageTrace(Result):
                 "half_width": self.half_width.flatten().tolist(),
             }
         )
+
+    def plot(self) -> Any:
+        """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_averages`."""
+        return plot_averages([self])
+
+    def show(self) -> View:
+        """A heat map that needs nothing installed."""
+        rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, self.n.tolist(), strict=True)]
+        return heat_map(
+            self.indirect_effect,
+            rows,
+            colour=COLOURS[self.kind],
+            low=0.0,
+            high=self.indirect_effect.nan_to_num(0.0).max().item(),
+            caption=f"{self.kind}, window {self.window}: mean over {self.n_facts} facts, clean "
+            f"{self.p_clean:.3g}, corrupted {self.p_corrupted:.3g}",
+            unit="average indirect effect",
+        )
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
 
 
 def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> AverageTrace:

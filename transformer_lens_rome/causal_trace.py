@@ -9,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_rome.patching import patching_result
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.viz import View, plot_trace, stack, tokens_by_layer
+from transformer_lens_rome.viz.page import COLOURS, heat_map, token_labels
 
 Kind = Literal["resid", "mlp", "attn"]
 Metric = Literal["probability", "log_probability", "logit_diff"]
@@ -95,3 +98,40 @@ class CausalTrace(Result):
                 "indirect_effect": self.indirect_effect.flatten().tolist(),
             }
         )
+
+    def to_patching_result(self) -> Any:
+        """The same as a `transformer_lens.patching.PatchingResult` (TransformerLens 4).
+
+        Its batch is the samples, its baseline the corrupted run.
+        """
+        values = self.samples.permute(1, 2, 0)
+        positions = range(values.shape[1])
+        return patching_result(values, self.corrupted_samples, positions, self.metric)
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_trace`."""
+        return plot_trace(self, ax=ax)
+
+    def show(self) -> View:
+        """The heat map, and the tokens coloured by indirect effect with a layer chooser."""
+        return stack(self._heat_map(), "Indirect effect; choose a layer:", tokens_by_layer(self))
+
+    def _heat_map(self) -> View:
+        what = {
+            "resid": "states",
+            "mlp": f"{self.window} MLPs",
+            "attn": f"{self.window} attentions",
+        }
+        return heat_map(
+            self.scores.T,
+            token_labels(self.tokens, self.subject_positions),
+            colour=COLOURS[self.kind],
+            low=self.p_corrupted,
+            high=self.scores.max().item(),
+            caption=f"{self.answer.strip()!r}: clean {self.p_clean:.3g}, corrupted "
+            f"{self.p_corrupted:.3g}, and with {what[self.kind]} restored in {self.window} layers",
+            unit=self.metric.replace("_", " "),
+        )
+
+    def _repr_html_(self) -> str:
+        return self._heat_map()._repr_html_()

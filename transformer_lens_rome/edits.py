@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from transformer_lens_rome.adapter import weight_hash
 from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.viz import stack
+from transformer_lens_rome.viz.page import table
 
 _FORMAT = "transformer_lens_rome.edit.1"
 
@@ -111,11 +113,27 @@ class EditHealth:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
+    def _repr_html_(self) -> str:
+        return table(_said(self))._repr_html_()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditHealth:
         """The inverse of `to_dict`, also after a round through JSON."""
         fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fixed)
+
+
+def _said(health: EditHealth) -> Iterator[tuple[str, str]]:
+    """Names and values of what was measured, in words; the losses as first and last."""
+    for name, value in health.to_dict().items():
+        if name == "losses" and value:
+            yield name, f"{value[0]:.3g} to {value[-1]:.3g} in {len(value)} steps"
+        elif name == "warnings":
+            yield from (("warning", text) for text in value)
+        elif isinstance(value, float):
+            yield name, f"{value:.4g}"
+        elif value not in (None, (), ""):
+            yield name, str(value)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -141,6 +159,10 @@ class _Edit:
     def __post_init__(self) -> None:
         for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
+
+    def _repr_html_(self) -> str:
+        asked = f"{self.request.text} -> {self.request.target_new} (layer {self.layer})"
+        return stack(asked, table(_said(self.health)))._repr_html_()
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out."""

@@ -161,6 +161,21 @@ def applied(model: Any, *edits: Edit, force: bool = False) -> Iterator[Any]:
         yield model
 
 
+@contextmanager
+def without(model: Any, edit: Edit) -> Iterator[Any]:
+    """The model without an edit that may be on it; as it was again at exit, also on errors."""
+    ledger = _ledger(model, edit.layer)
+    if ledger is None or not any(edit.digest == other.digest for other in ledger.active):
+        yield model
+        return
+    every = list(ledger.active)
+    _write(model, edit.layer, ledger, [one for one in every if one.digest != edit.digest])
+    try:
+        yield model
+    finally:
+        _write(model, edit.layer, ledger, every)
+
+
 def _remove(model: Any, edit: Edit, ledger: _Ledger, force: bool) -> None:
     if _ledger(model, edit.layer) is not ledger:
         raise ValueError(

@@ -15,6 +15,7 @@ from transformer_lens_rome import passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.causal_trace import Kind, Metric
 from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
+from transformer_lens_rome.patching import window_of
 from transformer_lens_rome.prompts import Encoder
 
 _POINTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
@@ -208,10 +209,7 @@ def _restored(
     """
     every, there = torch.arange(n), torch.full((n,), position)
     n_layers = len(clean)
-    layers = range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
-    if kind == "resid":
-        layers = range(layer, layer + 1)
-    for at in layers:
+    for at in window_of(layer, window, n_layers):
         point = Point(_POINTS[kind], at)
         if kind == "resid" and at + 1 < n_layers:
             point = Point("resid_pre", at + 1)

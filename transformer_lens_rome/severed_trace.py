@@ -11,12 +11,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.viz import View, plot_severed
+from transformer_lens_rome.viz.page import COLOURS, heat_map
 
 Sever = Literal["mlp", "attn"]
 
 
+class _Severed(Result):
+    """What a trace and an average of traces look like."""
+
+    effects: Float[Tensor, "2 layer"]
+    sever: Sever
+
+    def plot(self) -> Any:
+        """Bars as a matplotlib figure (the `plot` extra); see `viz.plot_severed`."""
+        return plot_severed(self)
+
+    def show(self) -> View:
+        """A heat map that needs nothing installed."""
+        return heat_map(
+            self.effects,
+            ["ordinary", f"{self.sever} severed"],
+            colour=COLOURS["resid"],
+            low=0.0,
+            high=self.effects.max().item(),
+            caption="restoring the last subject token, with a path whole and cut",
+            unit="indirect effect",
+        )
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()
+
+
 @dataclass(frozen=True, eq=False)
-class SeveredTrace(Result):
+class SeveredTrace(_Severed):
     """What restoring the last subject token brings back with a path cut.
 
     Attributes:
@@ -58,7 +86,7 @@ class SeveredTrace(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class AverageSevered(Result):
+class AverageSevered(_Severed):
     """The bars of figure 3: severed traces averaged over facts.
 
     Attributes:

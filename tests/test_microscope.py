@@ -1,0 +1,131 @@
+"""`show_edit` says what two ordinary passes say, and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from rome_setting import LAYER, NEAR, random_edit, small_edit
+
+from transformer_lens_rome import apply_edit
+from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.ledger import active_edits, without
+from transformer_lens_rome.microscope import show_edit
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.tracing import causal_trace
+
+PROMPTS = ["In the city Space Needle is", "Cuba is in"]
+OPTIONS = {"noise_std": 1.0, "n_samples": 2, "progress": False}
+
+
+@pytest.fixture(params=(1, 3))
+def edit(request, gpt2):
+    return random_edit(gpt2, rank=request.param)
+
+
+@torch.no_grad()
+def run(model, prompt):
+    """Log-probabilities after a prompt, and its keys and values, by the model's own cache."""
+    tokens = torch.tensor([Encoder.of(model).ids(prompt)])
+    logits, cache = model.run_with_cache(tokens)
+    key = cache[f"blocks.{LAYER}.mlp.hook_post"][0]
+    return logits[0, -1].log_softmax(-1), key, cache[f"blocks.{LAYER}.hook_mlp_out"][0]
+
+
+def test_each_prompt_says_what_plain_passes_say(gpt2, edit):
+    report = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    assert [one.prompt for one in report.prompts] == [edit.request.text, *PROMPTS]
+    for one in report.prompts:
+        before, key, value = run(gpt2, one.prompt)
+        with_edit = apply_edit(gpt2, edit)
+        after, *_ = run(gpt2, one.prompt)
+        with_edit.revert()
+        wanted = torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum").item()
+        assert one.divergence == pytest.approx(wanted, rel=1e-4) and wanted > 1e-4
+        for top, log_probs in ((one.top_before, before), (one.top_after, after)):
+            assert [p for _, p in top] == pytest.approx(log_probs.exp().topk(3).values.tolist())
+        target = Encoder.of(gpt2).row(one.prompt, None, edit.request.target_new)
+        shift = (key @ edit.delta()).norm(dim=1) / value.norm(dim=1)
+        assert one.value_shift == pytest.approx(shift.max().item(), rel=1e-4)
+        if len(target.target) == 1:
+            label = target.ids[target.target[0]]
+            assert one.p_before == pytest.approx(before[label].exp().item(), rel=1e-4)
+            assert one.p_after == pytest.approx(after[label].exp().item(), rel=1e-4)
+
+
+def test_shares_of_neurons(gpt2, edit):
+    report = show_edit(gpt2, edit, **OPTIONS)
+    _, keys, _ = run(gpt2, edit.request.text)
+    key = keys[Encoder.of(gpt2).templated_row("{} is in", edit.request.subject).subject[-1]]
+    added = key[:, None] * edit.delta()
+    torch.testing.assert_close(report.shares, added @ added.sum(0) / added.sum(0).square().sum())
+    assert report.shares.sum().item() == pytest.approx(1.0, abs=1e-4)
+    (first, share), *_ = report.top_neurons(4)
+    assert share == report.shares.max().item() == report.shares[first].item()
+    ordered = report.shares.sort(descending=True).values
+    n = report.neurons_for(0.5)
+    assert ordered[:n].sum() >= 0.5 > ordered[: n - 1].sum()
+
+
+def test_traces_are_of_the_old_and_the_new_answer(gpt2, edit):
+    report = show_edit(gpt2, edit, kind="mlp", **OPTIONS)
+    request = edit.request
+    plain = {"kind": "mlp", **OPTIONS}
+    wanted = causal_trace(gpt2, request.text, request.subject, **plain)
+    torch.testing.assert_close(report.before.samples, wanted.samples)
+    with_edit = apply_edit(gpt2, edit)
+    wanted = causal_trace(gpt2, request.text, request.subject, answer="Paris", **plain)
+    with_edit.revert()
+    torch.testing.assert_close(report.after.samples, wanted.samples)
+    assert report.after.answer == "Paris"
+
+
+def test_an_edit_on_the_model_is_lifted_and_put_back(gpt2):
+    base = w_out(gpt2, LAYER).detach().clone()
+    one, two = random_edit(gpt2, seed=1), random_edit(gpt2, seed=2)
+    absent = show_edit(gpt2, one, PROMPTS, **OPTIONS)
+    first, _second = apply_edit(gpt2, one), apply_edit(gpt2, two)
+    both = w_out(gpt2, LAYER).detach().clone()
+    present = show_edit(gpt2, first, PROMPTS, **OPTIONS)
+    assert torch.equal(w_out(gpt2, LAYER), both) and active_edits(gpt2, LAYER) == (one, two)
+    first.revert()
+    alone = show_edit(gpt2, one, PROMPTS, **OPTIONS)  # the other edit is on the model both times
+    assert present.prompts == alone.prompts != absent.prompts
+    _second.revert()
+    assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+def test_without_gives_everything_back_on_an_error(gpt2):
+    base = w_out(gpt2, LAYER).detach().clone()
+    one = random_edit(gpt2)
+    undo = apply_edit(gpt2, one)
+    edited = w_out(gpt2, LAYER).detach().clone()
+    with pytest.raises(RuntimeError, match="mine"):
+        with without(gpt2, one):
+            assert torch.equal(w_out(gpt2, LAYER), base) and not active_edits(gpt2, LAYER)
+            raise RuntimeError("mine")
+    assert torch.equal(w_out(gpt2, LAYER), edited) and undo.active
+    undo.revert()
+    assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+def test_the_subject_that_was_edited_is_the_one_that_is_traced(gpt2):
+    request = dataclasses.replace(NEAR, prompt="Paris, {}", subject="Paris")
+    edit = dataclasses.replace(random_edit(gpt2), request=request)
+    report = show_edit(gpt2, edit, **OPTIONS)
+    assert report.before.subject_positions[0] > 0
+
+
+def test_it_can_be_looked_at(model_class, gemma3):
+    edit = small_edit(gemma3, NEAR)
+    report = show_edit(gemma3, edit, PROMPTS, **OPTIONS)
+    shown = report._repr_html_()
+    assert "<script" not in shown and all(prompt in shown for prompt in PROMPTS)
+    assert report.show().interactive and "Attention in layer 2" in report.show().body
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    figure = report.plot()
+    bars = figure.axes[2].containers
+    found = [[bar.get_width() for bar in some][0] for some in bars[::2]]
+    assert found == pytest.approx([one.p_before for one in report.prompts])
+    assert figure.axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.0, abs=1e-4)

@@ -1,0 +1,244 @@
+"""Pictures: what they show is what the results hold, and a saved page needs no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from circuitsvis.tokens import colored_tokens
+
+from transformer_lens_rome import viz
+from transformer_lens_rome.average_trace import average_traces
+from transformer_lens_rome.causal_trace import CausalTrace
+from transformer_lens_rome.edits import EditHealth
+from transformer_lens_rome.severed_trace import SeveredTrace, average_severed
+from transformer_lens_rome.viz import page, views
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def rand(*shape):
+    return torch.rand(*shape, generator=GENERATOR)
+
+
+TRACE = CausalTrace(
+    samples=rand(3, 7, 5),
+    corrupted_samples=rand(3) / 10,
+    p_clean=0.9,
+    tokens=("<bos>", "Space", " $N$", " </script>is", " in\n"),
+    subject_positions=(1, 2),
+    answer=" Seattle",
+    kind="mlp",
+    window=10,
+    metric="probability",
+    info={"model": "tiny"},
+)
+SEVERED = SeveredTrace(rand(3, 7), rand(3, 7), rand(3) / 10, 0.9, "attn", " Seattle", TRACE.info)
+LOG_PROBS = rand(4, 12).log_softmax(-1)
+AVERAGES = [
+    average_traces([dataclasses.replace(TRACE, kind=kind)] * 2) for kind in ("resid", "mlp", "attn")
+]
+
+
+def token(ids):
+    return "<unk>" if ids[0] == 3 else f"t{ids[0]}"
+
+
+def everything():
+    """One of each thing that a page can hold."""
+    return (
+        "A <b> paragraph",
+        TRACE,
+        average_traces([TRACE, TRACE]),
+        SEVERED,
+        average_severed([SEVERED, SEVERED]),
+        EditHealth(subject_token=" <N>", losses=(2.0, 1.0), p_before=0.1, warnings=("look",)),
+        viz.log_probs_before_and_after(torch.tensor([1, 2, 3, 4]), LOG_PROBS, LOG_PROBS, token),
+        viz.attention_before_and_after(["a", "b"], rand(3, 2, 2), rand(3, 2, 2)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Circuitsvis asks the network whether it is there; here nothing may."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_a_saved_page_holds_the_program_once_and_points_nowhere(tmp_path):
+    path = tmp_path / "page.html"
+    viz.save_html(path, *everything(), title="Five & more")
+    text = path.read_text()
+    program = page.circuitsvis_program()
+    assert text.count(program) == 1 and len(program) > 1e6
+    rest = text.replace(program, "")
+    assert not re.search(r"https?:|src=\"(?!data:)|import |@import|url\(", rest)
+    assert "<title>Five &amp; more</title>" in rest and "A &lt;b&gt; paragraph" in rest
+    assert rest.count("CircuitsVis.render(") == 5  # a trace, two log-probs, two attentions
+
+
+def test_every_script_ends_where_it_should():
+    shown = viz.stack(*everything())._repr_html_()
+    for script in re.findall(r"<script[^>]*>(.*?)</script>", shown, flags=re.S):
+        assert script.count("CircuitsVis.render(") <= 1
+        assert script.rstrip().endswith((")", ";"))
+    assert shown.count("<div") == shown.count("</div>") + page.circuitsvis_program().count("<div")
+
+
+def test_a_page_without_interactive_parts_is_small(tmp_path):
+    viz.save_html(tmp_path / "page.html", "words", AVERAGES[0])
+    assert (tmp_path / "page.html").stat().st_size < 20_000
+    with pytest.raises(ValueError, match="not a list"):
+        viz.save_html(tmp_path / "other.html", [1])
+
+
+def test_another_circuitsvis_is_noticed():
+    rendered = colored_tokens(["a"], [1.0])
+    assert views.component(rendered).interactive
+    rendered.local_src = rendered.local_src.replace("CircuitsVis.render", "Other.render")
+    with pytest.raises(RuntimeError, match="circuitsvis renders otherwise"):
+        views.component(rendered)
+
+
+def test_tokens_are_coloured_by_indirect_effect():
+    body = viz.tokens_by_layer(TRACE).body
+    assert "&lt;bos&gt;" in body and "<bos>" not in body
+    values = re.search(r'"values": (\[\[.*?\]\])', body)[1]
+    torch.testing.assert_close(torch.tensor(eval(values)), TRACE.indirect_effect.T)
+    assert '"layer 6"' in body
+
+
+# ---------------------------------------------------------------- in a notebook cell
+
+
+def cells(shown):
+    """Number and colour of every cell of a heat map."""
+    found = re.findall(r'title="([^"]*): ([-.\de]+|nan)"[^>]*rgb\((\d+),(\d+),(\d+)\)', shown)
+    return {html.unescape(name): (float(x), (int(r), int(g), int(b))) for name, x, r, g, b in found}
+
+
+def test_a_cell_shows_a_trace_as_a_heat_map():
+    found = cells(TRACE._repr_html_())
+    assert len(found) == 7 * 5
+    for layer in range(7):
+        number, _ = found[f"Space* layer {layer}"]
+        assert number == pytest.approx(TRACE.scores[layer, 1].item(), rel=1e-3)
+    colours = [colour for _, colour in sorted(found.values())]
+    assert colours[0][0] > colours[-1][0] and colours[-1] == page.COLOURS["mlp"]
+    assert "Seattle" in TRACE._repr_html_() and "<script" not in TRACE._repr_html_()
+
+
+def test_a_cell_shows_averages_and_bars():
+    found = cells(AVERAGES[0]._repr_html_())
+    number, _ = found["last token (n = 2) layer 3"]
+    assert number == pytest.approx(AVERAGES[0].indirect_effect[5, 3].item(), rel=1e-3)
+    found = cells(average_severed([SEVERED, SEVERED])._repr_html_())
+    number, _ = found["attn severed layer 2"]
+    assert number == pytest.approx(SEVERED.effects[1, 2].item(), rel=1e-3)
+
+
+def test_a_cell_shows_health():
+    shown = EditHealth(subject_token=" <N>", losses=(2.0, 1.0), warnings=("look here",))
+    assert "&lt;N&gt;" in shown._repr_html_() and "look here" in shown._repr_html_()
+
+
+# ---------------------------------------------------------------- figures
+
+
+def drawn(ax):
+    """The numbers of a heat map."""
+    return torch.tensor(ax.collections[0].get_array().data)
+
+
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+
+
+def test_the_heat_map_of_a_trace(matplotlib):
+    figure = TRACE.plot()
+    ax = figure.axes[0]
+    torch.testing.assert_close(drawn(ax).float(), TRACE.scores.T)
+    assert ax.collections[0].get_clim()[0] == pytest.approx(TRACE.p_corrupted)
+    assert ax.collections[0].get_cmap().name == "Greens" and ax.yaxis_inverted()
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert [label.endswith("*") for label in labels] == [False, True, True, False, False]
+    assert "10 restored MLP layers" in ax.get_xlabel()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_averages_share_the_scale_of_the_states(matplotlib):
+    figure = viz.plot_averages(AVERAGES)
+    axes = [ax for ax in figure.axes if ax.get_title()]
+    high = AVERAGES[0].indirect_effect.nan_to_num(0.0).max().item()
+    for average, ax in zip(AVERAGES, axes, strict=True):
+        expected = average.indirect_effect.clamp(min=0)
+        torch.testing.assert_close(drawn(ax).float(), expected, equal_nan=True)
+        assert ax.collections[0].get_clim() == (0, pytest.approx(high))
+        assert "2 prompts" in ax.get_title()
+    assert axes[0].get_yticklabels()[2].get_text() == "last subject token"
+
+
+def test_lines_have_bands_of_their_own_width(matplotlib):
+    figure = viz.plot_lines(AVERAGES[1:])
+    ax = figure.axes[0]
+    line = torch.tensor(ax.lines[2].get_ydata())
+    torch.testing.assert_close(line.float(), AVERAGES[1].indirect_effect[2])
+    band = torch.tensor(ax.collections[2].get_paths()[0].vertices[:, 1])
+    highest = (AVERAGES[1].indirect_effect + AVERAGES[1].half_width)[2].max().item()
+    assert band.max().item() == pytest.approx(highest)
+
+
+def test_severed_bars(matplotlib):
+    other = dataclasses.replace(SEVERED, sever="mlp", severed=rand(3, 7))
+    ax = viz.plot_severed(SEVERED, other).axes[0]
+    bars = [torch.tensor([bar.get_height() for bar in box]) for box in ax.containers]
+    expected = [SEVERED.effects[0], SEVERED.effects[1], other.effects[1]]
+    for found, wanted in zip(bars, expected, strict=True):
+        torch.testing.assert_close(found.float(), wanted)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels[1].endswith("attention severed") and labels[2].endswith("MLP severed")
+    assert SEVERED.plot() is not None
+
+
+def test_without_matplotlib_the_call_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'transformer-lens-rome\[plot\]'"):
+        TRACE.plot()
+
+
+# ---------------------------------------------------------------- in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+def test_a_browser_without_network_shows_every_part(tmp_path):
+    viz.save_html(tmp_path / "page.html", *everything())
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+        + ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+        + ["--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "WebGL" not in line]
+    assert not said
+    made = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
+    assert "&lt;bos&gt;" in made and ">layer 6<" in made  # the layer chooser
+    assert made.count("Head Selector") == 2 and made.count("<canvas") >= 2
+    assert made.count("t2") >= 2  # the log-probabilities' tokens

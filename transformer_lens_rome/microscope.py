@@ -1,0 +1,268 @@
+"""What did an edit change? Traces, top tokens, neurons and neighbours, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome import passes
+from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.causal_trace import CausalTrace, Kind
+from transformer_lens_rome.edits import Edit, EditRequest
+from transformer_lens_rome.ledger import AppliedEdit, applied, without
+from transformer_lens_rome.prompts import Encoder, target_log_probs
+from transformer_lens_rome.tracing import causal_trace
+from transformer_lens_rome.viz import (
+    View,
+    attention_before_and_after,
+    log_probs_before_and_after,
+    plot_edit,
+    stack,
+)
+from transformer_lens_rome.viz.page import beside, table
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """What the edit changed at one prompt.
+
+    Attributes:
+        prompt: The text.
+        top_before, top_after: The most probable next tokens, with their probabilities.
+        p_before, p_after: Probability of the edit's target after this prompt.
+        divergence: KL(before || after) of the next token, in nats.
+        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens, with each token's
+            key k and value v at the edited layer before the edit.
+        token: The token where that is.
+    """
+
+    prompt: str
+    top_before: tuple[tuple[str, float], ...]
+    top_after: tuple[tuple[str, float], ...]
+    p_before: float
+    p_after: float
+    divergence: float
+    value_shift: float
+    token: str
+
+
+@dataclass(frozen=True, eq=False)
+class EditReport:
+    """What an edit changed; the last value of a notebook cell shows it.
+
+    Attributes:
+        request: What was asked for.
+        layer: The edited layer.
+        before: Trace of the edited prompt without the edit, of what the model said then.
+        after: The same with the edit, of the edit's target.
+        prompts: What changed at each prompt, the edited one first.
+        shares: The part of each neuron in the new value at the edited prompt's last subject token:
+            with key k, `<k_i delta_i, k delta> / ||k delta||^2`. Sums to 1.
+        interactive: Log-probabilities and attention, before and after.
+    """
+
+    request: EditRequest
+    layer: int
+    before: CausalTrace
+    after: CausalTrace
+    prompts: tuple[PromptChange, ...]
+    shares: Float[Tensor, "d_mlp"]
+    interactive: View = field(repr=False)
+
+    def top_neurons(self, k: int = 10) -> list[tuple[int, float]]:
+        """The neurons with the largest shares."""
+        best = self.shares.topk(min(k, len(self.shares)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def neurons_for(self, share: float) -> int:
+        """How many neurons, the largest first, together make up a share of the new value."""
+        return int((self.shares.sort(descending=True).values.cumsum(0) < share).sum()) + 1
+
+    def plot(self) -> Any:
+        """One figure of it all, with matplotlib (the `plot` extra)."""
+        return plot_edit(self)
+
+    def show(self) -> View:
+        """The static parts, then log-probabilities and attention to explore."""
+        return stack(self._static(), self.interactive)
+
+    def _static(self) -> View:
+        prompts = [
+            (
+                one.prompt,
+                _tokens(one.top_before),
+                _tokens(one.top_after),
+                f"{one.p_before:.3g} to {one.p_after:.3g}",
+                f"{one.divergence:.3g}",
+                f"{one.value_shift:.2f} at {one.token!r}",
+            )
+            for one in self.prompts
+        ]
+        header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
+        neurons = ", ".join(f"{i} ({share:.1%})" for i, share in self.top_neurons())
+        return stack(
+            f"{self.request.text} -> {self.request.target_new} (layer {self.layer})",
+            beside(self.before._heat_map(), self.after._heat_map()),
+            table(prompts, header),
+            f"Neurons with the largest parts in the new value: {neurons}. Half of it comes from "
+            f"{self.neurons_for(0.5)} of {len(self.shares)}.",
+        )
+
+    def _repr_html_(self) -> str:
+        return self._static()._repr_html_()
+
+
+def show_edit(
+    model: Any,
+    edit: Edit | AppliedEdit,
+    prompts: Sequence[str] = (),
+    *,
+    kind: Kind = "resid",
+    noise_std: float | None = None,
+    n_samples: int = 5,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> EditReport:
+    """Compare the model without and with an edit; afterwards it is as it was, edited or not.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge in eval mode.
+        edit: An edit, on the model or not.
+        prompts: What else to ask: paraphrases, neighbours, prompts that should not change.
+        kind: What the traces restore, as for `causal_trace`.
+        noise_std: Noise of the traces; None: 3 sigma of the subject's embeddings.
+        n_samples: How many noises are drawn.
+        seed: For drawing them.
+        prepend_bos: Overrides the checkpoint's own rule.
+        progress: Show progress bars.
+    """
+    edit = edit.edit if isinstance(edit, AppliedEdit) else edit
+    encoder, request = Encoder.of(model, prepend_bos), edit.request
+    options = {"kind": kind, "noise_std": noise_std, "n_samples": n_samples, "seed": seed}
+    options |= {"prepend_bos": prepend_bos, "progress": progress}
+    options |= {"occurrence": request.prompt.split("{}")[0].count(request.subject)}
+    traced = (model, request.text, request.subject)
+    with without(model, edit):
+        was = _State.of(model, encoder, edit, prompts)
+        before = causal_trace(*traced, **options)
+        with applied(model, edit, force=True):
+            now = _State.of(model, encoder, edit, prompts)
+            after = causal_trace(*traced, answer=request.target_new, **options)
+    delta = edit.delta().to(was.keys[0])
+    row = encoder.templated_row(request.prompt, request.subject)
+    return EditReport(
+        request=request,
+        layer=edit.layer,
+        before=before,
+        after=after,
+        prompts=tuple(_changes(encoder, was, now, delta)),
+        shares=_shares(was.keys[0][row.subject[-1]], delta),
+        interactive=_interactive(encoder, was, now, edit.layer),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What is read from the model, once without and once with the edit.
+
+    The lists have an entry a prompt, the edited one first; `log_probs` and `patterns` are of the
+    edited prompt followed by the target.
+    """
+
+    prompts: list[str]
+    next: list[Float[Tensor, "d_vocab"]]
+    p_target: list[float]
+    ids: list[list[int]]
+    keys: list[Float[Tensor, "pos d_mlp"]]
+    values: list[Float[Tensor, "pos d_model"]]
+    told: list[int]
+    log_probs: Float[Tensor, "pos d_vocab"]
+    patterns: Float[Tensor, "layer head dest src"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, encoder: Encoder, edit: Edit, prompts: Sequence[str]) -> _State:
+        """Read it all."""
+        request, texts = edit.request, [edit.request.text, *prompts]
+        ids = [encoder.row(text).ids for text in texts]
+        key, value = Point("key", edit.layer), Point("value", edit.layer)
+        read = [passes.read(model, torch.tensor([row]), [key, value]) for row in ids]
+        scores = target_log_probs(model, texts, [request.target_new] * len(texts), encoder=encoder)
+        told = encoder.row(request.text, None, request.target_new).ids
+        points = [Point("pattern", layer) for layer in range(model.cfg.n_layers)]
+        patterns = passes.read(model, torch.tensor([told]), points)
+        return cls(
+            prompts=texts,
+            next=[_log_probs(model, row)[-1] for row in ids],
+            p_target=[score.sum().exp().item() for score in scores],
+            ids=[list(row) for row in ids],
+            keys=[found[key][0].float().cpu() for found in read],
+            values=[found[value][0].float().cpu() for found in read],
+            told=list(told),
+            log_probs=_log_probs(model, told),
+            patterns=torch.stack([patterns[point][0].float().cpu() for point in points]),
+        )
+
+
+def _log_probs(model: Any, ids: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
+    """Log-probabilities of what follows each token."""
+    at = torch.arange(len(ids))
+    logits = passes.logits_at(model, torch.tensor([list(ids)]), torch.zeros_like(at), at)
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) -> Tensor:
+    """Each neuron's part of what the edit adds to the value of this key."""
+    added = key @ delta
+    return key * (delta @ added) / added.square().sum()
+
+
+def _changes(
+    encoder: Encoder, was: _State, now: _State, delta: Float[Tensor, "d_mlp d_model"]
+) -> Iterator[PromptChange]:
+    """One comparison a prompt."""
+    decode = encoder.tokenizer.decode
+
+    def top(log_probs: Tensor) -> tuple[tuple[str, float], ...]:
+        best = log_probs.exp().topk(3)
+        return tuple((decode([i]), p) for p, i in zip(best.values.tolist(), best.indices))
+
+    for i, prompt in enumerate(was.prompts):
+        shift = (was.keys[i] @ delta).norm(dim=1) / was.values[i].norm(dim=1)
+        start = 1 if encoder.prepends_bos and len(shift) > 1 else 0  # BOS is the same everywhere
+        most = start + int(shift[start:].argmax())
+        p = was.next[i].exp()
+        yield PromptChange(
+            prompt=prompt,
+            top_before=top(was.next[i]),
+            top_after=top(now.next[i]),
+            p_before=was.p_target[i],
+            p_after=now.p_target[i],
+            divergence=(p * (was.next[i] - now.next[i])).sum().item(),
+            value_shift=shift[most].item(),
+            token=decode([was.ids[i][most]]),
+        )
+
+
+def _interactive(encoder: Encoder, was: _State, now: _State, layer: int) -> View:
+    """Log-probabilities, and the attention of the layer where it changed most."""
+    decode = encoder.tokenizer.decode
+    moved = (now.patterns - was.patterns).abs().amax((1, 2, 3))
+    at = int(moved.argmax())
+    tokens = [decode([i]) for i in was.told]
+    return stack(
+        f"Attention in layer {at}, where it changed most (the edit is in layer {layer}):",
+        attention_before_and_after(tokens, was.patterns[at], now.patterns[at]),
+        "Log-probability of each token; point at one to see what the model expected there:",
+        log_probs_before_and_after(torch.tensor(was.told), was.log_probs, now.log_probs, decode),
+    )
+
+
+def _tokens(top: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{token.strip()} {p:.2f}" for token, p in top)

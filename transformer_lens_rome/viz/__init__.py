@@ -1,0 +1,29 @@
+"""Pictures of results: static ones (matplotlib), interactive ones (circuitsvis), saved pages."""
+
+from transformer_lens_rome.viz.edit_figure import plot_edit
+from transformer_lens_rome.viz.figures import (
+    plot_averages,
+    plot_lines,
+    plot_severed,
+    plot_trace,
+)
+from transformer_lens_rome.viz.page import View, save_html, stack
+from transformer_lens_rome.viz.views import (
+    attention_before_and_after,
+    log_probs_before_and_after,
+    tokens_by_layer,
+)
+
+__all__ = [
+    "View",
+    "attention_before_and_after",
+    "log_probs_before_and_after",
+    "plot_averages",
+    "plot_edit",
+    "plot_lines",
+    "plot_severed",
+    "plot_trace",
+    "save_html",
+    "stack",
+    "tokens_by_layer",
+]

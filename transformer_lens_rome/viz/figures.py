@@ -1,0 +1,176 @@
+"""Static figures with matplotlib (the `plot` extra), in the style of Meng et al. 2022.
+
+Every function returns a `matplotlib.figure.Figure` and touches no global state of matplotlib; a
+notebook shows it as the last value of a cell, and `.savefig(path)` writes it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from transformer_lens_rome.viz.page import token_labels
+
+if TYPE_CHECKING:
+    from transformer_lens_rome.average_trace import AverageTrace
+    from transformer_lens_rome.causal_trace import CausalTrace
+    from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
+
+MAPS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
+NAMES = {"resid": "state", "mlp": "MLP", "attn": "attention"}
+_LINES = ("C0", "C1", "C2", "C4", "C5", "C3")  # by category, as in the paper
+_BARS = {"ordinary": "#7261ab", "attn": "#f3201b", "mlp": "#20b020"}
+
+
+def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
+    """Heat map of the scores, tokens down and layers across (figure 1).
+
+    Stars mark subject tokens, and the scale starts at the corrupted run's score.
+
+    Args:
+        trace: What to draw.
+        ax: Axes to draw on; None makes a figure.
+    """
+    labels = token_labels(trace.tokens, trace.subject_positions)
+    labels = [label.replace("$", r"\$") for label in labels]  # no formulas
+    if ax is None:
+        ax = new_figure(6.4, 1.2 + 0.24 * len(labels)).subplots()
+    drawn = ax.pcolor(trace.scores.T.numpy(), cmap=MAPS[trace.kind], vmin=trace.p_corrupted)
+    ax.invert_yaxis()
+    ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
+    _layer_ticks(ax, trace.scores.shape[0], offset=0.5)
+    ax.set_title(f"Impact of restoring {NAMES[trace.kind]} after corrupted input", fontsize=10)
+    ax.set_xlabel(_restored(trace), fontsize=9)
+    caption = {"probability": "p", "log_probability": "log p", "logit_diff": "logit difference"}
+    bar = ax.figure.colorbar(drawn, ax=ax)
+    bar.set_label(f"{caption[trace.metric]}({trace.answer.strip()})", fontsize=9)
+    return ax.figure
+
+
+def plot_averages(averages: Sequence[AverageTrace]) -> Any:
+    """Heat maps of average indirect effects by the six categories of token (figure 2).
+
+    The maps share a scale from 0 to the highest effect of the "resid" one, where there is one.
+    """
+    first = [a for a in averages if a.kind == "resid"] or averages
+    high = max(float(a.indirect_effect.nan_to_num(0.0).max()) for a in first)
+    figure = new_figure(4.6 * len(averages) + 1.2, 2.6)
+    for i, (average, ax) in enumerate(_panels(figure, averages, sharey=True)):
+        effect = average.indirect_effect.clamp(min=0).numpy()
+        drawn = ax.pcolor(effect, cmap=MAPS[average.kind], vmin=0, vmax=high)
+        if i == 0:
+            names = average.categories
+            ax.set_yticks([j + 0.5 for j in range(len(names))], names, fontsize=9)
+            ax.invert_yaxis()
+        _layer_ticks(ax, effect.shape[1], offset=0.5)
+        _title_average(ax, average)
+        figure.colorbar(drawn, ax=ax).set_label("AIE", fontsize=9)
+    return figure
+
+
+def plot_lines(averages: Sequence[AverageTrace]) -> Any:
+    """Average indirect effects by layer, a line a category, with 95% intervals (figure 7)."""
+    figure = new_figure(3.8 * len(averages), 3.4)
+    for i, (average, ax) in enumerate(_panels(figure, averages, sharey=True)):
+        layers = range(average.scores.shape[1])
+        rows = zip(
+            average.categories, _LINES, average.indirect_effect, average.half_width, strict=True
+        )
+        for name, colour, effect, half in rows:
+            ax.plot(layers, effect.numpy(), color=colour, label=name)
+            low, high = (effect - half).numpy(), (effect + half).numpy()
+            ax.fill_between(layers, low, high, color=colour, alpha=0.3, linewidth=0)
+        _title_average(ax, average)
+        _layer_ticks(ax, len(layers))
+        if i == 0:
+            ax.set_ylabel("average indirect effect")
+            figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def plot_severed(*severed: SeveredTrace | AverageSevered) -> Any:
+    """Bars of what restoring the last subject token brings back, paths whole and cut (figure 3).
+
+    Args:
+        severed: Traces or averages, usually one with attention and one with MLPs severed. Their
+            ordinary bars are drawn once.
+    """
+    first = severed[0]
+    rows = [("ordinary", first, 0)] + [(one.sever, one, 1) for one in severed]
+    figure = new_figure(7.2, 2.8)
+    ax = figure.subplots()
+    for i, (name, one, row) in enumerate(rows):
+        effect = one.effects[row]
+        places = torch.arange(len(effect)) + 0.3 * (i - (len(rows) - 1) / 2)
+        error = getattr(one, "half_width", None)
+        label = "single state" if name == "ordinary" else f"single state, {NAMES[name]} severed"
+        ax.bar(
+            places.numpy(),
+            effect.numpy(),
+            width=0.3,
+            color=_BARS[name],
+            label=label,
+            yerr=None if error is None else error[row].numpy(),
+            error_kw={"linewidth": 0.6},
+        )
+    _layer_ticks(ax, first.effects.shape[1])
+    ax.axhline(0, color="black", linewidth=0.5)
+    ax.set_xlabel("layer at which the last subject token is restored", fontsize=9)
+    ax.set_ylabel("indirect effect", fontsize=9)
+    n = getattr(first, "n_facts", 1)
+    ax.set_title(f"Effect of the last subject token with paths cut (n = {n})", fontsize=10)
+    ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---------------------------------------------------------------- shared
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that a notebook shows as a picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib; run: pip install 'transformer-lens-rome[plot]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = partial(_png, figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return picture.getvalue()
+
+
+def _panels(figure: Any, items: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+    return zip(items, figure.subplots(1, len(items), squeeze=False, **options)[0], strict=True)
+
+
+def _layer_ticks(ax: Any, n_layers: int, offset: float = 0.0) -> None:
+    """A tick every five layers."""
+    layers = range(0, n_layers, 5)
+    ax.set_xticks([layer + offset for layer in layers], [str(layer) for layer in layers])
+
+
+def _restored(result: CausalTrace | AverageTrace) -> str:
+    if result.kind == "resid":
+        return "single restored layer"
+    layers = f"{result.window} restored {NAMES[result.kind]} layers"
+    return f"centre of interval of {layers}"
+
+
+def _title_average(ax: Any, average: AverageTrace) -> None:
+    name = NAMES[average.kind]
+    ax.set_title(f"AIE of restoring {name} over {average.n_facts} prompts", fontsize=10)
+    ax.set_xlabel(_restored(average), fontsize=9)

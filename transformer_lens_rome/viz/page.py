@@ -1,0 +1,171 @@
+"""HTML that needs no network: in a notebook cell, or as one saved file.
+
+circuitsvis asks the network each time it renders, and a saved figure of its points to a server. Its
+package holds the whole program all the same, and a `View` brings that along: once a notebook
+output, once a saved file.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import circuitsvis
+from jaxtyping import Float
+from torch import Tensor
+
+COLOURS = {"resid": (63, 0, 125), "mlp": (0, 68, 27), "attn": (103, 0, 13)}
+_STYLE = "background:white;color:#222;font:14px sans-serif;padding:4px 8px;overflow-x:auto"
+
+
+@dataclass(frozen=True)
+class View:
+    """Something to look at.
+
+    Attributes:
+        body: HTML.
+        interactive: Whether it needs the circuitsvis program, which `body` does not hold.
+    """
+
+    body: str
+    interactive: bool = False
+
+    def _repr_html_(self) -> str:
+        program = f"<script>{circuitsvis_program()}</script>" if self.interactive else ""
+        return f'{program}<div style="{_STYLE}">{self.body}</div>'
+
+
+@cache
+def circuitsvis_program() -> str:
+    """JavaScript that defines `CircuitsVis`, fit to stand in an HTML file."""
+    path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    program = "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
+    return program.replace("</", "<\\/")
+
+
+def stack(*items: Any) -> View:
+    """Several things below each other.
+
+    Args:
+        items: Text (a paragraph), matplotlib figures, views, and results of this package.
+    """
+    views = [_view(item) for item in items]
+    body = "".join(f'<div style="margin:12px 0">{view.body}</div>' for view in views)
+    return View(body, any(view.interactive for view in views))
+
+
+def beside(*items: View) -> View:
+    """Several views next to each other, or below where the window is narrow."""
+    body = "".join(f'<div style="flex:1 1 320px;min-width:0">{item.body}</div>' for item in items)
+    style = "display:flex;flex-wrap:wrap;gap:24px"
+    return View(f'<div style="{style}">{body}</div>', any(item.interactive for item in items))
+
+
+def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> None:
+    """Write one file that shows things in any browser without a network.
+
+    Args:
+        path: The file, usually `.html`.
+        items: As for `stack`.
+        title: The page's title and heading.
+    """
+    heading = html.escape(title)
+    Path(path).write_text(
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        f'<title>{heading}</title><link rel="icon" href="data:,"></head>'
+        f'<body style="margin:24px;max-width:1100px"><h2 style="font-family:sans-serif">{heading}'
+        f"</h2>{stack(*items)._repr_html_()}</body></html>",
+        encoding="utf-8",
+    )
+
+
+def _view(item: Any) -> View:
+    if isinstance(item, View):
+        return item
+    if hasattr(item, "show") and not hasattr(item, "savefig"):
+        return item.show()
+    if isinstance(item, str):
+        return View(f"<p>{html.escape(item)}</p>")
+    if hasattr(item, "savefig"):
+        picture = io.BytesIO()
+        item.savefig(picture, format="png", dpi=150)
+        data = base64.b64encode(picture.getvalue()).decode()
+        return View(f'<img style="max-width:100%" src="data:image/png;base64,{data}">')
+    if hasattr(item, "_repr_html_"):
+        return View(item._repr_html_())
+    raise ValueError(f"a page shows text, figures, views and results, not a {type(item).__name__}")
+
+
+# ---------------------------------------------------------------- static parts
+
+
+def token_labels(tokens: Sequence[str], subject_positions: Sequence[int]) -> list[str]:
+    """Tokens as they are written beside a figure, the subject's with a star."""
+    return [
+        text.replace("\n", "\\n") + "*" * (i in subject_positions) for i, text in enumerate(tokens)
+    ]
+
+
+def heat_map(
+    values: Float[Tensor, "row column"],
+    rows: Sequence[str],
+    *,
+    colour: tuple[int, int, int],
+    low: float,
+    high: float,
+    caption: str = "",
+    unit: str = "",
+) -> View:
+    """A table of coloured cells, layers across; each tells its number when it is pointed at."""
+    span = high - low or 1.0
+    lines = []
+    for name, line in zip(rows, values.tolist(), strict=True):
+        cells = "".join(
+            f'<td title="{html.escape(name)} layer {i}: {x:.4g}" style="min-width:14px;height:16px;'
+            f'padding:0;background:{_mix(colour, (x - low) / span)}"></td>'
+            for i, x in enumerate(line)
+        )
+        label = html.escape(name).replace(" ", "&nbsp;") or "&nbsp;"
+        lines.append(
+            f'<tr><td style="text-align:right;padding:0 6px;white-space:nowrap">{label}</td>'
+            f"{cells}</tr>"
+        )
+    n = values.shape[1]
+    ticks = "".join(
+        f'<td style="padding:0;text-align:center;font-size:11px">{i if i % 5 == 0 else ""}</td>'
+        for i in range(n)
+    )
+    scale = (
+        f'<span style="display:inline-block;width:120px;height:10px;background:linear-gradient(to '
+        f'right,{_mix(colour, 0)},{_mix(colour, 1)})"></span>'
+    )
+    return View(
+        f'<div style="margin-bottom:4px">{html.escape(caption)}</div>'
+        f'<table style="border-collapse:collapse;border:0">{"".join(lines)}<tr><td></td>{ticks}'
+        f'</tr></table><div style="font-size:11px">layer &emsp; {html.escape(unit)} {low:.3g} '
+        f"{scale} {high:.3g}</div>"
+    )
+
+
+def table(rows: Iterable[tuple[str, ...]], header: Sequence[str] = ()) -> View:
+    """Plain text in rows and columns."""
+    cell = '<{0} style="text-align:left;padding:1px 12px 1px 0;vertical-align:top">{1}</{0}>'
+    lines = [
+        "<tr>" + "".join(cell.format(tag, html.escape(text)) for text in row) + "</tr>"
+        for tag, some in (("th", [tuple(header)] if header else []), ("td", rows))
+        for row in some
+    ]
+    return View(f'<table style="border-collapse:collapse">{"".join(lines)}</table>')
+
+
+def _mix(colour: tuple[int, int, int], share: float) -> str:
+    """From white (0, or not a number) to a colour (1)."""
+    share = min(max(share, 0.0), 1.0) if share == share else 0.0
+    return "rgb({},{},{})".format(*(round(255 + (c - 255) * share) for c in colour))
