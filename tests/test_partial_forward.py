@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from transformer_lens_rome import adapter, partial_forward, passes
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
+from transformer_lens_rome.changes import Change, Noise
+from transformer_lens_rome.partial_forward import PartialForward
 
 ZOO = [
     (name, shape)

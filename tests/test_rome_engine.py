@@ -12,7 +12,8 @@ from rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
 from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit, rome
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.partial_forward import Change, PartialForward
+from transformer_lens_rome.changes import Change
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.second_moment import SecondMoment
 from transformer_lens_rome.v_star import Batch

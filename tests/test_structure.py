@@ -13,7 +13,7 @@ PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
     {"adapter", "files", "gguf_tokenizer", "patching", "viz.page"},
-    {"passes", "known_facts", "results", "viz.views", "viz.figures"},
+    {"passes", "changes", "known_facts", "results", "viz.views", "viz.figures"},
     {"viz.edit_figure"},
     {"viz"},
     {"prompts", "recording", "causal_trace", "severed_trace"},

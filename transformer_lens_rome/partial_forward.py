@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -40,41 +40,10 @@ from torch import Tensor
 
 from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.changes import Change, Noise, embedded, replace
 from transformer_lens_rome.recording import Recording, record
 
 logger = logging.getLogger(__name__)
-
-
-class Change(NamedTuple):
-    """New activations at some tokens.
-
-    Attributes:
-        point: Where in the model.
-        rows: The row of each token.
-        positions: Its position in that row.
-        fn: From the activations there, `[n, d_model]`, to new ones of the same shape.
-    """
-
-    point: Point
-    rows: Int[Tensor, "n"]
-    positions: Int[Tensor, "n"]
-    fn: Callable[[Tensor], Tensor]
-
-
-class Noise(NamedTuple):
-    """A change of embeddings, before positions are added.
-
-    Attributes:
-        rows: The row of each token.
-        positions: Its position in that row.
-        values: What is added to each embedding, or put in its place.
-        replace: Put in its place.
-    """
-
-    rows: Int[Tensor, "n"]
-    positions: Int[Tensor, "n"]
-    values: Float[Tensor, "n d_model"]
-    replace: bool = False
 
 
 class PartialForward:
@@ -144,6 +113,33 @@ class PartialForward:
         """The same for several sets of changes, each made by itself; run as one batch."""
         if self.recording is None:
             return torch.stack([self._whole(changes, rows, positions) for changes in variants])
+        final = self.finals(variants, rows, positions)
+        return passes.unembed(self.model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
+
+    def log_probs(
+        self,
+        variants: Sequence[Sequence[Change]],
+        rows: Int[Tensor, "n"],
+        positions: Int[Tensor, "n"],
+        labels: Int[Tensor, "n k"],
+    ) -> Float[Tensor, "variant n k"]:
+        """Log-probabilities of k tokens at each place, in float32; no logits are kept."""
+        if self.recording is None:
+            index = labels.to(self.model.cfg.device)
+            whole = (self._whole(changes, rows, positions) for changes in variants)
+            return torch.stack([one.float().log_softmax(-1).gather(1, index) for one in whole])
+        final = self.finals(variants, rows, positions)
+        every = labels.repeat(len(variants), 1).to(final.device)
+        found = passes.log_probs(self.model, final.flatten(0, 1), every)
+        return found.unflatten(0, final.shape[:2])
+
+    def finals(
+        self,
+        variants: Sequence[Sequence[Change]],
+        rows: Int[Tensor, "n"],
+        positions: Int[Tensor, "n"],
+    ) -> Float[Tensor, "variant n d_model"]:
+        """Residuals after the last block, of variants that run as one batch where they can."""
         if len(variants) == 1 or _can_be_stacked(self.model, len(self.tokens)):
             return self.stacked(variants, rows, positions)
         return torch.cat([self.stacked([one], rows, positions) for one in variants])
@@ -153,7 +149,7 @@ class PartialForward:
         variants: Sequence[Sequence[Change]],
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
-    ) -> Float[Tensor, "variant n d_vocab"]:
+    ) -> Float[Tensor, "variant n d_model"]:
         """Run variants as one batch, which each joins at the first layer that it changes."""
         assert self.recording is not None
         first = [min((c.point.layer for c in one), default=self._layer) for one in variants]
@@ -162,9 +158,7 @@ class PartialForward:
             final = self.recording.replay(Counter(first))
         final = final.unflatten(0, (len(variants), -1))
         rows, columns = rows.to(final.device), (positions - self.first[rows]).to(final.device)
-        chosen = final[torch.tensor(order).argsort()][:, rows, columns]
-        logits = passes.unembed(self.model, chosen.flatten(0, 1))
-        return logits.unflatten(0, chosen.shape[:2])
+        return final[torch.tensor(order).argsort()][:, rows, columns]
 
     def _whole(
         self, changes: Sequence[Change], rows: Int[Tensor, "n"], positions: Int[Tensor, "n"]
@@ -196,19 +190,9 @@ class PartialForward:
             for point, rows, positions, fn in changes:
                 columns = positions - self.first[rows]
                 made.setdefault(point, []).append((rows + i * len(self.tokens), columns, fn))
-        hooks = [(point, partial(_replace, some)) for point, some in made.items()]
-        held = [] if self.recording else _embedded(self._noise, self.first)
+        hooks = [(point, partial(replace, some)) for point, some in made.items()]
+        held = [] if self.recording else embedded(self._noise, self.first)
         return adapter.hooks(self.model, held + hooks)
-
-
-def _replace(
-    changes: Sequence[tuple[Tensor, Tensor, Callable]], activation: Float[Tensor, "row column d"]
-) -> Float[Tensor, "row column d"]:
-    """Put new activations at (rows, columns) of some old ones."""
-    for rows, columns, fn in changes:
-        index = (rows.to(activation.device), columns.to(activation.device))
-        activation = activation.index_put(index, fn(activation[index]).to(activation))
-    return activation
 
 
 def _record(
@@ -224,28 +208,11 @@ def _record(
     remainders = _padded([list(ids[start:]) for ids, start in zip(rows, starts)])
     mask, cache = (torch.arange(width) >= width - first[:, None]).long(), None
     if width:
-        with adapter.hooks(model, _embedded(noise, first - width, width)):
+        with adapter.hooks(model, embedded(noise, first - width, width)):
             cache = passes.keys_and_values(model, torch.tensor(prefixes), mask)
     mask = torch.cat([mask, torch.ones_like(remainders)], dim=1)
-    with adapter.hooks(model, _embedded(noise, first)):
+    with adapter.hooks(model, embedded(noise, first)):
         return record(model, layer, remainders, mask, cache)
-
-
-def _embedded(
-    noise: Noise | None, first: Int[Tensor, "row"], width: float = torch.inf
-) -> list[tuple[Point, adapter.Hook]]:
-    """A hook for the noise in a pass over `width` columns that starts at these positions."""
-    if noise is None:
-        return []
-    columns = noise.positions - first[noise.rows]
-    there = (columns >= 0) & (columns < width)
-    values = noise.values[there]
-
-    def corrupt(activation: Float[Tensor, "row column d"]) -> Float[Tensor, "row column d"]:
-        index = tuple(i[there].to(activation.device) for i in (noise.rows, columns))
-        return activation.index_put(index, values.to(activation), accumulate=not noise.replace)
-
-    return [(Point("embed"), corrupt)]
 
 
 def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
@@ -322,8 +289,8 @@ def _error_of_stacking(model: Any, n: int) -> float:
         for layer in (model.cfg.n_layers // 2, 0)
     ]
     forward = PartialForward(model, 0, rows, start.tolist(), cut=True)
-    single = torch.stack([forward.logits(changes, each, start + n - 1) for changes in variants])
-    return _error(forward.stacked(variants, each, start + n - 1), single)
+    single = [forward.stacked([changes], each, start + n - 1) for changes in variants]
+    return _error(forward.stacked(variants, each, start + n - 1), torch.cat(single))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

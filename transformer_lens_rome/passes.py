@@ -22,6 +22,8 @@ from torch import Tensor
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Hook, Point, architecture, model_class
 
+NO_ROW = torch.zeros(0, dtype=torch.long)  # where only what is on the way is wanted
+
 # ---------------------------------------------------------------- whole
 
 
@@ -97,34 +99,65 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
 def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Logits from residuals after the last block: final norm, unembedding, soft cap."""
-    logits = product(model.ln_final(residual[:, None])[:, 0], model.W_U, model.b_U)
+    parts = [part.transpose(0, 1).flatten(1) for part in _logits(model, residual)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def log_probs(
+    model: Any, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
+) -> Float[Tensor, "n k"]:
+    """Log-probabilities of some tokens from residuals after the last block, in float32.
+
+    The logits' log-sum-exp is taken where they lie, so this is for passes without gradients.
+    """
+    start, chosen, sums = 0, 0.0, []
+    for part in _logits(model, residual, together=16):
+        part, (blocks, _, width) = part.float(), part.shape
+        at = labels - start  # [n, k], in this part where it is within its tokens
+        inside = (at >= 0) & (at < blocks * width)
+        at = at.clamp(0, blocks * width - 1)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        chosen = chosen + inside * part[at // width, rows, at % width]
+        top = part.amax(-1, keepdim=True)
+        exponents = part.sub_(top).exp_().sum(-1)
+        sums.append(exponents.log() + top[..., 0])
+        start += blocks * width
+    return chosen - torch.cat(sums).logsumexp(0)[:, None]
+
+
+def _logits(
+    model: Any, residual: Float[Tensor, "n d_model"], **options: int
+) -> Iterator[Float[Tensor, "block n tokens"]]:
+    """Logits in parts, each a stack of blocks of the vocabulary."""
+    final = model.ln_final(residual[:, None])[:, 0]
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+    for part in products(final, model.W_U, model.b_U, **options):
+        yield cap * torch.tanh(part / cap) if cap > 0 else part
 
 
-def product(
+def products(
     x: Float[Tensor, "n d_model"],
     W_U: Float[Tensor, "d_model d_vocab"],
     b_U: Float[Tensor, "d_vocab"],
     *,
     block: int = 2048,
-) -> Float[Tensor, "n d_vocab"]:
-    """`x @ W_U + b_U`; on a CPU as a batch of products with blocks of the vocabulary.
+    together: int | None = None,
+) -> Iterator[Float[Tensor, "block n tokens"]]:
+    """`x @ W_U + b_U`, on a CPU as so many blocks of the vocabulary together, and what is left.
 
     One product of a few rows with a wide matrix is what CPU libraries do worst: for 12 rows and
     262,144 tokens, forward and backward, the blocks were 1.6 times as fast on two cores
     (`examples/benchmarks/unembedding.py`).
     """
-    whole = W_U.shape[1] // block * block
-    if x.device.type != "cpu" or not whole:
-        return torch.addmm(b_U, x, W_U)
-    blocks = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)  # [blocks, d_model, block]
-    biases = b_U[:whole].unflatten(0, (-1, 1, block))
-    logits = torch.baddbmm(biases, x.expand(len(blocks), -1, -1), blocks)
-    logits = logits.transpose(0, 1).flatten(1)
-    if whole == W_U.shape[1]:
-        return logits
-    return torch.cat([logits, torch.addmm(b_U[whole:], x, W_U[:, whole:])], dim=1)
+    whole = W_U.shape[1] // block * block if x.device.type == "cpu" else 0
+    if whole:
+        together = together or whole // block
+        blocks = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1).split(together)
+        biases = b_U[:whole].unflatten(0, (-1, 1, block)).split(together)
+        for weights, bias in zip(blocks, biases, strict=True):
+            yield torch.baddbmm(bias, x.expand(len(weights), -1, -1), weights)
+    if whole < W_U.shape[1]:
+        yield torch.addmm(b_U[whole:], x, W_U[:, whole:])[None]
 
 
 @contextmanager
@@ -159,7 +192,7 @@ def keys_and_values(
     model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Any:
     """The cache after some left-padded tokens; what is run after it leaves it as it is."""
-    _, cache = continue_from(model, tokens, None, mask, torch.tensor([0]))
+    _, cache = continue_from(model, tokens, None, mask, NO_ROW)
     if model_class(model) == "hooked":
         cache.freeze()
     return cache

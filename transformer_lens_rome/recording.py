@@ -141,12 +141,11 @@ def record(
     passed = _copy_of(cache)
     blocks = list(model.blocks)[layer:]
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
-    first = torch.tensor([0])
     try:
         if cache is None:
-            passes.logits_at(model, tokens, first, first)
+            passes.logits_at(model, tokens, passes.NO_ROW, passes.NO_ROW)
         else:
-            passes.continue_from(model, tokens, passed, mask, first)
+            passes.continue_from(model, tokens, passed, mask, passes.NO_ROW)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformer_lens_rome import passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.causal_trace import Kind, Metric
-from transformer_lens_rome.partial_forward import Change, Noise, PartialForward
+from transformer_lens_rome.changes import Change, Noise
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.patching import window_of
 from transformer_lens_rome.prompts import Encoder
 
@@ -88,24 +89,28 @@ class CleanRun:
         return torch.arange(len(self.labels)) + self.n_prompt - 1
 
     @property
+    def wanted(self) -> Int[Tensor, "n_answer k"]:
+        """The tokens whose log-probabilities make the metric: the answer's, then the foil."""
+        foil = [] if self.foil is None else [torch.full_like(self.labels, self.foil)]
+        return torch.stack([self.labels, *foil], 1)
+
+    @property
     @torch.no_grad()
     def p_clean(self) -> float:
         """The metric without corruption."""
         rows = torch.zeros_like(self.at)
         logits = passes.logits_at(self.model, torch.tensor([self.ids]), rows, self.at)
-        return self.score(logits[None, None]).item()
+        found = logits.float().log_softmax(-1).cpu().gather(1, self.wanted)
+        return self.score(found[None, None]).item()
 
     def score(
-        self, logits: Float[Tensor, "cell sample n_answer d_vocab"]
+        self, log_probs: Float[Tensor, "cell sample n_answer k"]
     ) -> Float[Tensor, "cell sample"]:
-        """The metric, on the CPU."""
-        logits = logits.float()
-        labels = self.labels.to(logits.device).expand(logits.shape[:-1])[..., None]
-        right = logits.gather(-1, labels)[..., 0]
-        if self.metric == "logit_diff":
-            return (right - logits[..., self.foil])[..., 0].cpu()
-        log_p = (right - logits.logsumexp(-1)).sum(-1).cpu()
-        return log_p if self.metric == "log_probability" else log_p.exp()
+        """The metric from the wanted tokens' log-probabilities."""
+        if self.metric == "logit_diff":  # the same as that of log-probabilities
+            return log_probs[..., 0, 0] - log_probs[..., 0, 1]
+        total = log_probs[..., 0].sum(-1)
+        return total if self.metric == "log_probability" else total.exp()
 
     def states(self, name: str) -> list[Float[Tensor, "pos d_model"]]:
         """The clean run's activations at a kind of point, by layer."""
@@ -146,8 +151,9 @@ class CorruptedRun:
         rows, at = torch.arange(n).repeat_interleave(len(run.labels)), run.at.repeat(n)
         each, found = max(1, batch_size // n), []
         for first in tqdm(range(0, len(cells), each), desc=progress, disable=progress is None):
-            logits = forward.variants(cells[first : first + each], rows, at)
-            found.append(run.score(logits.unflatten(1, (n, -1))))
+            some = cells[first : first + each]
+            log_probs = forward.log_probs(some, rows, at, run.wanted.repeat(n, 1)).cpu()
+            found.append(run.score(log_probs.unflatten(1, (n, -1))))
         return torch.cat(found).T
 
 

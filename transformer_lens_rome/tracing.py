@@ -31,8 +31,8 @@ from torch import Tensor
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
+from transformer_lens_rome.changes import Noise
 from transformer_lens_rome.corruption import Gaussian, NoiseSource, subject_embedding_std
-from transformer_lens_rome.partial_forward import Noise
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
@@ -58,7 +58,7 @@ def causal_trace(
     foil: str | None = None,
     occurrence: int | None = None,
     prepend_bos: bool | None = None,
-    batch_size: int = 60,
+    batch_size: int = 180,
     progress: bool = True,
 ) -> CausalTrace:
     """Restore each state of a corrupted run, one after the other; the model stays as it was.
@@ -138,7 +138,7 @@ def severed_trace(
     seed: int = 0,
     occurrence: int | None = None,
     prepend_bos: bool | None = None,
-    batch_size: int = 60,
+    batch_size: int = 180,
     progress: bool = True,
 ) -> SeveredTrace:
     """Restore the last subject token at each layer with a path cut (Meng et al. 2022, fig. 3).

