@@ -301,6 +301,17 @@ def test_a_users_hook_counts_positions_from_the_rows_first_token(gpt2):
     assert PartialForward(gpt2, 1, rows, starts).recording is not None
 
 
+def test_hooks_on_plain_modules_count_positions_too(gpt2):
+    rows, starts = random_rows((12, 9)), (7, 2)
+    handle = gpt2.blocks[0].register_forward_hook(lambda module, args, output: None)
+    assert PartialForward(gpt2, 1, rows, starts).recording is None
+    handle.remove()
+    assert PartialForward(gpt2, 1, rows, starts).recording is not None
+    if hasattr(gpt2, "add_perma_hook") and type(gpt2).__name__ == "HookedTransformer":
+        gpt2.add_perma_hook("blocks.0.hook_resid_post", lambda state, hook: state)
+        assert PartialForward(gpt2, 1, rows, starts).recording is None
+
+
 def test_rows_that_do_not_fit_when_aligned_run_whole(gpt2, caplog):
     rows, starts = random_rows((100, 100)), (99, 0)
     with caplog.at_level(logging.INFO, logger=partial_forward.__name__):

@@ -32,6 +32,17 @@ def test_a_window_of_one_is_what_the_host_does(gpt2, kind):
 
 
 @torch.no_grad()
+def test_residuals_are_patched_one_layer_at_a_time(gpt2):
+    _, cache = gpt2.run_with_cache(CLEAN)
+    found = get_act_patch_window(gpt2, OTHER, cache, metric, kind="resid", progress=False)
+    for layer in range(3):
+        hook = (f"blocks.{layer}.hook_resid_post", lambda old, hook: _put(old, cache[hook.name]))
+        torch.testing.assert_close(
+            found[layer, 2], metric(gpt2.run_with_hooks(OTHER, fwd_hooks=[hook]))
+        )
+
+
+@torch.no_grad()
 def test_positions_and_windows(gpt2):
     _, cache = gpt2.run_with_cache(CLEAN)
     options = {"kind": "mlp", "window": 2, "progress": False}
@@ -65,10 +76,8 @@ def test_per_sample_results_are_the_hosts(gpt2):
     torch.testing.assert_close(found.values, theirs.values.to(found.values))
     torch.testing.assert_close(found.baseline, theirs.baseline.to(found.baseline))
     assert found.axis_names == theirs.axis_names
-    assert found.to_dataframe().equals(theirs.to_dataframe()) or torch.allclose(
-        torch.tensor(found.to_dataframe().iloc[:, -1]),
-        torch.tensor(theirs.to_dataframe().iloc[:, -1]),
-    )
+    assert found.index_df.equals(theirs.index_df)
+    assert list(found.to_dataframe()) == list(theirs.to_dataframe())
 
 
 def test_a_trace_becomes_a_patching_result(gpt2):
@@ -87,7 +96,11 @@ def test_a_trace_becomes_a_patching_result(gpt2):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    (({"kind": "key"}, "kind is one of"), ({"window": 0}, "window at least 1")),
+    (
+        ({"kind": "key"}, "kind is one of"),
+        ({"window": 0}, "window at least 1"),
+        ({"reduce": "mean"}, "'scalar' or 'none'"),
+    ),
 )
 @torch.no_grad()
 def test_bad_input(gpt2, options, words):
@@ -96,3 +109,6 @@ def test_bad_input(gpt2, options, words):
         get_act_patch_window(gpt2, OTHER, cache, metric, **options)
     with pytest.raises(ValueError, match="as many tokens"):
         get_act_patch_window(gpt2, OTHER[:, :4], cache, metric)
+    _, cache = gpt2.run_with_cache(CLEAN, names_filter="blocks.0.hook_mlp_out")
+    with pytest.raises(ValueError, match="lacks blocks.1.hook_mlp_out"):
+        get_act_patch_window(gpt2, OTHER, cache, metric)

@@ -58,6 +58,7 @@ def test_each_position_falls_into_its_categories():
         items = torch.tensor(items)
         torch.testing.assert_close(row, items.mean()[None])
         if len(items) > 1:
+            items = items - torch.tensor([0.1, 0.3])  # an item a fact
             torch.testing.assert_close(half, 1.96 * items.std()[None] / len(items) ** 0.5)
         else:
             assert half.isnan().all()
@@ -65,6 +66,9 @@ def test_each_position_falls_into_its_categories():
     assert average.total_effect == pytest.approx(0.6) and average.n_facts == 2
     torch.testing.assert_close(average.effects, torch.tensor([0.8, 0.4]))
     assert average.n_wrong == 5
+    assert average.info == {"model": "tiny", "metric": "probability", "n_samples": 2} | {
+        name: None for name in ("noise", "replace", "seed", "prepend_bos")
+    }
     layer, effect = average.peak("last subject token")
     assert layer == 0 and effect == pytest.approx(0.6 - 0.2)
 

@@ -31,7 +31,7 @@ HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_o
 
 def trace(model, prompt=PROMPT, subject=SUBJECT, **options):
     known = {"n_samples": 3, "window": 2, "progress": False}
-    if "noise" not in options:
+    if not {"noise", "other_subject"} & set(options):
         known["noise_std"] = 1.0
     return causal_trace(model, prompt, subject, **(known | options))
 
@@ -246,6 +246,8 @@ BAD = (
     ({"n_samples": 0}, "at least 1"),
     ({"noise": torch.zeros(3, 1, 5)}, "noise must have the shape"),
     ({"noise": Gaussian(float("nan"))}, "NaN"),
+    ({"noise": Gaussian(1.0), "noise_std": 1.0}, "not both"),
+    ({"other_subject": "Paris Tower", "noise_std": 1.0}, "takes the place of noise"),
 )
 
 

@@ -17,7 +17,7 @@ from transformer_lens_rome.average_trace import average_traces
 from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.edits import EditHealth
 from transformer_lens_rome.severed_trace import SeveredTrace, average_severed
-from transformer_lens_rome.viz import page, views
+from transformer_lens_rome.viz import page
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -59,26 +59,31 @@ def everything():
         average_severed([SEVERED, SEVERED]),
         EditHealth(subject_token=" <N>", losses=(2.0, 1.0), p_before=0.1, warnings=("look",)),
         viz.log_probs_before_and_after(torch.tensor([1, 2, 3, 4]), LOG_PROBS, LOG_PROBS, token),
-        viz.attention_before_and_after(["a", "b"], rand(3, 2, 2), rand(3, 2, 2)),
+        viz.attention_before_and_after(["<!--", "<script>"], rand(3, 2, 2), rand(3, 2, 2)),
+        colored_tokens(["of", "circuitsvis"], [0.5, 1.0]),
     )
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Circuitsvis asks the network whether it is there; here nothing may."""
+    asked = []  # circuitsvis forgives every exception, so it is noted as well
 
-    def refuse(*_, **__):
-        raise AssertionError("the network was touched")
+    def refuse(*arguments, **_):
+        asked.append(arguments)
+        raise OSError("no network here")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+    yield
+    assert not asked
 
 
 # ---------------------------------------------------------------- pages
 
 
 def test_a_saved_page_holds_the_program_once_and_points_nowhere(tmp_path):
-    path = tmp_path / "page.html"
+    path = tmp_path / "new" / "page.html"
     viz.save_html(path, *everything(), title="Five & more")
     text = path.read_text()
     program = page.circuitsvis_program()
@@ -86,7 +91,7 @@ def test_a_saved_page_holds_the_program_once_and_points_nowhere(tmp_path):
     rest = text.replace(program, "")
     assert not re.search(r"https?:|src=\"(?!data:)|import |@import|url\(", rest)
     assert "<title>Five &amp; more</title>" in rest and "A &lt;b&gt; paragraph" in rest
-    assert rest.count("CircuitsVis.render(") == 5  # a trace, two log-probs, two attentions
+    assert rest.count("CircuitsVis.render(") == 6  # a trace, two log-probs, two attentions, tokens
 
 
 def test_every_script_ends_where_it_should():
@@ -106,15 +111,15 @@ def test_a_page_without_interactive_parts_is_small(tmp_path):
 
 def test_another_circuitsvis_is_noticed():
     rendered = colored_tokens(["a"], [1.0])
-    assert views.component(rendered).interactive
+    assert page.component(rendered).interactive
     rendered.local_src = rendered.local_src.replace("CircuitsVis.render", "Other.render")
     with pytest.raises(RuntimeError, match="circuitsvis renders otherwise"):
-        views.component(rendered)
+        page.component(rendered)
 
 
 def test_tokens_are_coloured_by_indirect_effect():
     body = viz.tokens_by_layer(TRACE).body
-    assert "&lt;bos&gt;" in body and "<bos>" not in body
+    assert "\\u003c\\u2060bos>" in body and "<bos>" not in body
     values = re.search(r'"values": (\[\[.*?\]\])', body)[1]
     torch.testing.assert_close(torch.tensor(eval(values)), TRACE.indirect_effect.T)
     assert '"layer 6"' in body
@@ -179,6 +184,19 @@ def test_the_heat_map_of_a_trace(matplotlib):
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_where_restoring_only_hurts_nothing_is_coloured(matplotlib):
+    worse = dataclasses.replace(TRACE, samples=TRACE.samples * 0.01)
+    assert worse.scores.max() < worse.p_corrupted
+    low, high = worse.plot().axes[0].collections[0].get_clim()
+    assert low == pytest.approx(worse.p_corrupted) and high > low
+    assert {colour for _, colour in cells(worse._repr_html_()).values()} == {(255, 255, 255)}
+
+
+def test_dollars_are_no_formulas(matplotlib):
+    figure = dataclasses.replace(TRACE, answer="$_{$").plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
 def test_averages_share_the_scale_of_the_states(matplotlib):
     figure = viz.plot_averages(AVERAGES)
     axes = [ax for ax in figure.axes if ax.get_title()]
@@ -239,6 +257,6 @@ def test_a_browser_without_network_shows_every_part(tmp_path):
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "WebGL" not in line]
     assert not said
     made = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
-    assert "&lt;bos&gt;" in made and ">layer 6<" in made  # the layer chooser
+    assert "&lt;\u2060bos&gt;" in made and ">layer 6<" in made  # the layer chooser
     assert made.count("Head Selector") == 2 and made.count("<canvas") >= 2
     assert made.count("t2") >= 2  # the log-probabilities' tokens

@@ -207,9 +207,19 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
 
 
 def has_hooks(model: Any) -> bool:
-    """Whether somebody's forward hooks are on the model; permanent ones are the bridge's own."""
+    """Whether a user's forward hooks are on the model, at hook points or on plain modules.
+
+    Permanent ones at the hook points of a bridge are its own, as are those on modules that
+    TransformerLens and transformers set themselves.
+    """
+    own = model_class(model) == "bridge"
     points = model.hook_dict.values()
-    return any(not hook.is_permanent for point in points for hook in point.fwd_hooks)
+    if any(not (own and hook.is_permanent) for point in points for hook in point.fwd_hooks):
+        return True
+    plain = [module for module in model.modules() if not hasattr(module, "fwd_hooks")]
+    found = [h for m in plain for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hosts = ("transformer_lens", "transformers")
+    return any(getattr(hook, "__module__", "").split(".")[0] not in hosts for hook in found)
 
 
 @contextmanager

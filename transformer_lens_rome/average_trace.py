@@ -16,7 +16,7 @@ of a category less the mean corrupted score of all facts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +44,8 @@ class AverageTrace(Result):
 
     Attributes:
         scores: Mean metric with a state of that category restored; NaN for an empty category.
-        half_width: Half the 95% interval of that mean, 1.96 standard errors over its own n.
+        half_width: Half the 95% interval of the indirect effect, 1.96 standard errors over its own
+            n, from each item's score less its fact's corrupted score.
         n: How many facts or tokens each category has.
         effects: Total effect of each fact.
         best_layer: For each fact, the layer at which its last subject token restores most.
@@ -53,6 +54,7 @@ class AverageTrace(Result):
         kind: As in `CausalTrace`.
         window: As in `CausalTrace`.
         n_wrong: Facts that were left out because the model does not know them.
+        info: What all the traces share: model, metric, noise, samples, seed.
     """
 
     scores: Float[Tensor, "category layer"]
@@ -65,6 +67,7 @@ class AverageTrace(Result):
     kind: Kind
     window: int
     n_wrong: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
 
     FORMAT: ClassVar[str] = "transformer_lens_rome.average_trace.1"
     categories: ClassVar[tuple[str, ...]] = CATEGORIES
@@ -145,10 +148,14 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
         raise ValueError(f"traces of different kinds, windows, metrics or models: {sorted(alike)}")
     columns = [_by_category(trace) for trace in traces]
     stacked = [torch.cat([one[i] for one in columns]) for i in range(len(CATEGORIES))]
+    effects = [
+        torch.cat([one[i] - trace.p_corrupted for one, trace in zip(columns, traces, strict=True)])
+        for i in range(len(CATEGORIES))
+    ]
     last = torch.stack([trace.scores[:, trace.subject_last] for trace in traces])
     return AverageTrace(
         scores=torch.stack([items.mean(0) for items in stacked]),
-        half_width=torch.stack([_half_width(items) for items in stacked]),
+        half_width=torch.stack([_half_width(items) for items in effects]),
         n=torch.tensor([len(items) for items in stacked]),
         effects=torch.tensor([trace.total_effect for trace in traces]),
         best_layer=last.argmax(1),
@@ -157,7 +164,21 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
         kind=traces[0].kind,
         window=traces[0].window,
         n_wrong=n_wrong,
+        info=_shared_info(traces),
     )
+
+
+def _shared_info(traces: Sequence[CausalTrace]) -> dict[str, Any]:
+    """How the traces were made, as far as they agree."""
+    every = [
+        {**trace.info, "metric": trace.metric, "n_samples": len(trace.samples)} for trace in traces
+    ]
+    names = ("model", "metric", "noise", "replace", "n_samples", "seed", "prepend_bos")
+    return {
+        name: every[0].get(name)
+        for name in names
+        if all(one.get(name) == every[0].get(name) for one in every)
+    }
 
 
 def _half_width(items: Float[Tensor, "item layer"]) -> Float[Tensor, "layer"]:

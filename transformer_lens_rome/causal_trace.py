@@ -34,7 +34,8 @@ class CausalTrace(Result):
         window: How many layers; 1 for "resid".
         metric: "probability" of the whole answer, its "log_probability" in nats, or "logit_diff"
             against another answer.
-        info: Everything else that is needed to make the trace again.
+        info: How it was made: model, prompt, options. Noise that was given as a tensor, or has
+            tensors in it, is named only.
     """
 
     samples: Float[Tensor, "sample layer pos"]
@@ -117,11 +118,9 @@ class CausalTrace(Result):
         return stack(self._heat_map(), "Indirect effect; choose a layer:", tokens_by_layer(self))
 
     def _heat_map(self) -> View:
-        what = {
-            "resid": "states",
-            "mlp": f"{self.window} MLPs",
-            "attn": f"{self.window} attentions",
-        }
+        what = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outputs"}[self.kind]
+        if self.window > 1:
+            what += f" in {self.window} layers"
         return heat_map(
             self.scores.T,
             token_labels(self.tokens, self.subject_positions),
@@ -129,7 +128,7 @@ class CausalTrace(Result):
             low=self.p_corrupted,
             high=self.scores.max().item(),
             caption=f"{self.answer.strip()!r}: clean {self.p_clean:.3g}, corrupted "
-            f"{self.p_corrupted:.3g}, and with {what[self.kind]} restored in {self.window} layers",
+            f"{self.p_corrupted:.3g}, and with {what} restored",
             unit=self.metric.replace("_", " "),
         )
 

@@ -58,14 +58,15 @@ def trace_facts(
     folder: Any = None,
     progress: bool = True,
 ) -> list[CausalTrace]:
-    """`causal_trace` of each fact, with the noise of the paper.
+    """`causal_trace` of each fact, of the model's top token, with one noise level for all.
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
         facts: What to trace; see `facts_known_to`.
         kind: As for `causal_trace`, as are window, n_samples and seed.
         window: Layers restored at once, for "mlp" and "attn".
-        noise_std: None: 3 times `subject_embedding_std` of all these facts' subjects.
+        noise_std: None: 3 times `subject_embedding_std` of these facts' subjects. The paper takes
+            all of the known facts; give it if you trace them in parts.
         n_samples: How many noises are drawn.
         seed: For drawing them.
         folder: Where each trace is kept as soon as it is made. A second call with the same folder
@@ -101,7 +102,7 @@ def sever_facts(
 def _shared(
     model: Any, facts: Sequence[KnownFact], noise_std: float | None, n_samples: int, seed: int
 ) -> dict[str, Any]:
-    """The options that all facts share, with the paper's noise where none is given."""
+    """The options that all facts share, with 3 sigma of their subjects where none is given."""
     if noise_std is None and facts:
         noise_std = 3 * subject_embedding_std(model, [fact.subject for fact in facts])
         logger.info("noise of standard deviation %.4g: 3 sigma of all subjects", noise_std)

@@ -163,11 +163,17 @@ def applied(model: Any, *edits: Edit, force: bool = False) -> Iterator[Any]:
 
 @contextmanager
 def without(model: Any, edit: Edit) -> Iterator[Any]:
-    """The model without an edit that may be on it; as it was again at exit, also on errors."""
+    """The model without an edit that may be on it; as it was again at exit, also on errors.
+
+    Raises:
+        ValueError: something else changed the weight since it was edited.
+    """
     ledger = _ledger(model, edit.layer)
     if ledger is None or not any(edit.digest == other.digest for other in ledger.active):
         yield model
         return
+    if adapter.weight_hash(adapter.w_out(model, edit.layer)) != ledger.written_hash:
+        raise ValueError(_changed_by_others(edit.layer, "revert the edits on it with force=True"))
     every = list(ledger.active)
     _write(model, edit.layer, ledger, [one for one in every if one.digest != edit.digest])
     try:

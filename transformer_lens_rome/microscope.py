@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import passes
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.edits import Edit, EditRequest
-from transformer_lens_rome.ledger import AppliedEdit, applied, without
+from transformer_lens_rome.ledger import AppliedEdit, active_edits, applied, without
 from transformer_lens_rome.prompts import Encoder, target_log_probs
 from transformer_lens_rome.tracing import causal_trace
 from transformer_lens_rome.viz import (
@@ -36,8 +36,8 @@ class PromptChange:
         top_before, top_after: The most probable next tokens, with their probabilities.
         p_before, p_after: Probability of the edit's target after this prompt.
         divergence: KL(before || after) of the next token, in nats.
-        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens, with each token's
-            key k and value v at the edited layer before the edit.
+        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens but BOS, with each
+            token's key k and value v at the edited layer before the edit.
         token: The token where that is.
     """
 
@@ -61,8 +61,8 @@ class EditReport:
         before: Trace of the edited prompt without the edit, of what the model said then.
         after: The same with the edit, of the edit's target.
         prompts: What changed at each prompt, the edited one first.
-        shares: The part of each neuron in the new value at the edited prompt's last subject token:
-            with key k, `<k_i delta_i, k delta> / ||k delta||^2`. Sums to 1.
+        shares: The part of each neuron in what the edit adds to the value at the edited prompt's
+            last subject token: with key k, `<k_i delta_i, k delta> / ||k delta||^2`. Sums to 1.
         interactive: Log-probabilities and attention, before and after.
     """
 
@@ -80,7 +80,7 @@ class EditReport:
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     def neurons_for(self, share: float) -> int:
-        """How many neurons, the largest first, together make up a share of the new value."""
+        """How many neurons, the largest first, make up a share of what is added to the value."""
         return int((self.shares.sort(descending=True).values.cumsum(0) < share).sum()) + 1
 
     def plot(self) -> Any:
@@ -109,8 +109,8 @@ class EditReport:
             f"{self.request.text} -> {self.request.target_new} (layer {self.layer})",
             beside(self.before._heat_map(), self.after._heat_map()),
             table(prompts, header),
-            f"Neurons with the largest parts in the new value: {neurons}. Half of it comes from "
-            f"{self.neurons_for(0.5)} of {len(self.shares)}.",
+            f"Neurons with the largest parts in what is added to the value: {neurons}. Half of it "
+            f"comes from {self.neurons_for(0.5)} of {len(self.shares)}.",
         )
 
     def _repr_html_(self) -> str:
@@ -127,6 +127,7 @@ def show_edit(
     n_samples: int = 5,
     seed: int = 0,
     prepend_bos: bool | None = None,
+    force: bool = False,
     progress: bool = True,
 ) -> EditReport:
     """Compare the model without and with an edit; afterwards it is as it was, edited or not.
@@ -140,18 +141,29 @@ def show_edit(
         n_samples: How many noises are drawn.
         seed: For drawing them.
         prepend_bos: Overrides the checkpoint's own rule.
+        force: Also where W_out is not the weight that the edit was made on.
         progress: Show progress bars.
+
+    Raises:
+        ValueError: not an edit or not a list of prompts, an edit that changes nothing or was made
+            on another weight, or a weight that something else changed since it was edited.
     """
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
+    if not isinstance(edit, Edit) or isinstance(prompts, str):
+        raise ValueError("show_edit takes one edit, and prompts as a list of texts")
+    adapter.check_editable(model, [edit.layer])
+    if not edit.delta().any():
+        raise ValueError("this edit changes nothing; there is nothing to show")
+    force = force or any(edit.digest == one.digest for one in active_edits(model, edit.layer))
     encoder, request = Encoder.of(model, prepend_bos), edit.request
     options = {"kind": kind, "noise_std": noise_std, "n_samples": n_samples, "seed": seed}
     options |= {"prepend_bos": prepend_bos, "progress": progress}
-    options |= {"occurrence": request.prompt.split("{}")[0].count(request.subject)}
+    options |= {"occurrence": _occurrence(request)}
     traced = (model, request.text, request.subject)
     with without(model, edit):
         was = _State.of(model, encoder, edit, prompts)
         before = causal_trace(*traced, **options)
-        with applied(model, edit, force=True):
+        with applied(model, edit, force=force):
             now = _State.of(model, encoder, edit, prompts)
             after = causal_trace(*traced, answer=request.target_new, **options)
     delta = edit.delta().to(was.keys[0])
@@ -165,6 +177,13 @@ def show_edit(
         shares=_shares(was.keys[0][row.subject[-1]], delta),
         interactive=_interactive(encoder, was, now, edit.layer),
     )
+
+
+def _occurrence(request: EditRequest) -> int:
+    """Which of the places where the subject stands in the text is the edited one."""
+    subject, before = request.subject.strip(), request.prompt.index("{}")
+    start = request.text.index(subject, before)
+    return sum(request.text.startswith(subject, i) for i in range(start))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,20 +218,22 @@ class _State:
         patterns = passes.read(model, torch.tensor([told]), points)
         return cls(
             prompts=texts,
-            next=[_log_probs(model, row)[-1] for row in ids],
+            next=[_log_probs(model, row, [len(row) - 1])[0] for row in ids],
             p_target=[score.sum().exp().item() for score in scores],
             ids=[list(row) for row in ids],
             keys=[found[key][0].float().cpu() for found in read],
             values=[found[value][0].float().cpu() for found in read],
             told=list(told),
-            log_probs=_log_probs(model, told),
+            log_probs=_log_probs(model, told, range(len(told))),
             patterns=torch.stack([patterns[point][0].float().cpu() for point in points]),
         )
 
 
-def _log_probs(model: Any, ids: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
-    """Log-probabilities of what follows each token."""
-    at = torch.arange(len(ids))
+def _log_probs(
+    model: Any, ids: Sequence[int], positions: Sequence[int]
+) -> Float[Tensor, "pos d_vocab"]:
+    """Log-probabilities of what follows some tokens of a text."""
+    at = torch.tensor(list(positions))
     logits = passes.logits_at(model, torch.tensor([list(ids)]), torch.zeros_like(at), at)
     return logits.float().log_softmax(-1).cpu()
 

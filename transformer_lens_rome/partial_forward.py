@@ -125,9 +125,9 @@ class PartialForward:
     ) -> Float[Tensor, "variant n k"]:
         """Log-probabilities of k tokens at each place, in float32; no logits are kept."""
         if self.recording is None:
-            index = labels.to(self.model.cfg.device)
-            whole = (self._whole(changes, rows, positions) for changes in variants)
-            return torch.stack([one.float().log_softmax(-1).gather(1, index) for one in whole])
+            whole = (self._whole(changes, rows, positions).float() for changes in variants)
+            found = [one.log_softmax(-1).gather(1, labels.to(one.device)) for one in whole]
+            return torch.stack(found)
         final = self.finals(variants, rows, positions)
         every = labels.repeat(len(variants), 1).to(final.device)
         found = passes.log_probs(self.model, final.flatten(0, 1), every)

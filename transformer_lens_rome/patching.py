@@ -47,8 +47,8 @@ def get_act_patch_window(
         corrupted_tokens: Token ids of the corrupted prompts.
         clean_cache: From `model.run_with_cache(clean_tokens)`, of the same shape.
         metric: From logits to a scalar, or to one number for each prompt with `reduce="none"`.
-        kind: What is patched; for "resid" the window should be 1.
-        window: How many layers, around each layer; see `window_of`.
+        kind: What is patched.
+        window: How many layers, around each layer (see `window_of`); "resid" patches one.
         positions: Only these, for instance the last subject token; None: all.
         reduce: "none" keeps each prompt's number and gives a `PatchingResult`.
         progress: Show a progress bar.
@@ -57,12 +57,24 @@ def get_act_patch_window(
         `[layer, position]`, or a `PatchingResult` with the corrupted run as its baseline.
 
     Raises:
-        ValueError: an unknown kind, a window below 1, or a cache of another shape.
+        ValueError: an unknown kind, a window below 1, or a cache that lacks layers or has another
+            shape.
+        ImportError: `reduce="none"` before TransformerLens 4, which has no `PatchingResult`.
     """
-    if kind not in _HOOKS or window < 1:
-        raise ValueError(f"kind is one of {list(_HOOKS)} and window at least 1: {kind!r}, {window}")
+    if kind not in _HOOKS or window < 1 or reduce not in ("scalar", "none"):
+        raise ValueError(
+            f"kind is one of {list(_HOOKS)}, window at least 1 and reduce 'scalar' or 'none', got "
+            f"{kind!r}, {window} and {reduce!r}"
+        )
+    window = 1 if kind == "resid" else window
+    if reduce == "none":
+        _result_class()  # before the work, not after it
     n_layers, length = model.cfg.n_layers, corrupted_tokens.shape[1]
     names = [f"blocks.{layer}.{_HOOKS[kind]}" for layer in range(n_layers)]
+    if missing := [name for name in names if name not in clean_cache]:
+        raise ValueError(
+            f"the clean cache lacks {missing[0]}; cache all of blocks.*.{_HOOKS[kind]}"
+        )
     if (shape := tuple(clean_cache[names[0]].shape[:2])) != tuple(corrupted_tokens.shape):
         raise ValueError(
             f"the clean cache is of {shape} tokens and the corrupted ones are "
@@ -103,17 +115,10 @@ def patching_result(
     Raises:
         ImportError: this version of TransformerLens has none (4.x has).
     """
-    try:
-        from transformer_lens.patching import PatchingResult
-    except ImportError as error:
-        raise ImportError(
-            "this version of TransformerLens has no PatchingResult; version 4 has, or use "
-            "to_dataframe()"
-        ) from error
     import pandas as pd
 
     cells = [(layer, position) for layer in range(len(values)) for position in positions]
-    return PatchingResult(
+    return _result_class()(
         values=values,
         axis_names=["layer", "pos"],
         index_df=pd.DataFrame(cells, columns=["layer", "pos"]),
@@ -121,3 +126,14 @@ def patching_result(
         reduced=False,
         baseline=baseline,
     )
+
+
+def _result_class() -> Any:
+    try:
+        from transformer_lens.patching import PatchingResult
+    except ImportError as error:
+        raise ImportError(
+            "this version of TransformerLens has no PatchingResult; version 4 has. Use "
+            "to_dataframe(), or a metric that gives one number"
+        ) from error
+    return PatchingResult

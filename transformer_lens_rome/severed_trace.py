@@ -54,7 +54,8 @@ class SeveredTrace(_Severed):
         p_clean: The probability without corruption.
         sever: Which modules were cut: "mlp" or "attn".
         answer: The text whose probability is taken.
-        info: Everything else that is needed to make the trace again.
+        info: How it was made: model, prompt, options. Noise that was given as a tensor, or has
+            tensors in it, is named only.
     """
 
     ordinary: Float[Tensor, "sample layer"]

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformer_lens_rome import adapter
 from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
 from transformer_lens_rome.changes import Noise
-from transformer_lens_rome.corruption import Gaussian, NoiseSource, subject_embedding_std
+from transformer_lens_rome.corruption import Gaussian, NoiseSource, Uniform, subject_embedding_std
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
@@ -217,6 +217,8 @@ def _corrupted_run(
     span = subject_span(prompt, subject, occurrence)
     run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
     if other_subject is not None:
+        if noise is not None or replace:
+            raise ValueError("other_subject= takes the place of noise; give no noise with it")
         corrupted = _with_other_subject(run, encoder, prompt, span, other_subject)
     else:
         noise = _default_noise(model, subject, encoder) if noise is None else noise
@@ -226,7 +228,8 @@ def _corrupted_run(
         "prompt": prompt,
         "subject": subject,
         "other_subject": other_subject,
-        "noise": None if other_subject is not None else type(noise).__name__,
+        "occurrence": occurrence,
+        "noise": repr(noise) if isinstance(noise, (Gaussian, Uniform)) else type(noise).__name__,
         "noise_std": noise.std if isinstance(noise, Gaussian) else None,
         "replace": replace,
         "seed": seed,

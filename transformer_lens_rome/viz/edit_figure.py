@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_rome.viz.figures import new_figure, plot_trace
+from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
 
 if TYPE_CHECKING:
     from transformer_lens_rome.microscope import EditReport
@@ -28,15 +28,15 @@ def plot_edit(report: EditReport) -> Any:
 
 def _answers(ax: Any, report: EditReport) -> None:
     """Two bars a prompt: the target's probability before and after."""
-    target = report.request.target_new.strip()
+    target = plain(report.request.target_new.strip())
     for i, one in enumerate(report.prompts):
         first = i == 0
         ax.barh(i - 0.2, one.p_before, 0.36, color="0.7", label="before" if first else None)
         ax.barh(i + 0.2, one.p_after, 0.36, color="#20b020", label="after" if first else None)
         top = one.top_before[0][0].strip(), one.top_after[0][0].strip()
-        words = f"{top[0]} → {top[1]}   KL {one.divergence:.2g}".replace("$", r"\$")
+        words = plain(f"{top[0]} → {top[1]}   KL {one.divergence:.2g}")
         ax.text(max(one.p_before, one.p_after) + 0.02, i, words, va="center", fontsize=8)
-    labels = [_short(one.prompt).replace("$", r"\$") for one in report.prompts]
+    labels = [plain(_short(one.prompt)) for one in report.prompts]
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.8)
@@ -54,7 +54,7 @@ def _neurons(ax: Any, report: EditReport) -> None:
     named = ", ".join(str(i) for i, _ in report.top_neurons(5))
     ax.set_title(f"neurons that carry the update: {named}, ...", fontsize=10)
     ax.set_xlabel(f"neurons of layer {report.layer}, the largest first", fontsize=9)
-    ax.set_ylabel("part of the new value", fontsize=9)
+    ax.set_ylabel("part of what is added to the value", fontsize=9)
 
 
 def _short(text: str, length: int = 44) -> str:

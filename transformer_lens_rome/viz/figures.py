@@ -35,11 +35,12 @@ def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
         trace: What to draw.
         ax: Axes to draw on; None makes a figure.
     """
-    labels = token_labels(trace.tokens, trace.subject_positions)
-    labels = [label.replace("$", r"\$") for label in labels]  # no formulas
+    labels = [plain(label) for label in token_labels(trace.tokens, trace.subject_positions)]
     if ax is None:
         ax = new_figure(6.4, 1.2 + 0.24 * len(labels)).subplots()
-    drawn = ax.pcolor(trace.scores.T.numpy(), cmap=MAPS[trace.kind], vmin=trace.p_corrupted)
+    low, high = trace.p_corrupted, trace.scores.max().item()
+    high = max(high, low + 1e-9)  # where restoring only hurts, the floor stays the floor
+    drawn = ax.pcolor(trace.scores.T.numpy(), cmap=MAPS[trace.kind], vmin=low, vmax=high)
     ax.invert_yaxis()
     ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
     _layer_ticks(ax, trace.scores.shape[0], offset=0.5)
@@ -47,7 +48,7 @@ def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
     ax.set_xlabel(_restored(trace), fontsize=9)
     caption = {"probability": "p", "log_probability": "log p", "logit_diff": "logit difference"}
     bar = ax.figure.colorbar(drawn, ax=ax)
-    bar.set_label(f"{caption[trace.metric]}({trace.answer.strip()})", fontsize=9)
+    bar.set_label(f"{caption[trace.metric]}({plain(trace.answer.strip())})", fontsize=9)
     return ax.figure
 
 
@@ -145,6 +146,11 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure._repr_png_ = partial(_png, figure)
     return figure
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _png(figure: Any) -> bytes:

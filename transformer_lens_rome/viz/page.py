@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class View:
         interactive: Whether it needs the circuitsvis program, which `body` does not hold.
     """
 
-    body: str
+    body: str = field(repr=False)
     interactive: bool = False
 
     def _repr_html_(self) -> str:
@@ -54,7 +55,8 @@ def stack(*items: Any) -> View:
     """Several things below each other.
 
     Args:
-        items: Text (a paragraph), matplotlib figures, views, and results of this package.
+        items: Text (a paragraph), matplotlib figures, circuitsvis figures, views, and results of
+            this package.
     """
     views = [_view(item) for item in items]
     body = "".join(f'<div style="margin:12px 0">{view.body}</div>' for view in views)
@@ -76,8 +78,9 @@ def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> N
         items: As for `stack`.
         title: The page's title and heading.
     """
-    heading = html.escape(title)
-    Path(path).write_text(
+    heading, path = html.escape(title), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         f'<title>{heading}</title><link rel="icon" href="data:,"></head>'
         f'<body style="margin:24px;max-width:1100px"><h2 style="font-family:sans-serif">{heading}'
@@ -89,6 +92,8 @@ def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> N
 def _view(item: Any) -> View:
     if isinstance(item, View):
         return item
+    if hasattr(item, "local_src"):
+        return component(item)
     if hasattr(item, "show") and not hasattr(item, "savefig"):
         return item.show()
     if isinstance(item, str):
@@ -101,6 +106,24 @@ def _view(item: Any) -> View:
     if hasattr(item, "_repr_html_"):
         return View(item._repr_html_())
     raise ValueError(f"a page shows text, figures, views and results, not a {type(item).__name__}")
+
+
+def component(rendered: Any) -> View:
+    """What circuitsvis rendered, without the program and without its references to a server.
+
+    It renders `<div id=ID/> <script> PROGRAM; CircuitsVis.render(ID, ...) </script>`, with a `div`
+    that browsers do not take for closed.
+    """
+    source = rendered.local_src
+    name = re.match(r'<div id="([\w-]+)"', source)
+    call = source.rfind(f'CircuitsVis.render(\n      "{name[1]}"') if name else -1
+    if call < 0:
+        raise RuntimeError("this version of circuitsvis renders otherwise; please report it")
+    end = source.rindex("</script>")
+    script = source[call:end].replace("<", "\\u003c")  # no text may end the script
+    return View(
+        f'<div id="{name[1]}"></div><script type="module">{script}</script>', interactive=True
+    )
 
 
 # ---------------------------------------------------------------- static parts
@@ -124,7 +147,7 @@ def heat_map(
     unit: str = "",
 ) -> View:
     """A table of coloured cells, layers across; each tells its number when it is pointed at."""
-    span = high - low or 1.0
+    span = max(high - low, 0.0) or 1.0
     lines = []
     for name, line in zip(rows, values.tolist(), strict=True):
         cells = "".join(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import html
-import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from circuitsvis.attention import attention_heads
 from circuitsvis.logits import token_log_probs
@@ -12,7 +11,7 @@ from circuitsvis.tokens import colored_tokens_multi
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_rome.viz.page import View, beside, stack
+from transformer_lens_rome.viz.page import View, beside, component, stack
 
 if TYPE_CHECKING:
     from transformer_lens_rome.causal_trace import CausalTrace
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def tokens_by_layer(trace: CausalTrace) -> View:
     """The prompt's tokens, coloured by indirect effect; point at a layer to choose it."""
     labels = [f"layer {layer}" for layer in range(trace.scores.shape[0])]
-    tokens = [html.escape(token) for token in trace.tokens]  # or "<bos>" is taken for a tag
+    tokens = [_text(token) for token in trace.tokens]
     return component(colored_tokens_multi(tokens, trace.indirect_effect.T, labels))
 
 
@@ -29,7 +28,7 @@ def log_probs_before_and_after(
     tokens: Int[Tensor, "pos"],
     before: Float[Tensor, "pos d_vocab"],
     after: Float[Tensor, "pos d_vocab"],
-    to_string: Any,
+    to_string: Callable[[list[int]], str],
 ) -> View:
     """Tokens coloured by log-probability, with the top ten at each, before and after an edit.
 
@@ -37,11 +36,11 @@ def log_probs_before_and_after(
         tokens: Token ids, of which the first is not predicted and not shown.
         before: Log-probabilities of what follows each token, in nats.
         after: The same with the edit.
-        to_string: From a token id to its text, such as `tokenizer.decode`.
+        to_string: From a list of one token id to its text, such as `tokenizer.decode`.
     """
 
     def text(token: int) -> str:
-        return html.escape(to_string([int(token)]))
+        return _text(to_string([int(token)]))
 
     sides = []
     for name, log_probs in (("before", before), ("after", after)):
@@ -64,19 +63,9 @@ def attention_before_and_after(
     return stack(f"largest change of an attention weight: {moved:.3g}", beside(*sides))
 
 
-def component(rendered: Any) -> View:
-    """What circuitsvis rendered, without the program and without its references to a server.
+def _text(token: str) -> str:
+    """A token that circuitsvis, which takes it for HTML in one place and text in another, shows.
 
-    It renders `<div id=ID/> <script> PROGRAM; CircuitsVis.render(ID, ...) </script>`, with a `div`
-    that browsers do not take for closed.
+    An invisible word joiner keeps "<bos>" from being a tag, and "&lt;" from being an entity.
     """
-    source = rendered.local_src
-    name = re.match(r'<div id="([\w-]+)"', source)
-    call = source.rfind(f'CircuitsVis.render(\n      "{name[1]}"') if name else -1
-    if call < 0:
-        raise RuntimeError("this version of circuitsvis renders otherwise; please report it")
-    end = source.rindex("</script>")
-    script = source[call:end].replace("</", "<\\/")
-    return View(
-        f'<div id="{name[1]}"></div><script type="module">{script}</script>', interactive=True
-    )
+    return token.replace("<", "<\u2060").replace("&", "&\u2060")
