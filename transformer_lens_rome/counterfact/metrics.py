@@ -1,0 +1,165 @@
+"""CounterFact's metrics from raw log-probabilities (Meng et al. 2022, section 3.4).
+
+For one prompt, p(t) is the geometric mean of the probabilities of the target's tokens, as in the
+released code: a joint probability would favour short targets.
+
+    ES, PS   p(new) > p(true)       after the request's prompt, and after paraphrases
+    EM, PM   p(new) - p(true)       at the same prompts
+    NS       p(true) > p(new)       at prompts about neighbours
+    NM       p(true) - p(new)
+    EA, PA   every token of the new target is the top token; NA: of the true one, at neighbours
+    S        the harmonic mean of the averages of ES, PS and NS
+
+A record's value is the mean over its prompts, a table's the mean over records, in percent, with
+the 95% interval from the real number of records. S, which is no mean, has a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, harmonic_mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+
+KINDS = {"rewrite": "E", "paraphrase": "P", "neighborhood": "N"}
+NAMES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "EA", "PA", "NA")
+
+
+class PromptScore(NamedTuple):
+    """What the model gives to both targets after one prompt.
+
+    Attributes:
+        new: Log-probability of each token of the new target, in nats.
+        true: The same for the true target.
+        new_correct: Whether each token of the new target is the top token.
+        true_correct: The same for the true target.
+    """
+
+    new: Sequence[float]
+    true: Sequence[float]
+    new_correct: Sequence[bool]
+    true_correct: Sequence[bool]
+
+
+class Estimate(NamedTuple):
+    """A mean in percent with half its 95% interval, over n records.
+
+    The interval of S is that of a bootstrap, from `low` to `high`; of the others the mean plus and
+    minus `half_width`.
+    """
+
+    mean: float
+    half_width: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ({self.half_width:.1f})"
+
+
+def record_metrics(scores: Mapping[str, Sequence[PromptScore]]) -> dict[str, float]:
+    """ES to NA of one record, as fractions: each the mean over the prompts of its kind.
+
+    Args:
+        scores: By kind of prompt: "rewrite", "paraphrase", "neighborhood".
+
+    Raises:
+        ValueError: a target without tokens, or log-probabilities that are not numbers.
+    """
+    found = {}
+    for kind, letter in KINDS.items():
+        if prompts := scores.get(kind, ()):
+            each = [_prompt_metrics(PromptScore(*one), kind == "neighborhood") for one in prompts]
+            for name, values in zip("SMA", zip(*each), strict=True):
+                found[f"{letter}{name}"] = fmean(values)
+    return found
+
+
+def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, float]:
+    """Success, magnitude and accuracy at one prompt."""
+    if not score.new or not score.true:
+        raise ValueError("a target without tokens has no probability")
+    p_new, p_true = math.exp(fmean(score.new)), math.exp(fmean(score.true))
+    if math.isnan(p_new) or math.isnan(p_true):
+        raise ValueError("a log-probability is not a number")
+    # compared in log space, where tiny probabilities still differ
+    better = fmean(score.new) - fmean(score.true)
+    if for_true:
+        return float(better < 0), p_true - p_new, float(all(score.true_correct))
+    return float(better > 0), p_new - p_true, float(all(score.new_correct))
+
+
+def summarise(rows: Sequence[Mapping[str, float]], *, seed: int = 0) -> dict[str, Estimate]:
+    """Averages over records, in percent, with their 95% intervals.
+
+    Args:
+        rows: From `record_metrics`. A metric that no record has is left out.
+        seed: For the bootstrap of S.
+    """
+    found = {}
+    for name in NAMES[1:]:
+        if values := [100 * row[name] for row in rows if name in row]:
+            half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+            found[name] = Estimate(fmean(values), half, len(values))
+    complete = [[row["ES"], row["PS"], row["NS"]] for row in rows if {"ES", "PS", "NS"} <= set(row)]
+    if complete:
+        found = {"S": _score(complete, seed)} | found
+    return found
+
+
+def score(es: float, ps: float, ns: float) -> float:
+    """S: the harmonic mean of three averages in percent; 0 if one of them is."""
+    return harmonic_mean([es, ps, ns])
+
+
+def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Estimate:
+    """S, with half the width of the 95% interval of a bootstrap over records."""
+    values = 100 * torch.tensor(rows, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(values), (times, len(values)), generator=generator)
+    means = values[chosen].mean(1)
+    every = torch.where((means > 0).all(1), 3 / (1 / means).sum(1), 0.0)
+    low, high = every.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    half = (high - low) / 2 if len(values) > 1 else math.nan
+    return Estimate(score(*values.mean(0).tolist()), half, len(values))
+
+
+def paired_difference(
+    one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
+) -> tuple[Estimate, float]:
+    """The mean of one method less another on the same records, and a sign-flip test's p-value.
+
+    Args:
+        one: Rows of `record_metrics`, record by record those of `other`.
+        other: The rows to compare with.
+        name: A metric that is a mean over records (not S).
+
+    Returns:
+        The difference in points of percent with its interval, and the two-sided p-value from
+        10,000 random signs (or every choice of signs where there are fewer).
+    """
+    if len(one) != len(other):
+        raise ValueError(f"the runs have {len(one)} and {len(other)} records; pair them first")
+    differences = torch.tensor(
+        [100 * (a[name] - b[name]) for a, b in zip(one, other, strict=True)], dtype=torch.float64
+    )
+    n = len(differences)
+    half = 1.96 * differences.std().item() / n**0.5 if n > 1 else math.nan
+    estimate = Estimate(differences.mean().item(), half, n)
+    return estimate, _sign_flip(differences)
+
+
+def _sign_flip(differences: Any, times: int = 10_000) -> float:
+    """How often random signs give a mean at least as far from 0."""
+    n = len(differences)
+    if 2**n <= times:
+        bits = torch.arange(2**n)[:, None] >> torch.arange(n)
+        signs, seen = 1.0 - 2.0 * (bits & 1), 0
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = 1.0 - 2.0 * torch.randint(2, (times, n), generator=generator)
+        seen = 1  # what was observed is one of the possible signs
+    means = (signs.double() @ differences / n).abs()
+    as_far = (means >= differences.mean().abs() - 1e-12).sum().item()
+    return (as_far + seen) / (len(means) + seen)
