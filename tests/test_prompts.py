@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import SHAPES
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from transformer_lens_rome import passes
 from transformer_lens_rome.prompts import (
     Encoder,
     checkpoint_tokenizer,
@@ -277,3 +278,23 @@ def test_a_score_follows_the_token_named_best(gpt2):
     if len(index) == 1:
         assert score.correct.all()
         torch.testing.assert_close(score.log_probs.exp(), torch.tensor([p]), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_begin_alike_run_once(gpt2, monkeypatch):
+    encoder, seen = Encoder.of(gpt2), []
+    pairs = [(p, t) for p in ("Rome is", "The old man") for t in ("Paris", "Rome", "the best of")]
+    pairs.append(("The", "old man"))  # a beginning of the other prompt
+    rows = [encoder.row(p, target=t) for p, t in pairs]
+    alone = [score_rows(gpt2, [row])[0] for row in rows]
+    plain = passes.logits_at
+
+    def counted(model, tokens, where, at):
+        seen.append((len(tokens), len(where)))
+        return plain(model, tokens, where, at)
+
+    monkeypatch.setattr(passes, "logits_at", counted)
+    for one, other in zip(score_rows(gpt2, rows), alone, strict=True):
+        torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=5e-5)
+        assert torch.equal(one.correct, other.correct)
+    places = {(row.ids[:p]) for row in rows for p in row.target}
+    assert seen == [(2, len(places))] and len(places) < sum(len(row.target) for row in rows)

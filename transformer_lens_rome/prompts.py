@@ -195,20 +195,39 @@ class TargetScore(NamedTuple):
 
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
-    """Score every row's target, in the order given; short rows share batches with short rows."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    found: dict[int, TargetScore] = {}
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        batch = [rows[i] for i in chosen]
-        where, at, labels = target_index(batch)
-        log_probs = passes.logits_at(model, pad(batch), where, at).float().log_softmax(-1).cpu()
-        picked = log_probs.gather(1, labels[:, None])[:, 0]
-        correct = log_probs.argmax(-1) == labels
-        sizes = [len(row.target) for row in batch]
+    """Score every row's target, in the order given.
+
+    Rows that begin alike up to their last target token, such as one prompt with two targets, are
+    one text in the batch, and each place in it is unembedded once. Short texts share batches.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, ids in enumerate(_longest([row.ids[: row.target[-1]] for row in rows])):
+        groups.setdefault(ids, []).append(i)
+    texts, found = sorted(groups, key=len), {}
+    for first in range(0, len(texts), batch_size):
+        some = texts[first : first + batch_size]
+        chosen = [i for ids in some for i in groups[ids]]
+        text_of = {i: k for k, ids in enumerate(some) for i in groups[ids]}
+        triples = [(text_of[i], p - 1, rows[i].ids[p]) for i in chosen for p in rows[i].target]
+        where, at, labels = torch.tensor(triples).T
+        places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
+        logits = passes.logits_at(model, pad([Row(ids) for ids in some]), *places.T)
+        log_probs = logits.float().log_softmax(-1).cpu()
+        picked, correct = log_probs[which, labels], log_probs.argmax(-1)[which] == labels
+        sizes = [len(rows[i].target) for i in chosen]
         scores = map(TargetScore, picked.split(sizes), correct.split(sizes))
         found.update(zip(chosen, scores, strict=True))
     return [found[i] for i in range(len(rows))]
+
+
+def _longest(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each text, one of them that begins with it and that no other begins with."""
+    longest: dict[tuple[int, ...], tuple[int, ...]] = {}
+    after: tuple[int, ...] = ()
+    for text in sorted(set(texts), reverse=True):  # what begins with a text comes right after it
+        longest[text] = longest[after] if after[: len(text)] == text else text
+        after = text
+    return [longest[text] for text in texts]
 
 
 def target_index(

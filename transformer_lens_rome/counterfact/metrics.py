@@ -44,10 +44,9 @@ class PromptScore(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean in percent with half its 95% interval, over n records.
+    """An average in percent, half the width of its 95% interval, and the number of records.
 
-    The interval of S is that of a bootstrap, from `low` to `high`; of the others the mean plus and
-    minus `half_width`.
+    The half width is 1.96 standard errors; of S, half of a bootstrap's interval.
     """
 
     mean: float
