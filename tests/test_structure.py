@@ -12,7 +12,7 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"adapter", "files", "gguf_tokenizer", "patching", "viz.page"},
+    {"adapter", "counterfact.run_file", "files", "gguf_tokenizer", "patching", "viz.page"},
     {
         "passes",
         "changes",
@@ -27,10 +27,10 @@ RANKS = [
     {"prompts", "recording", "causal_trace", "severed_trace"},
     {"partial_forward", "average_trace"},
     {"edits", "sampling", "second_moment", "corruption"},
-    {"collection", "ledger", "defaults", "restoring", "counterfact.records"},
-    {"counterfact", "methods", "v_star", "default_statistics", "tracing"},
-    {"health", "rome_config", "fact_traces", "microscope"},
-    {"rome"},
+    {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
+    {"methods", "v_star", "default_statistics", "tracing"},
+    {"counterfact.evaluate", "health", "rome_config", "fact_traces", "microscope"},
+    {"counterfact", "rome"},
     {"sweep", "export", "demo"},
     {"__init__", "__main__"},
 ]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from torch import Tensor
+
+from transformer_lens_rome.adapter import weight_hash
 from transformer_lens_rome.edits import Edit, EditRequest
 
 
 class EditMethod(Protocol):
-    """A way to turn a request into an edit, leaving the model as it was."""
+    """A way to turn a request into an edit, leaving the model as it was.
+
+    A method may also have `prepared(model, *, seed)`: itself with everything found that all edits
+    of a run share, such as statistics.
+    """
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:
         """The edit that writes the request; the same seed gives the same edit."""
@@ -39,3 +47,25 @@ def get_method(name: str, **options: Any) -> EditMethod:
     if name not in _REGISTRY:
         raise ValueError(f"no method {name!r}; there are {sorted(_REGISTRY)}")
     return _REGISTRY[name](**options)
+
+
+def described(method: EditMethod) -> dict[str, Any]:
+    """A method's name and options as plain values, by which two runs are told apart.
+
+    Tensors, and what holds them, stand by their sha256.
+    """
+    names = {factory: name for name, factory in _REGISTRY.items()}
+    return {"name": names.get(type(method), type(method).__name__), **_plain(method)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f"sha256 {weight_hash(value)}"
+    if dataclasses.is_dataclass(value):
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        return {name: _plain(getattr(value, name)) for name in fields}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)

@@ -287,6 +287,26 @@ class Rome:
     prepend_bos: bool | None = None
     progress: bool = False
 
+    def prepared(self, model: Any, *, seed: int = 0) -> Rome:
+        """The same with layer, statistics and prefixes found, once for all edits of a run."""
+        found = _resolve(
+            model,
+            self.layer,
+            self.second_moment,
+            self.prefixes,
+            self.config,
+            seed,
+            self.prepend_bos,
+            self.progress,
+        )
+        return dataclasses.replace(
+            self,
+            layer=found.layer,
+            second_moment=found.second_moment,
+            prefixes=found.prefixes,
+            config=found.config,
+        )
+
     def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
         """The edit that writes one fact."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

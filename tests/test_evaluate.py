@@ -1,0 +1,301 @@
+"""Evaluation: the right numbers, an untouched model, and runs that survive what happens to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from rome_setting import CONFIG, LAYER, PREFIXES, random_edit, random_moment
+
+from transformer_lens_rome import EditRequest, applied, apply_edit, target_log_probs
+from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.counterfact import (
+    CounterFactRecord,
+    Results,
+    evaluate_counterfact,
+    markdown,
+    run_file,
+)
+from transformer_lens_rome.counterfact.run_file import RunFile
+from transformer_lens_rome.rome import Rome
+
+
+def record(case, subject, new="Paris", true="Rome", **changed):
+    known = {
+        "case_id": case,
+        "request": EditRequest("{} is in", subject, new, true),
+        "paraphrase_prompts": (f"In the city {subject} is", f"The old {subject}"),
+        "neighborhood_prompts": ("Cuba is in", "The best of times is"),
+        "attribute_prompts": ("London is in",),
+    }
+    return CounterFactRecord(**(known | changed))
+
+
+RECORDS = [record(i, name) for i, name in enumerate(("Space Needle", "The tower", "Old man"))]
+RECORDS.append(record(7, "Cuba", "the best", "London"))
+
+
+@dataclass(frozen=True)
+class RandomEdits:
+    """A method whose edits are random, other ones for each request."""
+
+    strength: float = 0.3
+    broken: tuple[str, ...] = ()
+
+    def compute(self, model, request, *, seed=0):
+        if request.subject in self.broken:
+            raise ValueError("no such subject")
+        edit = random_edit(model, seed=seed + len(request.subject), strength=self.strength)
+        return dataclasses.replace(edit, request=request)
+
+
+def evaluate(model, method=RandomEdits(), records=RECORDS, **options):
+    return evaluate_counterfact(model, records, method, progress=False, **options)
+
+
+def seconds_apart(rows):
+    """Rows without what a clock gives."""
+    return {
+        case: {k: v for k, v in row.items() if "seconds" not in k} for case, row in rows.items()
+    }
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_rows_hold_what_scoring_by_hand_gives(gpt2):
+    base = w_out(gpt2, LAYER).detach().clone()
+    found = evaluate(gpt2, attributes=True)
+    assert torch.equal(w_out(gpt2, LAYER), base) and list(found.after) == [0, 1, 2, 7]
+    for one in RECORDS:
+        prompts = [one.request.text, *one.paraphrase_prompts, *one.neighborhood_prompts]
+        prompts += one.attribute_prompts
+        edit = RandomEdits().compute(gpt2, one.request)
+        for rows, edits in ((found.before, ()), (found.after, (edit,))):
+            with applied(gpt2, *edits):
+                new, true = (
+                    target_log_probs(gpt2, prompts, [target] * len(prompts))
+                    for target in (one.request.target_new, one.request.target_true)
+                )
+            scores = rows[one.case_id]["scores"]
+            given = [pair for kind in scores.values() for pair in kind]
+            for pair, a, b in zip(given, new, true, strict=True):
+                torch.testing.assert_close(torch.tensor(pair[0]), a, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(torch.tensor(pair[1]), b, rtol=1e-5, atol=1e-5)
+    assert [len(kind) for kind in scores.values()] == [1, 2, 2, 1]
+
+
+def test_averages_are_those_of_the_records(gpt2):
+    found = evaluate(gpt2)
+    each = found.metrics()
+    assert found.scores()["PM"].mean == pytest.approx(
+        100 * sum(row["PM"] for row in each.values()) / 4
+    )
+    assert found.scores(edited=False)["PM"].mean != pytest.approx(found.scores()["PM"].mean)
+    table = found.to_dataframe()
+    assert list(table.case_id) == [0, 1, 2, 7]
+    assert table.NM_after[3] == pytest.approx(each[7]["NM"])
+    unedited = evaluate(gpt2, None)
+    assert unedited.scores() == found.scores(edited=False) and not unedited.after
+
+
+def test_tables_and_comparisons(gpt2):
+    strong, weak = evaluate(gpt2), evaluate(gpt2, RandomEdits(1e-4))
+    text = strong.table(weak)
+    assert text.splitlines()[0].startswith("| method | records | failed | S | ES |")
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:5]] == [
+        "unedited",
+        "RandomEdits",
+        "RandomEdits",
+    ]
+    assert "geometric mean" in text and markdown([weak]).count("RandomEdits") == 1
+    difference, p = strong.compare(weak)["EM"]
+    wanted = strong.scores()["EM"].mean - weak.scores()["EM"].mean
+    assert difference.mean == pytest.approx(wanted) and 0 < p <= 1
+    with pytest.raises(ValueError, match="different models"):
+        strong.compare(dataclasses.replace(weak, setting={"model_hash": "x"}))
+
+
+def test_rome_is_prepared_once(gpt2):
+    method = Rome(LAYER, random_moment(len(w_out(gpt2, LAYER))), PREFIXES, CONFIG)
+    found = evaluate(gpt2, method, RECORDS[:2])
+    assert found.name == "rome" and found.setting["method"]["prefixes"] == list(PREFIXES)
+    by_hand = method.compute(gpt2, RECORDS[1].request)
+    assert found.after[1]["health"]["p_after"] == pytest.approx(by_hand.health.p_after, rel=1e-4)
+
+
+def test_order_and_company_of_records_change_nothing(gpt2):
+    whole, turned = evaluate(gpt2), evaluate(gpt2, records=RECORDS[::-1])
+    alone = evaluate(gpt2, records=RECORDS[2:3])
+    assert seconds_apart(whole.after) == seconds_apart(turned.after)
+    assert seconds_apart(alone.after)[2] == seconds_apart(whole.after)[2]
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_failed_edit_is_counted_and_the_run_goes_on(gpt2):
+    found = evaluate(gpt2, RandomEdits(broken=("The tower",)))
+    assert found.failed == {1: "ValueError: no such subject"}
+    assert found.scores()["ES"].n == 3 and "| RandomEdits | 3 | 1 |" in found.table()
+    found = evaluate(gpt2, RandomEdits(strength=1e30))  # NaN
+    assert len(found.failed) == 4 and "| RandomEdits | 0 | 4 |" in found.table()
+
+
+def test_a_model_with_edits_or_without_eval_is_refused(gpt2):
+    undo = apply_edit(gpt2, random_edit(gpt2))
+    with pytest.raises(ValueError, match="revert_all"):
+        evaluate(gpt2)
+    undo.revert()
+    with pytest.raises(ValueError, match="no records"):
+        evaluate(gpt2, records=[])
+    gpt2.train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        evaluate(gpt2)
+
+
+@pytest.mark.parametrize("layer", (LAYER, 2))
+@pytest.mark.parametrize("fails", (False, True))
+def test_a_method_that_changes_the_model_stops_the_run(gpt2, layer, fails):
+    class Spoils(RandomEdits):
+        def compute(self, model, request, *, seed=0):
+            edit = super().compute(model, request, seed=seed)
+            with torch.no_grad():
+                w_out(model, layer).add_(1e-3)
+            if fails:
+                raise ValueError("and fails")
+            return edit
+
+    with pytest.raises(RuntimeError, match=f"layer {layer} is not what it was"):
+        evaluate(gpt2, Spoils())
+
+
+# ---------------------------------------------------------------- runs on disk
+
+
+def test_a_run_is_kept_and_loaded(gpt2, tmp_path):
+    out = tmp_path / "runs" / "random.jsonl"
+    found = evaluate(gpt2, out=out)
+    again = Results.load(out)
+    assert again.scores() == found.scores() and again.name == "RandomEdits"
+    assert again.scores(edited=False) == found.scores(edited=False)
+    assert Results.load(out.with_name("unedited.jsonl")).scores() == again.scores(edited=False)
+    head = json.loads(out.read_text().splitlines()[0])
+    assert head["setting"]["model_hash"] == found.setting["model_hash"]
+    assert "torch" in head["made_with"]
+
+
+def test_more_records_are_added_and_none_is_done_twice(gpt2, tmp_path, monkeypatch):
+    out = tmp_path / "random.jsonl"
+    evaluate(gpt2, records=RECORDS[:2], out=out)
+    lines = out.read_text().splitlines()
+    found = evaluate(gpt2, out=out)
+    assert out.read_text().splitlines()[:3] == lines and len(found.after) == 4
+    monkeypatch.setattr(RandomEdits, "compute", None)
+    assert evaluate(gpt2, out=out).after == found.after
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    (
+        ({"method": RandomEdits(0.1)}, "another method"),
+        ({"seed": 1}, "another seed"),
+        ({"attributes": True}, "another attributes"),
+        ({"records": [record(0, "Another Needle")]}, "another record 0"),
+    ),
+)
+def test_a_file_of_another_run_is_refused(gpt2, tmp_path, changed, words):
+    evaluate(gpt2, out=tmp_path / "run.jsonl")
+    with pytest.raises(ValueError, match=words):
+        evaluate(gpt2, out=tmp_path / "run.jsonl", **changed)
+
+
+def test_a_file_of_another_model_is_refused(gpt2, tmp_path):
+    evaluate(gpt2, out=tmp_path / "run.jsonl")
+    with torch.no_grad():
+        w_out(gpt2, 0).mul_(1.01)
+    with pytest.raises(ValueError, match="another model_hash"):
+        evaluate(gpt2, out=tmp_path / "run.jsonl")
+
+
+@pytest.mark.parametrize("cut", (1, 20, 200))
+def test_a_torn_last_line_is_done_again(gpt2, tmp_path, cut):
+    out = tmp_path / "run.jsonl"
+    whole = evaluate(gpt2, out=out)
+    data = out.read_bytes()
+    out.write_bytes(data[:-cut])
+    torn = Results.load(out)
+    assert len(torn.after) == 3
+    again = evaluate(gpt2, out=out)
+    assert seconds_apart(again.after) == seconds_apart(whole.after)
+    assert [json.loads(line) for line in out.read_bytes().splitlines()][1:] == list(
+        again.after.values()
+    )
+
+
+def test_damage_in_the_middle_is_said(gpt2, tmp_path):
+    out = tmp_path / "run.jsonl"
+    evaluate(gpt2, out=out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join([*lines[:2], b"\0" * 20 + b"\n", *lines[3:]]))
+    with pytest.raises(ValueError, match="line 3 is damaged"):
+        evaluate(gpt2, out=out)
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="something else than a run"):
+        evaluate(gpt2, out=tmp_path / "other.jsonl")
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    pytest.importorskip("fcntl", reason="this system has no file locks")
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}):
+        with pytest.raises(ValueError, match="another process is writing"):
+            RunFile(tmp_path / "run.jsonl", {"a": 1}, {})
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}) as file:  # free again
+        assert file.rows == {}
+
+
+_SLOW_RUN = """
+import importlib.util, time
+
+spec = importlib.util.spec_from_file_location("run_file", {source!r})  # without the package: fast
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with module.RunFile({path!r}, {{"a": 1}}, {{}}) as file:
+    print("open", flush=True)
+    for case in range({n}):
+        if case not in file.rows:
+            file.append({{"case_id": case, "text": "x" * (37 * case % 5000)}})
+            time.sleep(0.002)
+print("done", flush=True)
+"""
+
+
+def test_killed_twenty_times_nothing_is_lost_or_done_twice(tmp_path):
+    """`kill -9` at random moments; the file ends as an uninterrupted run leaves it."""
+    pytest.importorskip("fcntl", reason="this system has no file locks")
+    path, n = tmp_path / "run.jsonl", 400
+    source = run_file.__file__
+    script = textwrap.dedent(_SLOW_RUN).format(source=source, path=str(path), n=n)
+    generator, kills = torch.Generator().manual_seed(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "open\n"
+        if kills < 20:
+            time.sleep(0.05 * torch.rand(1, generator=generator).item())
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    cases = [json.loads(line).get("case_id") for line in path.read_bytes().splitlines()]
+    assert kills == 20 and cases == [None, *range(n)]

@@ -1,0 +1,130 @@
+"""A run on disk: one JSON line a record, which survives being killed at any moment.
+
+The first line says what the run is; a file of another run is refused. Each later line is written
+with one call and flushed to the disk. A last line that was cut short is taken off when the file is
+opened again, so its record is made anew; while a file is open, a second process is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_FORMAT = "transformer_lens_rome.run.1"
+
+
+class RunFile:
+    """Rows of a run by case, read from a file and appended to it; use it in a `with` statement.
+
+    Attributes:
+        path: The file.
+        rows: What is in it, by `case_id`.
+    """
+
+    def __init__(self, path: Any, setting: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+        """Open or make the file.
+
+        Args:
+            path: Where.
+            setting: What the rows depend on; a file with another setting is refused.
+            made_with: What is good to know besides, such as versions.
+
+        Raises:
+            ValueError: the file is of another run, is damaged, or is in another process's hands.
+            OSError: it cannot be written.
+        """
+        self.path = Path(path)
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        try:
+            _lock(self._file, self.path)
+            self._read(json.loads(json.dumps(dict(setting))), dict(made_with))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one record's row; it is on the disk when this returns."""
+        self._write(row)
+        self.rows[row["case_id"]] = dict(row)
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, setting: dict[str, Any], made_with: dict[str, Any]) -> None:
+        self._file.seek(0)
+        lines, kept = read_lines(self._file.read(), self.path)
+        self._file.truncate(kept)
+        if not lines:
+            self._write({"format": _FORMAT, "setting": setting, "made_with": made_with})
+            return
+        check_setting(self.path, lines[0], setting)
+        self.rows = {row["case_id"]: row for row in lines[1:]}
+
+
+def read_run(path: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line and the rows of a run's file; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: not a run's file, or a damaged one.
+        OSError: no such file.
+    """
+    lines, _ = read_lines(Path(path).read_bytes(), Path(path))
+    if not lines or lines[0].get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a run's file; evaluate_counterfact writes them with out=")
+    return lines[0], lines[1:]
+
+
+def read_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines, and how many bytes they are; only the last line may be broken."""
+    lines: list[dict[str, Any]] = []
+    kept = 0
+    pieces = data.splitlines(keepends=True)
+    for i, piece in enumerate(pieces):
+        try:
+            line = json.loads(piece)
+            if not piece.endswith(b"\n") or not isinstance(line, dict):
+                raise ValueError("it is cut short")
+        except ValueError as error:
+            if i + 1 < len(pieces):
+                raise ValueError(f"{path}: line {i + 1} is damaged ({error})") from error
+            break
+        lines.append(line)
+        kept += len(piece)
+    return lines, kept
+
+
+def check_setting(path: Path, first: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
+    """Refuse the file of another run, and say in what it differs."""
+    found = first.get("setting")
+    if first.get("format") != _FORMAT or not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds something else than a run; give another file")
+    if other := [name for name in {**setting, **found} if setting.get(name) != found.get(name)]:
+        raise ValueError(
+            f"{path} holds a run with another {', '.join(sorted(other))}; give another file, or "
+            "load the run with Results.load"
+        )
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Keep a second process out until the file is closed, or this process is gone."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"another process is writing to {path}; give another file") from error
