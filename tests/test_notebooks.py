@@ -9,7 +9,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the notebook extra is not installed")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = ("edit_a_fact", "locate_a_fact", "plugin_in_your_workflow")
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
 MAJOR = int(version("transformer-lens").split(".")[0])
 
 

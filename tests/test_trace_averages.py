@@ -67,7 +67,7 @@ def test_each_position_falls_into_its_categories():
     torch.testing.assert_close(average.effects, torch.tensor([0.8, 0.4]))
     assert average.n_wrong == 5
     assert average.info == {"model": "tiny", "metric": "probability", "n_samples": 2} | {
-        name: None for name in ("noise", "replace", "seed", "prepend_bos")
+        name: None for name in ("noise", "noise_std", "replace", "seed", "prepend_bos")
     }
     layer, effect = average.peak("last subject token")
     assert layer == 0 and effect == pytest.approx(0.6 - 0.2)

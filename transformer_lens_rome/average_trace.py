@@ -173,7 +173,7 @@ def _shared_info(traces: Sequence[CausalTrace]) -> dict[str, Any]:
     every = [
         {**trace.info, "metric": trace.metric, "n_samples": len(trace.samples)} for trace in traces
     ]
-    names = ("model", "metric", "noise", "replace", "n_samples", "seed", "prepend_bos")
+    names = ("model", "metric", "noise", "noise_std", "replace", "n_samples", "seed", "prepend_bos")
     return {
         name: every[0].get(name)
         for name in names
