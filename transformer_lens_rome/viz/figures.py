@@ -89,7 +89,8 @@ def plot_lines(averages: Sequence[AverageTrace]) -> Any:
         _layer_ticks(ax, len(layers))
         if i == 0:
             ax.set_ylabel("average indirect effect")
-            figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+            columns = 6 if len(averages) > 2 else 3
+            figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
