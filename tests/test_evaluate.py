@@ -151,6 +151,13 @@ def test_a_failed_edit_is_counted_and_the_run_goes_on(gpt2):
     assert len(found.failed) == 4 and "| RandomEdits | 0 | 4 |" in found.table()
 
 
+def test_a_prompt_that_is_too_long_fails_its_record_only(gpt2):
+    long = record(20, "Cuba", paraphrase_prompts=("Cuba is in " * 200,))
+    found = evaluate(gpt2, records=[*RECORDS, long])
+    assert list(found.failed) == [20] and "longer than the model's context" in found.failed[20]
+    assert found.scores()["PS"].n == found.scores(edited=False)["PS"].n == 4
+
+
 def test_a_model_with_edits_or_without_eval_is_refused(gpt2):
     undo = apply_edit(gpt2, random_edit(gpt2))
     with pytest.raises(ValueError, match="revert_all"):

@@ -141,6 +141,7 @@ def test_logit_difference(model):
 def test_another_subject_in_its_place(model):
     """One sample, whose corrupted score is the model's on the other prompt."""
     found = trace(model, subject="Space", other_subject="Paris", answer="Cuba")
+    assert found.info["noise"] is None and found.info["other_subject"] == "Paris"
     (log_p,) = target_log_probs(model, [PROMPT.replace("Space", "Paris")], ["Cuba"])
     assert len(found.samples) == 1
     assert found.p_corrupted == pytest.approx(log_p.sum().exp().item(), rel=1e-4)

@@ -71,6 +71,13 @@ def architecture(model: Any) -> str:
     return str(found or model_name(model))
 
 
+def check_evaluating(model: Any) -> None:
+    """Refuse what is not a TransformerLens model, and a model in training mode."""
+    model_class(model)
+    if model.training:
+        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+
+
 def check_editable(model: Any, layers: Sequence[int]) -> None:
     """Refuse, before any work, a model or layer whose W_out cannot be read and written in place.
 
@@ -79,9 +86,7 @@ def check_editable(model: Any, layers: Sequence[int]) -> None:
         NotImplementedError: no dense W_out there (mixture of experts, state space), or a weight
             that is quantised or offloaded.
     """
-    model_class(model)
-    if model.training:
-        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    check_evaluating(model)
     for layer in layers:
         if type(layer) is not int or not 0 <= layer < model.cfg.n_layers:
             raise ValueError(

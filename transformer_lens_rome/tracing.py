@@ -229,7 +229,7 @@ def _corrupted_run(
         "subject": subject,
         "other_subject": other_subject,
         "occurrence": occurrence,
-        "noise": repr(noise) if isinstance(noise, (Gaussian, Uniform)) else type(noise).__name__,
+        "noise": _named(noise),
         "noise_std": noise.std if isinstance(noise, Gaussian) else None,
         "replace": replace,
         "seed": seed,
@@ -238,10 +238,15 @@ def _corrupted_run(
     }
 
 
+def _named(noise: Tensor | NoiseSource | None) -> str | None:
+    """Noise as it is kept in a result: whole if it is a number, else by its kind."""
+    if noise is None or isinstance(noise, (Gaussian, Uniform)):
+        return noise and repr(noise)
+    return type(noise).__name__
+
+
 def _check_options(model: Any, metric: str, foil: str | None, n_samples: int) -> None:
-    adapter.model_class(model)
-    if model.training:
-        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    adapter.check_evaluating(model)
     if metric not in ("probability", "log_probability", "logit_diff"):
         raise ValueError(
             f"metric must be 'probability', 'log_probability' or 'logit_diff', got {metric!r}"

@@ -82,7 +82,10 @@ def evaluate_counterfact(
 
     def score(record: CounterFactRecord) -> dict[str, Any]:
         started = time.perf_counter()
-        found = score_record(model, encoder, record, attributes=attributes)
+        try:
+            found = score_record(model, encoder, record, attributes=attributes)
+        except ValueError as error:  # it cannot be scored, so its edit cannot be either
+            return {"failed": f"ValueError: {error}"}
         return {"scores": found, "seconds": round(time.perf_counter() - started, 3)}
 
     beside = None if out is None else Path(out).with_name("unedited.jsonl")
@@ -213,9 +216,7 @@ def record_digest(record: CounterFactRecord) -> str:
 
 
 def _check_model(model: Any) -> None:
-    adapter.model_class(model)
-    if model.training:
-        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    adapter.check_evaluating(model)
     for layer in range(model.cfg.n_layers):
         if active_edits(model, layer):
             raise ValueError("there are edits on the model; take them off with revert_all(model)")
