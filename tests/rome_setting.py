@@ -47,7 +47,7 @@ def small_edit(model, request=REQUEST, **options):
     return compute_rome_edit(model, request, **(known | {"progress": False} | options))
 
 
-def random_edit(model, *, layer=LAYER, seed=0, rank=1, strength=0.1):
+def random_edit(model, *, layer=LAYER, seed=0, rank=1, strength=0.1, bias=False):
     """Random factors of a size that no float can ignore, made on the model as it is now."""
     weight = w_out(model, layer)
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -58,7 +58,8 @@ def random_edit(model, *, layer=LAYER, seed=0, rank=1, strength=0.1):
 
     known = {"layer": layer, "request": REQUEST, "model_hash": weight_hash(weight)}
     if rank > 1:
-        return DenseEdit(left=draw(d_mlp, rank), right=draw(rank, d_model), **known)
+        factors = {"left": draw(d_mlp, rank), "right": draw(rank, d_model)}
+        return DenseEdit(**factors, bias=draw(d_model) if bias else None, **known)
     k_star, u, lam = draw(d_mlp), draw(d_mlp), draw(d_model)
     v_star = k_star @ (weight.detach().float() + torch.outer(u, lam))
     return RankOneEdit(k_star=k_star, u=u, lam=lam, v_star=v_star, **known)

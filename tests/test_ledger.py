@@ -10,9 +10,16 @@ import torch
 from conftest import make_model
 from rome_setting import LAYER, random_edit
 
-from transformer_lens_rome import AppliedEdit, applied, apply_edit
-from transformer_lens_rome.adapter import w_out, weight_hash
-from transformer_lens_rome.ledger import active_edits, base_weight
+from transformer_lens_rome import (
+    AppliedEdit,
+    DenseEdit,
+    adapter,
+    applied,
+    apply_edit,
+    revert_all,
+)
+from transformer_lens_rome.adapter import Weight, w_out, weight_hash
+from transformer_lens_rome.ledger import active_edits, base_weight, without
 
 
 def weights(model):
@@ -36,12 +43,43 @@ def test_apply_adds_delta_and_revert_restores_the_bytes(model_class, shape, rank
     assert same(weights(model), expected)
     assert not same(weights(model), before)
     assert undo.active and undo.edit is edit and active_edits(model, LAYER) == (edit,)
-    assert torch.equal(base_weight(model, LAYER), before[LAYER])
+    assert torch.equal(base_weight(model, Weight("W_out", LAYER)), before[LAYER])
     undo.revert()
     assert same(weights(model), before)
     assert not undo.active and active_edits(model, LAYER) == ()
     undo.revert()  # off already: nothing happens
     assert same(weights(model), before)
+
+
+def test_an_edit_may_change_the_bias_too(gpt2, tmp_path):
+    where = Weight("b_out", LAYER)
+    before, bias = weights(gpt2), adapter.parameter(gpt2, where).detach().clone()
+    edit = random_edit(gpt2, rank=3, bias=True)
+    edit.save(tmp_path / "edit")
+    edit = DenseEdit.load(tmp_path / "edit")
+    double = edit.scale(2.0)
+    with applied(gpt2, edit):
+        assert torch.equal(adapter.parameter(gpt2, where), bias + edit.bias)
+        with applied(gpt2, double):
+            assert torch.equal(adapter.parameter(gpt2, where), bias + edit.bias + 2 * edit.bias)
+            with without(gpt2, edit):
+                assert torch.equal(adapter.parameter(gpt2, where), bias + 2 * edit.bias)
+        assert torch.equal(base_weight(gpt2, where), bias)
+    assert same(weights(gpt2), before) and torch.equal(adapter.parameter(gpt2, where), bias)
+    apply_edit(gpt2, edit)
+    revert_all(gpt2)
+    assert same(weights(gpt2), before) and torch.equal(adapter.parameter(gpt2, where), bias)
+
+
+def test_a_bias_that_cannot_be_changed_leaves_the_weight_alone(gpt2, tokenizer):
+    before, edit = weights(gpt2), random_edit(gpt2, bias=True, rank=2)
+    bad = dataclasses.replace(edit, bias=edit.bias + torch.inf)
+    with pytest.raises(ValueError, match="b_out of layer"):
+        apply_edit(gpt2, bad)
+    assert same(weights(gpt2), before) and active_edits(gpt2, LAYER) == ()
+    with pytest.raises(ValueError, match="changes a b_out of shape"):
+        apply_edit(gpt2, dataclasses.replace(edit, bias=edit.bias[:-1]))
+    assert same(weights(gpt2), before)
 
 
 def test_the_edit_reaches_the_forward_pass(gpt2):

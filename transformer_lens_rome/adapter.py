@@ -38,6 +38,13 @@ class Point(NamedTuple):
     layer: int = 0
 
 
+class Weight(NamedTuple):
+    """A parameter that edits may change."""
+
+    name: Literal["W_out", "b_out"]
+    layer: int
+
+
 Hook = Callable[[Tensor], "Tensor | None"]
 
 
@@ -132,14 +139,20 @@ def b_out(model: Any, layer: int) -> Float[Tensor, "d_model"]:
     return torch.zeros_like(weight[0]) if bias is None else bias.detach()
 
 
-def weight_owner(model: Any, layer: int) -> Tensor:
-    """The parameter whose storage W_out of this block shares; the same object at each call."""
-    weight = w_out(model, layer)
+def parameter(model: Any, where: Weight) -> Tensor | None:
+    """The live W_out or b_out of one block; None for a b_out that the model has not."""
+    if where.name == "W_out":
+        return w_out(model, where.layer)
+    return getattr(model.blocks[where.layer].mlp, "b_out", None)
+
+
+def owner(weight: Tensor) -> Tensor:
+    """The parameter whose storage a weight shares; the same object at each call."""
     return weight if weight._base is None else weight._base
 
 
-def weight_hash(weight: Float[Tensor, "d_mlp d_model"]) -> str:
-    """sha256 of a weight's bytes in `[d_mlp, d_model]` order, equal for both model classes."""
+def weight_hash(weight: Float[Tensor, "..."]) -> str:
+    """sha256 of a tensor's bytes, of W_out in `[d_mlp, d_model]` order, equal for both model classes."""
     flat = weight.detach().cpu().contiguous().view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.adapter import weight_hash
+from transformer_lens_rome.adapter import Weight, weight_hash
 from transformer_lens_rome.files import read_tensors, write_tensors
 from transformer_lens_rome.viz import stack
 from transformer_lens_rome.viz.page import table
@@ -168,6 +168,10 @@ class _Edit:
         """The change of W_out."""
         raise NotImplementedError
 
+    def changes(self) -> dict[Weight, Tensor]:
+        """The change of every parameter that is changed."""
+        return {Weight("W_out", self.layer): self.delta()}
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define the change, by field name."""
         return {
@@ -244,23 +248,31 @@ class RankOneEdit(_Edit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DenseEdit(_Edit):
-    """Any change of one W_out, as two factors: `left @ right`.
+    """Any change of one W_out, as two factors: `left @ right`; and of the bias after it.
 
     Attributes:
         left: `[d_mlp, rank]`; the change itself where it has no lower rank.
         right: `[rank, d_model]`; the identity in that case.
+        bias: The change of b_out, `[d_model]`; None where it stays.
     """
 
     left: Float[Tensor, "d_mlp rank"] = field(repr=False)
     right: Float[Tensor, "rank d_model"] = field(repr=False)
+    bias: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: left @ right."""
         return self.left @ self.right
 
+    def changes(self) -> dict[Weight, Tensor]:
+        """The change of W_out, and of b_out if there is one."""
+        own = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
+        return super().changes() | own
+
     def scale(self, alpha: float) -> DenseEdit:
         """The same edit, alpha times as strong."""
-        return dataclasses.replace(self, left=alpha * self.left, health=EditHealth())
+        bias = None if self.bias is None else alpha * self.bias
+        return dataclasses.replace(self, left=alpha * self.left, bias=bias, health=EditHealth())
 
 
 Edit = RankOneEdit | DenseEdit

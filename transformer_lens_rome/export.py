@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens_rome import adapter
+from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.ledger import base_weight
 from transformer_lens_rome.prompts import checkpoint_tokenizer
 
@@ -36,7 +37,11 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     state = _state_dict(source)
     if inside is None:
         for layer in range(model.cfg.n_layers):
-            _replace(state, model, layer)
+            _replace(state, model, Weight("W_out", layer))
+            bias = Weight("b_out", layer)
+            if (base := base_weight(model, bias)) is not None:
+                if not torch.equal(base, adapter.parameter(model, bias)):
+                    _replace(state, model, bias)
     folder = Path(folder)
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     source.save_pretrained(folder, state_dict=whole)
@@ -45,19 +50,18 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     return folder
 
 
-def _replace(state: dict[str, Tensor], model: Any, layer: int) -> None:
-    """Put an edited W_out in place of the matrix whose bytes are its base's, in either layout."""
-    base = base_weight(model, layer)
-    edited = adapter.w_out(model, layer).detach()
+def _replace(state: dict[str, Tensor], model: Any, where: Weight) -> None:
+    """Put an edited weight in place of the tensor whose bytes are its base's, in either layout."""
+    base, edited = base_weight(model, where), adapter.parameter(model, where).detach()
     for name, tensor in state.items():
-        for stored in (tensor, tensor.T) if tensor.ndim == 2 else ():
+        for stored in (tensor, tensor.T) if tensor.ndim == 2 else (tensor,):
             if stored.shape == base.shape and torch.equal(stored.to(base), base):
                 state[name] = (edited if stored is tensor else edited.T).to(tensor)
                 return
     raise ValueError(
-        f"hf_model holds no matrix equal to W_out of layer {layer} before its edits; pass the "
-        "model that this HookedTransformer was loaded from (without weight processing), and undo "
-        "changes that were not made by apply_edit"
+        f"hf_model holds no tensor equal to {where.name} of layer {where.layer} before its edits; "
+        "pass the model that this HookedTransformer was loaded from (without weight processing), "
+        "and undo changes that were not made by apply_edit"
     )
 
 

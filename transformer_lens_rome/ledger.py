@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome import adapter
+from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.edits import Edit, EditHealth
 
 
@@ -25,26 +26,30 @@ from transformer_lens_rome.edits import Edit, EditHealth
 class _Ledger:
     """A weight's base bytes, the edits on it, and the hash of what they wrote together."""
 
-    base: Float[Tensor, "d_mlp d_model"]
+    where: Weight
+    base: Float[Tensor, "..."]
     base_hash: str
     active: list[Edit]
     written_hash: str
 
 
-def _ledger(model: Any, layer: int) -> _Ledger | None:
-    return getattr(adapter.weight_owner(model, layer), "_rome_ledger", None)
+def _ledger(model: Any, where: Weight) -> _Ledger | None:
+    weight = adapter.parameter(model, where)
+    return None if weight is None else getattr(adapter.owner(weight), "_rome_ledger", None)
 
 
 def active_edits(model: Any, layer: int) -> tuple[Edit, ...]:
     """The edits that are on a layer's W_out now, in the order they were applied."""
-    ledger = _ledger(model, layer)
+    ledger = _ledger(model, Weight("W_out", layer))
     return tuple(ledger.active) if ledger else ()
 
 
-def base_weight(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
-    """A layer's W_out as it would be without the edits that are on it now."""
-    ledger = _ledger(model, layer)
-    return ledger.base if ledger else adapter.w_out(model, layer).detach()
+def base_weight(model: Any, where: Weight) -> Float[Tensor, "..."] | None:
+    """A weight as it would be without the edits that are on it now; None if there is none."""
+    if ledger := _ledger(model, where):
+        return ledger.base
+    weight = adapter.parameter(model, where)
+    return None if weight is None else weight.detach()
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class AppliedEdit:
 
     model: Any = field(repr=False)
     edits: tuple[Edit, ...]
-    ledgers: tuple[_Ledger, ...] = field(repr=False, compare=False)
+    ledgers: tuple[tuple[_Ledger, ...], ...] = field(repr=False, compare=False)
 
     @property
     def edit(self) -> Edit:
@@ -77,11 +82,7 @@ class AppliedEdit:
     @property
     def active(self) -> bool:
         """Whether any of them is still on the model."""
-        return any(
-            edit is other
-            for edit, ledger in zip(self.edits, self.ledgers, strict=True)
-            for other in ledger.active
-        )
+        return any(True for _ in self._on())
 
     def revert(self, *, force: bool = False) -> None:
         """Take the edits off again; nothing happens to those that are off already.
@@ -90,14 +91,20 @@ class AppliedEdit:
             ValueError: something else changed the weight since. `force=True` writes base and
                 remaining edits anyway, and that other change is lost.
         """
-        with ExitStack() as every:  # a failure at one layer does not keep the others from undoing
-            for edit, ledger in zip(self.edits, self.ledgers, strict=True):
+        with ExitStack() as every:  # a failure at one weight does not keep the others from undoing
+            for edit, ledger in self._on():
+                every.callback(_remove, self.model, edit, ledger, force)
+
+    def _on(self) -> Iterator[tuple[Edit, _Ledger]]:
+        """Each edit that is on the model, with each weight that it is on."""
+        for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
+            for ledger in ledgers:
                 if any(edit is other for other in ledger.active):
-                    every.callback(_remove, self.model, edit, ledger, force)
+                    yield edit, ledger
 
     def __iter__(self) -> Iterator[AppliedEdit]:
-        for edit, ledger in zip(self.edits, self.ledgers, strict=True):
-            yield AppliedEdit(self.model, (edit,), (ledger,))
+        for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
+            yield AppliedEdit(self.model, (edit,), (ledgers,))
 
     def __enter__(self) -> AppliedEdit:
         return self
@@ -109,14 +116,18 @@ class AppliedEdit:
 def revert_all(model: Any, *, force: bool = False) -> None:
     """Take every edit off a model, also those whose `AppliedEdit` is lost."""
     for layer in range(model.cfg.n_layers):
-        if active_edits(model, layer):
-            ledger = _ledger(model, layer)
-            edits = tuple(ledger.active)
-            AppliedEdit(model, edits, (ledger,) * len(edits)).revert(force=force)
+        edits = active_edits(model, layer)
+        ledgers = tuple(tuple(_ledgers(model, edit)) for edit in edits)
+        AppliedEdit(model, edits, ledgers).revert(force=force)
+
+
+def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:
+    """The ledgers of the weights that an edit changes, where there are any."""
+    return filter(None, (_ledger(model, where) for where in edit.changes()))
 
 
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
-    """Add an edit to the model's W_out, in place.
+    """Add an edit to the model's W_out, and to b_out if it changes that, in place.
 
     Raises:
         ValueError: the edit's shape does not fit; it is on the model already; or W_out is neither
@@ -126,30 +137,41 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     if not isinstance(edit, Edit):
         raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
     adapter.check_editable(model, [edit.layer])
-    weight = adapter.w_out(model, edit.layer)
-    shape = tuple(edit.delta().shape)
-    if shape != tuple(weight.shape):
-        raise ValueError(
-            f"the edit changes a W_out of shape {shape}, but layer {edit.layer} of this model has "
-            f"{tuple(weight.shape)}; it was made on {edit.provenance.get('model', 'another model')}"
-        )
-    ledger, found = _ledger(model, edit.layer), adapter.weight_hash(weight)
-    if ledger is None:
-        ledger = _Ledger(weight.detach().clone(), found, [], found)
-    elif found != ledger.written_hash:
-        raise ValueError(_changed_by_others(edit.layer, "revert the edits on it with force=True"))
-    if any(edit.digest == other.digest for other in ledger.active) and edit.delta().any():
+    ledgers = [_ready(model, where, edit) for where in edit.changes()]
+    main = ledgers[0]
+    if any(edit.digest == other.digest for other in main.active) and edit.delta().any():
         raise ValueError(
             "this edit is on the model already; apply edit.scale(alpha) for a stronger one"
         )
-    if edit.model_hash not in (found, ledger.base_hash) and not force:
+    if edit.model_hash not in (main.written_hash, main.base_hash) and not force:
         raise ValueError(
             f"W_out of layer {edit.layer} is not the weight that this edit was made on "
-            f"(sha256 {found[:12]}, the edit's {edit.model_hash[:12]}): another model, other edits "
-            "on it, or processed weights; force=True applies it all the same"
+            f"(sha256 {main.written_hash[:12]}, the edit's {edit.model_hash[:12]}): another model, "
+            "other edits on it, or processed weights; force=True applies it all the same"
         )
-    _write(model, edit.layer, ledger, [*ledger.active, edit])
-    return AppliedEdit(model, (edit,), (ledger,))
+    with ExitStack() as undo:
+        for ledger in ledgers:
+            undo.callback(_write, model, ledger, list(ledger.active))
+            _write(model, ledger, [*ledger.active, edit])
+        undo.pop_all()
+    return AppliedEdit(model, (edit,), (tuple(ledgers),))
+
+
+def _ready(model: Any, where: Weight, edit: Edit) -> _Ledger:
+    """The ledger of a weight that an edit is about to change, a new one if there is none."""
+    weight, shape = adapter.parameter(model, where), tuple(edit.changes()[where].shape)
+    if weight is None or shape != tuple(weight.shape):
+        found = "none" if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
+            f"model has {found}; it was made on {edit.provenance.get('model', 'another model')}"
+        )
+    ledger, found = _ledger(model, where), adapter.weight_hash(weight)
+    if ledger is None:
+        return _Ledger(where, weight.detach().clone(), found, [], found)
+    if found != ledger.written_hash:
+        raise ValueError(_changed_by_others(where, "revert the edits on it with force=True"))
+    return ledger
 
 
 @contextmanager
@@ -168,41 +190,48 @@ def without(model: Any, edit: Edit) -> Iterator[Any]:
     Raises:
         ValueError: something else changed the weight since it was edited.
     """
-    ledger = _ledger(model, edit.layer)
-    if ledger is None or not any(edit.digest == other.digest for other in ledger.active):
+    on = [
+        ledger
+        for ledger in _ledgers(model, edit)
+        if any(edit.digest == other.digest for other in ledger.active)
+    ]
+    for ledger in on:
+        if adapter.weight_hash(adapter.parameter(model, ledger.where)) != ledger.written_hash:
+            raise ValueError(
+                _changed_by_others(ledger.where, "revert the edits on it with force=True")
+            )
+    with ExitStack() as undo:
+        for ledger in on:
+            every = list(ledger.active)
+            undo.callback(_write, model, ledger, every)
+            _write(model, ledger, [one for one in every if one.digest != edit.digest])
         yield model
-        return
-    if adapter.weight_hash(adapter.w_out(model, edit.layer)) != ledger.written_hash:
-        raise ValueError(_changed_by_others(edit.layer, "revert the edits on it with force=True"))
-    every = list(ledger.active)
-    _write(model, edit.layer, ledger, [one for one in every if one.digest != edit.digest])
-    try:
-        yield model
-    finally:
-        _write(model, edit.layer, ledger, every)
 
 
 def _remove(model: Any, edit: Edit, ledger: _Ledger, force: bool) -> None:
-    if _ledger(model, edit.layer) is not ledger:
+    if _ledger(model, ledger.where) is not ledger:
         raise ValueError(
             f"the parameter that held this edit of layer {edit.layer} is not in the model any more "
             "(weight processing, or load_state_dict(assign=True), replaced it); reload the model"
         )
-    found = adapter.weight_hash(adapter.w_out(model, edit.layer))
+    found = adapter.weight_hash(adapter.parameter(model, ledger.where))
     if found != ledger.written_hash and not force:
-        raise ValueError(_changed_by_others(edit.layer, "revert(force=True) discards that change"))
-    _write(model, edit.layer, ledger, [other for other in ledger.active if other is not edit])
+        raise ValueError(
+            _changed_by_others(ledger.where, "revert(force=True) discards that change")
+        )
+    _write(model, ledger, [other for other in ledger.active if other is not edit])
 
 
 @torch.no_grad()
-def _write(model: Any, layer: int, ledger: _Ledger, edits: list[Edit]) -> None:
-    """Write base + edits into W_out and keep or drop the ledger; on an error nothing changes."""
-    weight, owner = adapter.w_out(model, layer), adapter.weight_owner(model, layer)
+def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
+    """Write base + edits into a weight and keep or drop its ledger; on an error nothing changes."""
+    weight, where = adapter.parameter(model, ledger.where), ledger.where
+    owner = adapter.owner(weight)
     new = ledger.base.to(weight).clone()
     for edit in edits:
-        new += edit.delta().to(new)
+        new += edit.changes()[where].to(new)
     if not torch.isfinite(new).all():
-        raise ValueError(f"the edit would put NaN or infinity into W_out of layer {layer}")
+        raise ValueError(f"the edit would put NaN or infinity into {_named(where)}")
     old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
     try:
         ledger.active, ledger.written_hash = edits, adapter.weight_hash(new)
@@ -217,8 +246,12 @@ def _write(model: Any, layer: int, ledger: _Ledger, edits: list[Edit]) -> None:
             vars(owner).pop("_rome_ledger", None)
 
 
-def _changed_by_others(layer: int, remedy: str) -> str:
+def _named(where: Weight) -> str:
+    return f"{where.name} of layer {where.layer}"
+
+
+def _changed_by_others(where: Weight, remedy: str) -> str:
     return (
-        f"W_out of layer {layer}, or its dtype, was changed by something else since it was edited; "
+        f"{_named(where)}, or its dtype, was changed by something else since it was edited; "
         f"{remedy}"
     )
