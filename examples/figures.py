@@ -15,7 +15,8 @@ here = Path(__file__).parent
 results, figures = here / "results" / "averages", here / "figures"
 figures.mkdir(exist_ok=True)
 
-averages = [AverageTrace.load(results / f"{kind}.safetensors") for kind in ("resid", "mlp")]
+kinds = ("resid", "mlp", "attn")
+averages = [AverageTrace.load(results / f"{kind}.safetensors") for kind in kinds]
 severed = [AverageSevered.load(results / f"severed_{path}.safetensors") for path in ("attn", "mlp")]
 viz.plot_averages(averages).savefig(figures / "averages.png", dpi=110)
 viz.plot_lines(averages).savefig(figures / "lines.png", dpi=110)

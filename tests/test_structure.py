@@ -30,7 +30,8 @@ RANKS = [
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
     {"methods", "v_star", "default_statistics", "tracing"},
     {"counterfact.evaluate", "health", "rome_config", "fact_traces", "microscope"},
-    {"counterfact", "rome"},
+    {"counterfact", "rome", "baselines.fine_tuning"},
+    {"baselines"},
     {"sweep", "export", "demo"},
     {"__init__", "__main__"},
 ]

@@ -1,7 +1,9 @@
 """Locate, change and measure facts in the TransformerLens model that you already have."""
 
+import transformer_lens_rome.baselines  # noqa: F401  (they register themselves)
 from transformer_lens_rome.average_trace import average_traces
 from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.counterfact import CounterFact, evaluate_counterfact
 from transformer_lens_rome.edits import DenseEdit, EditRequest, RankOneEdit, load_edit
 from transformer_lens_rome.export import export_hf
 from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit, revert_all
@@ -16,6 +18,7 @@ from transformer_lens_rome.tracing import causal_trace, severed_trace
 
 __all__ = [
     "AppliedEdit",
+    "CounterFact",
     "DenseEdit",
     "EditRequest",
     "RankOneEdit",
@@ -27,6 +30,7 @@ __all__ = [
     "causal_trace",
     "collect_second_moment",
     "compute_rome_edit",
+    "evaluate_counterfact",
     "export_hf",
     "get_method",
     "load_edit",

@@ -152,7 +152,7 @@ def owner(weight: Tensor) -> Tensor:
 
 
 def weight_hash(weight: Float[Tensor, "..."]) -> str:
-    """sha256 of a tensor's bytes, of W_out in `[d_mlp, d_model]` order, equal for both model classes."""
+    """sha256 of a tensor's bytes; as W_out is `[d_mlp, d_model]`, equal for both model classes."""
     flat = weight.detach().cpu().contiguous().view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome import adapter
-from transformer_lens_rome.edits import EditHealth, RankOneEdit
+from transformer_lens_rome.edits import Edit, EditHealth, RankOneEdit
 from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.prompts import Encoder, score_rows
+from transformer_lens_rome.prompts import Encoder, Row, TargetScore, score_rows
 from transformer_lens_rome.second_moment import SecondMoment, cosine
 from transformer_lens_rome.v_star import Optimised, read_keys_and_values
 
@@ -26,11 +26,7 @@ def measure_health(
     second_moment: SecondMoment,
 ) -> EditHealth:
     """Score the target on the bare prompt before and after, and compare the keys involved."""
-    request = edit.request
-    bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
-    before = score_rows(model, [bare])[0]
-    with applied(model, edit):
-        after = score_rows(model, [bare])[0]
+    bare, before, after = _target_scores(model, encoder, edit)
     weight = adapter.w_out(model, edit.layer).detach()
     forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]], cut=False)
     bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
@@ -47,6 +43,24 @@ def measure_health(
     )
     warnings = _suspicions(edit, health, bool(before.correct.all()), second_moment)
     return dataclasses.replace(health, warnings=tuple(warnings))
+
+
+def target_probabilities(model: Any, encoder: Encoder, edit: Edit) -> tuple[float, float]:
+    """Probability of the whole target after the bare prompt, before and after an edit."""
+    _, *scores = _target_scores(model, encoder, edit)
+    before, after = (score.log_probs.sum().exp().item() for score in scores)
+    return before, after
+
+
+def _target_scores(
+    model: Any, encoder: Encoder, edit: Edit
+) -> tuple[Row, TargetScore, TargetScore]:
+    request = edit.request
+    bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
+    (before,) = score_rows(model, [bare])
+    with applied(model, edit):
+        (after,) = score_rows(model, [bare])
+    return bare, before, after
 
 
 def _suspicions(

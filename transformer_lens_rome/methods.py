@@ -16,7 +16,7 @@ class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
     A method may also have `prepared(model, *, seed)`: itself with everything found that all edits
-    of a run share, such as statistics.
+    of a run share, such as statistics; and a `name`, for tables.
     """
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:
@@ -54,8 +54,9 @@ def described(method: EditMethod) -> dict[str, Any]:
 
     Tensors, and what holds them, stand by their sha256.
     """
-    names = {factory: name for name, factory in _REGISTRY.items()}
-    return {"name": names.get(type(method), type(method).__name__), **_plain(method)}
+    name = getattr(method, "name", type(method).__name__)
+    options = method if dataclasses.is_dataclass(method) else getattr(method, "__dict__", {})
+    return {"name": name, "options": _plain(options)}
 
 
 def _plain(value: Any) -> Any:

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -280,6 +280,7 @@ def _provenance(setting: _Setting) -> dict[str, Any]:
 class Rome:
     """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
 
+    name: ClassVar[str] = "rome"
     layer: int | None = None
     second_moment: SecondMoment | None = None
     prefixes: tuple[str, ...] | None = None

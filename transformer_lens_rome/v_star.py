@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -83,12 +83,23 @@ def read_keys_and_values(
     """Keys and values at each row's start, the last subject token, in float32.
 
     Raises:
-        NotImplementedError: value != key @ W_out + b_out, so this architecture's MLP is not what
-            the edit assumes.
-        ValueError: a key is not finite.
+        NotImplementedError, ValueError: see `check_value`.
     """
     model, points = forward.model, (Point("key", layer), Point("value", layer))
     keys, values = forward.read(points)
+    check_value(model, layer, keys, values)
+    return keys.float(), values.float()
+
+
+def check_value(
+    model: Any, layer: int, keys: Float[Tensor, "n d_mlp"], values: Float[Tensor, "n d_model"]
+) -> None:
+    """Refuse a model whose MLP is not what an edit of W_out assumes: value = key @ W_out + b_out.
+
+    Raises:
+        NotImplementedError: it is not so.
+        ValueError: a key is not finite.
+    """
     if not torch.isfinite(keys).all():
         raise ValueError(
             f"a key at layer {layer} holds NaN or infinity; check the model's weights and dtype"
@@ -99,9 +110,8 @@ def read_keys_and_values(
     if not error < max(1e-3, 8 * torch.finfo(values.dtype).eps):
         raise NotImplementedError(
             f"{adapter.architecture(model)}: the value at layer {layer} is not key @ W_out + b_out "
-            f"(relative error {error:.1e}), so a change of W_out would not do what ROME computes"
+            f"(relative error {error:.1e}), so a change of W_out would not do what was computed"
         )
-    return keys.float(), values.float()
 
 
 def optimise(
