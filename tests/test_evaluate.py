@@ -128,7 +128,7 @@ def test_tables_and_comparisons(gpt2):
 def test_rome_is_prepared_once(gpt2):
     method = Rome(LAYER, random_moment(len(w_out(gpt2, LAYER))), PREFIXES, CONFIG)
     found = evaluate(gpt2, method, RECORDS[:2])
-    assert found.name == "rome" and found.setting["method"]["prefixes"] == list(PREFIXES)
+    assert found.name == "rome" and found.setting["method"]["options"]["prefixes"] == list(PREFIXES)
     by_hand = method.compute(gpt2, RECORDS[1].request)
     assert found.after[1]["health"]["p_after"] == pytest.approx(by_hand.health.p_after, rel=1e-4)
 

@@ -12,11 +12,13 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"adapter", "counterfact.run_file", "files", "gguf_tokenizer", "patching", "viz.page"},
+    {"adapter", "extras", "files", "gguf_tokenizer", "patching", "viz.page"},
     {
         "passes",
         "changes",
         "counterfact.metrics",
+        "counterfact.run_file",
+        "distributed",
         "known_facts",
         "results",
         "viz.views",
@@ -28,7 +30,9 @@ RANKS = [
     {"partial_forward", "average_trace"},
     {"edits", "sampling", "second_moment", "corruption"},
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
+    {"counterfact.zsre", "counterfact.generation"},
     {"methods", "v_star", "default_statistics", "tracing"},
+    {"counterfact.scoring"},
     {"counterfact.evaluate", "health", "rome_config", "fact_traces", "microscope"},
     {"counterfact", "rome", "baselines.fine_tuning"},
     {"baselines"},

@@ -6,13 +6,15 @@ What is written is written whole or not at all, and a pickle is never read. The 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -71,26 +73,87 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "transformer_lens_rome"
 
 
+def checked(url: str, size: int, sha256: str) -> Callable[[Path], None]:
+    """A check for `download`: that a file has its published size and sha256."""
+
+    def check(path: Path) -> None:
+        state = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                state.update(block)
+        found = state.hexdigest()
+        if path.stat().st_size != size or found != sha256:
+            raise ValueError(
+                f"{url} gave {path.stat().st_size} bytes with sha256 {found}, not the published "
+                "file; nothing was kept"
+            )
+
+    return check
+
+
 def download(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
     """Download one file, with a progress bar; it is kept only if it is whole and passes a check.
 
+    A download that broke off goes on where it was at the next call, if the server can do that and
+    a check will tell whether the parts belong together.
+
     Raises:
-        OSError: it cannot be had, or ends early. What the check raises.
+        OSError: it cannot be had, ends early, or another process is downloading it.
+        What the check raises.
     """
     logger.info("downloading %s", url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
+    with part.open("ab") as file:
+        lock(file, OSError(f"another process is downloading {path.name}; wait for it"))
+        if check is None:
+            file.truncate(0)
+        size = _fetch(url, file)
+    if size and part.stat().st_size != size:
+        raise OSError(
+            f"{url} ended after {part.stat().st_size} of {size} bytes; call again to go on"
+        )
     try:
-        with urllib.request.urlopen(url, timeout=30) as source, part.open("wb") as file:
-            size = int(source.headers.get("Content-Length", 0))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.stem) as bar:
-                while block := source.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        if size and part.stat().st_size != size:
-            raise OSError(f"{url} ended after {part.stat().st_size} of {size} bytes")
         if check is not None:
             check(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _fetch(url: str, file: BinaryIO) -> int:
+    """Append what a file still lacks; its whole size, or 0 if the server does not say."""
+    have = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        source = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:  # 416: there is nothing after what we have
+            raise
+        return have
+    with source:
+        if have and source.status != 206:  # the server sends it from the start
+            file.truncate(0)
+            have = 0
+        size = have + int(source.headers.get("Content-Length", 0) or -have)
+        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=url[-30:]) as bar:
+            while block := source.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+    return size
+
+
+def lock(file: BinaryIO, refusal: Exception) -> None:
+    """Keep other processes out until the file is closed, or this process is gone.
+
+    Raises:
+        The refusal: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise refusal from error

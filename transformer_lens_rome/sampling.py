@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from transformer_lens_rome import passes
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts import Encoder, pad
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
 """The released code's (length in tokens, number of texts) pairs; the length counts the start."""
@@ -115,6 +115,45 @@ def sampled_texts(
         )
         texts += encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
     return texts
+
+
+def sample_continuations(
+    model: Any,
+    prompts: Sequence[str],
+    length: int = 100,
+    *,
+    top_k: int = 5,
+    seed: int = 0,
+    encoder: Encoder | None = None,
+) -> list[str]:
+    """Texts of `length` tokens (BOS not counted), each of which begins with its prompt.
+
+    All run as one batch: where a shorter prompt is continued already, a longer one still gives its
+    own tokens. Special tokens are never drawn, so no text ends early.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    encoder = encoder or Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
+    rows = [encoder.row(prompt) for prompt in prompts]
+    if not all(row.ids for row in rows):
+        raise ValueError("a prompt holds no token to go on from; give some text")
+    given, own = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
+    new, cache = given[:, : int(own.min())], None
+    tokens = new
+    while tokens.shape[1] < length + encoder.prepends_bos:
+        logits, cache = passes.next_logits(model, new, cache)
+        logits = logits.float().cpu()
+        logits[:, special] = -torch.inf
+        best = logits.topk(top_k)
+        new = best.indices.gather(1, _draw(best.values, generator))
+        column = tokens.shape[1]
+        if column < given.shape[1]:
+            new = torch.where(column < own, given[:, column : column + 1], new)
+        tokens = torch.cat([tokens, new], dim=1)
+    return encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def greedy_continuation(

@@ -1,7 +1,21 @@
-"""CounterFact: records, metrics, and the evaluation of editing methods on them."""
+"""CounterFact and zsRE: records, metrics, and the evaluation of editing methods on them."""
 
-from transformer_lens_rome.counterfact.evaluate import evaluate_counterfact
+from transformer_lens_rome.counterfact.evaluate import evaluate_counterfact, evaluate_zsre
+from transformer_lens_rome.counterfact.generation import References, TfIdf
 from transformer_lens_rome.counterfact.records import CounterFact, CounterFactRecord
-from transformer_lens_rome.counterfact.results import Results, markdown
+from transformer_lens_rome.counterfact.results import Results, latex, markdown
+from transformer_lens_rome.counterfact.zsre import Zsre, ZsreRecord
 
-__all__ = ["CounterFact", "CounterFactRecord", "Results", "evaluate_counterfact", "markdown"]
+__all__ = [
+    "CounterFact",
+    "CounterFactRecord",
+    "References",
+    "Results",
+    "TfIdf",
+    "Zsre",
+    "ZsreRecord",
+    "evaluate_counterfact",
+    "evaluate_zsre",
+    "latex",
+    "markdown",
+]

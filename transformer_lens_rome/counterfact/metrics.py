@@ -8,7 +8,13 @@ released code: a joint probability would favour short targets.
     NS       p(true) > p(new)       at prompts about neighbours
     NM       p(true) - p(new)
     EA, PA   every token of the new target is the top token; NA: of the true one, at neighbours
+    GE, RS   fluency and consistency of generated text, see `generation`
     S        the harmonic mean of the averages of ES, PS and NS
+
+EA is also the share of prompts that greedy decoding continues with exactly the new target.
+
+zsRE has no pairs of targets: there EA, PA and NA are shares of correct tokens, and S is the
+harmonic mean of their averages.
 
 A record's value is the mean over its prompts, a table's the mean over records, in percent, with
 the 95% interval from the real number of records. S, which is no mean, has a bootstrap interval.
@@ -24,7 +30,8 @@ from typing import Any, NamedTuple
 import torch
 
 KINDS = {"rewrite": "E", "paraphrase": "P", "neighborhood": "N"}
-NAMES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "EA", "PA", "NA")
+NAMES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS", "EA", "PA", "NA")
+S_OF = {"counterfact": ("ES", "PS", "NS"), "zsre": ("EA", "PA", "NA")}
 
 
 class PromptScore(NamedTuple):
@@ -75,6 +82,18 @@ def record_metrics(scores: Mapping[str, Sequence[PromptScore]]) -> dict[str, flo
     return found
 
 
+def zsre_metrics(scores: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, float]:
+    """EA, PA and NA of one zsRE record: shares of its answers' tokens that are the top token.
+
+    Args:
+        scores: By kind, (log-probabilities, correctness) of each prompt's one target.
+    """
+    return {
+        f"{letter}A": fmean(float(c) for _, correct in scores[kind] for c in correct)
+        for kind, letter in KINDS.items()
+    }
+
+
 def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, float]:
     """Success, magnitude and accuracy at one prompt."""
     if not score.new or not score.true:
@@ -89,11 +108,14 @@ def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, f
     return float(better > 0), p_new - p_true, float(all(score.new_correct))
 
 
-def summarise(rows: Sequence[Mapping[str, float]], *, seed: int = 0) -> dict[str, Estimate]:
-    """Averages over records, in percent, with their 95% intervals.
+def summarise(
+    rows: Sequence[Mapping[str, float]], *, protocol: str = "counterfact", seed: int = 0
+) -> dict[str, Estimate]:
+    """Averages over records, in percent (GE: in hundredths of bits), with their 95% intervals.
 
     Args:
-        rows: From `record_metrics`. A metric that no record has is left out.
+        rows: From `record_metrics` or `zsre_metrics`. A metric that no record has is left out.
+        protocol: "counterfact" or "zsre", for S.
         seed: For the bootstrap of S.
     """
     found = {}
@@ -101,7 +123,8 @@ def summarise(rows: Sequence[Mapping[str, float]], *, seed: int = 0) -> dict[str
         if values := [100 * row[name] for row in rows if name in row]:
             half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
             found[name] = Estimate(fmean(values), half, len(values))
-    complete = [[row["ES"], row["PS"], row["NS"]] for row in rows if {"ES", "PS", "NS"} <= set(row)]
+    parts = S_OF[protocol]
+    complete = [[row[part] for part in parts] for row in rows if set(parts) <= set(row)]
     if complete:
         found = {"S": _score(complete, seed)} | found
     return found

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from transformer_lens_rome.edits import EditRequest
-from transformer_lens_rome.files import cache_folder, download
+from transformer_lens_rome.files import cache_folder, checked, download
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class CounterFact(Sequence[CounterFactRecord]):
         if path is None:
             path = cache_folder() / "counterfact.json"
             if not path.is_file():
-                download(URL, path, _check_published)
+                download(URL, path, checked(URL, _SIZE, _SHA256))
         path = Path(path)
         data = path.read_bytes()
         try:
@@ -124,15 +124,6 @@ class CounterFact(Sequence[CounterFactRecord]):
 
     def __iter__(self) -> Iterator[CounterFactRecord]:
         return iter(self.records)
-
-
-def _check_published(path: Path) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if path.stat().st_size != _SIZE or found != _SHA256:
-        raise ValueError(
-            f"{URL} gave {path.stat().st_size} bytes with sha256 {found}, not the published file; "
-            "nothing was kept"
-        )
 
 
 def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformer_lens_rome.counterfact.metrics import (
@@ -13,15 +14,28 @@ from transformer_lens_rome.counterfact.metrics import (
     paired_difference,
     record_metrics,
     summarise,
+    zsre_metrics,
 )
 from transformer_lens_rome.counterfact.run_file import read_run
 
-PROTOCOL = (
-    "In percent, half of the 95% interval in brackets. ES, PS: p(new) > p(true) after the prompt "
-    "and after paraphrases; NS: p(true) > p(new) at neighbours; EM, PM, NM: the mean differences; "
-    "EA, PA, NA: all tokens of the new (NA: true) target are top tokens; p: the geometric mean "
-    "over the target's tokens, teacher-forced; S: the harmonic mean of ES, PS and NS, with a "
-    "bootstrap's interval."
+PROTOCOLS = {
+    "counterfact": (
+        "CounterFact, in percent, half of the 95% interval in brackets. ES, PS: p(new) > p(true) "
+        "after the prompt and after paraphrases; NS: p(true) > p(new) at neighbours; EM, PM, NM: "
+        "the mean differences; EA, PA, NA: all tokens of the new (NA: true) target are top tokens; "
+        "p: the geometric mean over the target's tokens, teacher-forced; S: the harmonic mean of "
+        "ES, PS and NS, with a bootstrap's interval."
+    ),
+    "zsre": (
+        "zsRE, in percent, half of the 95% interval in brackets. EA, PA: tokens of the new answer "
+        "that are top tokens, teacher-forced, after the question and its rephrasing; NA: the same "
+        "of the true answer to an unrelated question; S: the harmonic mean of the three, with a "
+        "bootstrap's interval."
+    ),
+}
+GENERATION = (
+    " GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: TF-IDF "
+    "cosine with reference texts."
 )
 
 
@@ -68,13 +82,33 @@ class Results:
         """ES to NA of each record, as fractions; of the edited model where there is one."""
         edited = bool(self.after) if edited is None else edited
         rows = self.after if edited else self.before
+        of = zsre_metrics if self.protocol == "zsre" else record_metrics
         return {
-            case: record_metrics(row["scores"]) for case, row in rows.items() if "scores" in row
+            case: of(row["scores"])
+            | {
+                name: row["generation"][name]
+                for name in ("GE", "RS")
+                if name in row.get("generation", ())
+            }
+            for case, row in rows.items()
+            if "scores" in row
         }
+
+    @property
+    def protocol(self) -> str:
+        """The data set whose metrics these are: "counterfact" or "zsre"."""
+        return self.setting.get("protocol", "counterfact")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Mean seconds a record: of the edit, and of edit, scoring and undoing together."""
+        rows = [row for row in self.after.values() if "edit_seconds" in row]
+        return {name: fmean(row[name] for row in rows) for name in ("edit_seconds", "seconds")}
 
     def scores(self, *, edited: bool | None = None) -> dict[str, Estimate]:
         """S, ES, EM, PS, PM, NS, NM and accuracies in percent, with their 95% intervals."""
-        return summarise(list(self.metrics(edited=edited).values()))
+        rows = list(self.metrics(edited=edited).values())
+        return summarise(rows, protocol=self.protocol)
 
     def compare(self, other: Results) -> dict[str, tuple[Estimate, float]]:
         """Differences to another method on the records that both have, and p-values.
@@ -91,7 +125,7 @@ class Results:
         if not both:
             raise ValueError("the runs have no record in common")
         one, two = ([run[case] for case in both] for run in (mine, theirs))
-        names = [name for name in NAMES[1:] if name in one[0] and name in two[0]]
+        names = [name for name in NAMES[1:] if all(name in row for row in (*one, *two))]
         return {name: paired_difference(one, two, name) for name in names}
 
     def to_dataframe(self) -> Any:
@@ -108,21 +142,69 @@ class Results:
             rows.append(row)
         return pd.DataFrame(rows)
 
-    def table(self, *others: Results) -> str:
-        """A Markdown table of the unedited model, this method and others."""
-        return markdown([self, *others])
+    def table(self, *others: Results, style: str = "markdown") -> str:
+        """A table of the unedited model, this method and others: "markdown" or "latex"."""
+        return {"markdown": markdown, "latex": latex}[style]([self, *others])
+
+    def plot(self, *others: Results) -> Any:
+        """ES, PS, NS and S of the unedited model, this method and others, as bars."""
+        from transformer_lens_rome.viz import plot_results
+
+        return plot_results([self, *others])
+
+    def _repr_html_(self) -> str:
+        from transformer_lens_rome.viz.page import table
+
+        rows = [(name, str(value)) for name, value in self.scores().items()]
+        return table([("method", self.name), *rows])._repr_html_()
 
 
-def markdown(runs: Sequence[Results], names: Sequence[str] = NAMES) -> str:
+def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
+    """The columns of a table, and its rows: the unedited model, then one a method."""
+    scores = [("unedited", runs[0].scores(edited=False), 0)]
+    scores += [(run.name, run.scores(), len(run.failed)) for run in runs if run.after]
+    shown = [name for name in NAMES if any(name in found for _, found, _ in scores)]
+    rows = []
+    for name, found, failed in scores:
+        n = found["S"].n if "S" in found else 0
+        rows.append([name, str(n), str(failed), *(str(found.get(m, "")) for m in shown)])
+    return ["method", "records", "failed", *shown], rows
+
+
+def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
+    return PROTOCOLS[runs[0].protocol] + (GENERATION if "GE" in shown else "")
+
+
+def markdown(runs: Sequence[Results]) -> str:
     """A Markdown table: the unedited model, then a row a method, with what the numbers mean."""
-    first = runs[0].scores(edited=False)
-    shown = [name for name in names if name in first]
-    lines = ["| method | records | failed | " + " | ".join(shown) + " |"]
-    lines.append("|---" * (len(shown) + 3) + "|")
-    rows = [("unedited", first, 0)]
-    rows += [(run.name, run.scores(), len(run.failed)) for run in runs if run.after]
-    for name, scores, failed in rows:
-        n = scores["S"].n if "S" in scores else 0
-        cells = " | ".join(str(scores[m]) if m in scores else "" for m in shown)
-        lines.append(f"| {name} | {n} | {failed} | {cells} |")
-    return "\n".join([*lines, "", PROTOCOL])
+    head, rows = cells(runs)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join([*lines, "", _protocol(runs, head)])
+
+
+def latex(runs: Sequence[Results]) -> str:
+    """The same as a LaTeX `tabular` with booktabs rules; what the numbers mean is a comment."""
+    head, rows = cells(runs)
+    lines = [" & ".join(row) + r" \\" for row in (head, *rows)]
+    spec = "l" + "r" * (len(head) - 1)
+    return "\n".join(
+        [
+            "% " + _protocol(runs, head).replace("%", r"\%"),
+            rf"\begin{{tabular}}{{{spec}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def comparison(one: Results, other: Results) -> str:
+    """A Markdown table of paired differences, one less other, and p-values of sign-flip tests."""
+    lines = [f"| {one.name} less {other.name} | difference | p |", "|---|---|---|"]
+    for name, (difference, p) in one.compare(other).items():
+        lines.append(f"| {name} | {difference} | {p:.2g} |")
+    return "\n".join(lines)

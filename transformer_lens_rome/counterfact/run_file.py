@@ -11,7 +11,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from transformer_lens_rome.files import lock
 
 _FORMAT = "transformer_lens_rome.run.1"
 
@@ -41,7 +43,10 @@ class RunFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
-            _lock(self._file, self.path)
+            lock(
+                self._file,
+                ValueError(f"another process is writing to {path}; give another file"),
+            )
             self._read(json.loads(json.dumps(dict(setting))), dict(made_with))
         except BaseException:
             self._file.close()
@@ -116,15 +121,3 @@ def check_setting(path: Path, first: Mapping[str, Any], setting: Mapping[str, An
             f"{path} holds a run with another {', '.join(sorted(other))}; give another file, or "
             "load the run with Results.load"
         )
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second process out until the file is closed, or this process is gone."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"another process is writing to {path}; give another file") from error

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transformer_lens_rome.extras import needed
 from transformer_lens_rome.viz.page import token_labels
 
 if TYPE_CHECKING:
@@ -138,13 +139,9 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib; run: pip install 'transformer-lens-rome[plot]'"
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = needed("matplotlib.figure", "plot").Figure(
+        figsize=(width, height), layout="constrained"
+    )
     figure._repr_png_ = partial(_png, figure)
     return figure
 
