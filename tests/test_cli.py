@@ -86,3 +86,55 @@ def test_trace_says_where(checkpoint, tmp_path, capsys):
     assert report["last_subject_token"] == trace.scores[:, trace.subject_last].tolist()
     assert f"{trace.scores.max().item():.3g}" in report["best"][0]
     assert "CircuitsVis.render(" in shown.read_text()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    path = tmp_path_factory.mktemp("records") / "records.json"
+    items = [
+        {
+            "case_id": i,
+            "prompt": f"{subject} is in",
+            "subject": subject,
+            "target_new": "Paris",
+            "ground_truth": "Rome",
+            "rephrase_prompt": f"The old {subject}",
+            "locality_prompt": "Cuba is in",
+        }
+        for i, subject in enumerate(("The tower", "Space Needle", "Old man", ""))
+    ]
+    path.write_text(json.dumps(items))
+    return path
+
+
+@needs_bridge
+def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
+    def evaluate(method, *more):
+        out = str(tmp_path / f"{method}.jsonl")
+        arguments = ["evaluate", str(checkpoint), method, out, "--records", str(records), "--json"]
+        status = main([*arguments, *more])
+        return status, capsys.readouterr()
+
+    status, said = evaluate("ft", "--layer", "1")
+    assert status == 2 and "record 3: subject" in said.err and "strict=False" in said.err
+    status, said = evaluate("ft", "--layer", "1", "--lenient")
+    report = json.loads(said.out)
+    assert status == 0 and len(report["left_out"]) == 1 and report["failed"] == {}
+    assert "| ft | 3 | 0 |" in report["table"] and report["seconds"]["edit_seconds"] > 0
+    assert evaluate("ft+l", "--layer", "1", "--lenient")[0] == 0
+    status, said = evaluate("unedited", "--lenient")
+    assert status == 0 and "| unedited | 3 | 0 |" in json.loads(said.out)["table"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"ft.jsonl", "ft+l.jsonl", "unedited.jsonl"}
+
+    runs = [str(tmp_path / name) for name in ("ft.jsonl", "ft+l.jsonl")]
+    assert main(["table", *runs, "--compare"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        report["table"].splitlines()[-3] in shown and "| ft less ft+l | difference | p |" in shown
+    )
+    assert main(["table", *runs, "--style", "latex", "--json"]) == 0
+    latex = json.loads(capsys.readouterr().out)["table"]
+    assert r"\begin{tabular}{lrr" in latex and r"ft+l & 3 & 0 &" in latex
+    assert main(["table", str(records)]) == 2
+    assert "is not a run's file" in capsys.readouterr().err

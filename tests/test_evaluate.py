@@ -16,7 +16,13 @@ import pytest
 import torch
 from rome_setting import CONFIG, LAYER, PREFIXES, random_edit, random_moment
 
-from transformer_lens_rome import EditRequest, applied, apply_edit, target_log_probs
+from transformer_lens_rome import (
+    EditRequest,
+    applied,
+    apply_edit,
+    get_method,
+    target_log_probs,
+)
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.counterfact import (
     CounterFactRecord,
@@ -26,7 +32,9 @@ from transformer_lens_rome.counterfact import (
     run_file,
 )
 from transformer_lens_rome.counterfact.run_file import RunFile
+from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome import Rome
+from transformer_lens_rome.sampling import greedy_continuation
 
 
 def record(case, subject, new="Paris", true="Rome", **changed):
@@ -70,6 +78,25 @@ def seconds_apart(rows):
 
 
 # ---------------------------------------------------------------- numbers
+
+
+def test_accuracy_is_exact_match_by_greedy_decoding(gpt2):
+    """EA counts prompts that greedy decoding continues with exactly the new target."""
+    method = get_method("ft", layer=LAYER, lr=2e-2, steps=30, objective="teacher_forced")
+    records = [record(i, "The tower", new) for i, new in enumerate(("the best", "old Rome", "in"))]
+    encoder, seen = Encoder.of(gpt2), set()
+    found = evaluate(gpt2, method, records)
+    for one in records:
+        with applied(gpt2, method.compute(gpt2, one.request)):
+            for i, prompt in enumerate(one.paraphrase_prompts):
+                row = encoder.row(prompt, target=one.request.target_new)
+                text = greedy_continuation(gpt2, prompt, len(row.target), encoder=encoder)
+                greedy = text == encoder.tokenizer.decode([row.ids[p] for p in row.target])
+                scores = found.after[one.case_id]["scores"]["paraphrase"][i]
+                assert all(scores[2]) == greedy
+                seen.add(greedy)
+        assert found.metrics()[one.case_id]["EA"] == 1
+    assert seen == {True, False}
 
 
 def test_rows_hold_what_scoring_by_hand_gives(gpt2):

@@ -24,7 +24,7 @@ RANKS = [
         "viz.views",
         "viz.figures",
     },
-    {"viz.edit_figure"},
+    {"viz.edit_figure", "viz.bars"},
     {"viz"},
     {"prompts", "recording", "causal_trace", "severed_trace"},
     {"partial_forward", "average_trace"},
@@ -37,6 +37,7 @@ RANKS = [
     {"counterfact", "rome", "baselines.fine_tuning"},
     {"baselines"},
     {"sweep", "export", "demo"},
+    {"evaluate_command"},
     {"__init__", "__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}

@@ -1,4 +1,4 @@
-"""Command line: `python -m transformer_lens_rome demo | edit | statistics | trace`."""
+"""Command line: `python -m transformer_lens_rome COMMAND`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_rome import adapter, demo
+from transformer_lens_rome import adapter, demo, evaluate_command
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest, RankOneEdit
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--save", help="write the trace here (safetensors)")
     trace.add_argument("--html", help="write a page that shows it here")
     trace.set_defaults(run=run_trace)
+    evaluate_command.add_parsers(commands, [shared])
     return parser
 
 
@@ -261,6 +262,8 @@ def _show(report: dict[str, Any]) -> None:
                     text = " ".join(said["text"].split())
                     print(f"  {when:6} P(target) {said['p_target']:.4f}   ... {text}")
             print()
+        elif isinstance(value, str) and "\n" in value:
+            print(f"\n{value}\n")
         elif isinstance(value, dict):
             print(f"{key}:")
             for name, item in value.items():

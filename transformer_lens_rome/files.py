@@ -123,7 +123,7 @@ def download(url: str, path: Path, check: Callable[[Path], None] | None = None) 
 
 def _fetch(url: str, file: BinaryIO) -> int:
     """Append what a file still lacks; its whole size, or 0 if the server does not say."""
-    have = file.tell()
+    have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         source = urllib.request.urlopen(request, timeout=30)

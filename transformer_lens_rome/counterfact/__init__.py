@@ -3,7 +3,7 @@
 from transformer_lens_rome.counterfact.evaluate import evaluate_counterfact, evaluate_zsre
 from transformer_lens_rome.counterfact.generation import References, TfIdf
 from transformer_lens_rome.counterfact.records import CounterFact, CounterFactRecord
-from transformer_lens_rome.counterfact.results import Results, latex, markdown
+from transformer_lens_rome.counterfact.results import Results, comparison, latex, markdown
 from transformer_lens_rome.counterfact.zsre import Zsre, ZsreRecord
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "TfIdf",
     "Zsre",
     "ZsreRecord",
+    "comparison",
     "evaluate_counterfact",
     "evaluate_zsre",
     "latex",

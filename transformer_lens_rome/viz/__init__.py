@@ -1,5 +1,6 @@
 """Pictures of results: static ones (matplotlib), interactive ones (circuitsvis), saved pages."""
 
+from transformer_lens_rome.viz.bars import plot_results
 from transformer_lens_rome.viz.edit_figure import plot_edit
 from transformer_lens_rome.viz.figures import (
     plot_averages,
@@ -21,6 +22,7 @@ __all__ = [
     "plot_averages",
     "plot_edit",
     "plot_lines",
+    "plot_results",
     "plot_severed",
     "plot_trace",
     "save_html",
