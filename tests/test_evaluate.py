@@ -6,9 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from dataclasses import dataclass
 
@@ -29,7 +26,6 @@ from transformer_lens_rome.counterfact import (
     Results,
     evaluate_counterfact,
     markdown,
-    run_file,
 )
 from transformer_lens_rome.counterfact.run_file import RunFile
 from transformer_lens_rome.prompts import Encoder
@@ -297,39 +293,50 @@ def test_a_second_writer_is_refused(tmp_path):
         assert file.rows == {}
 
 
-_SLOW_RUN = """
-import importlib.util, time
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
+    """`kill -9` at random moments of an evaluation; it ends as an uninterrupted one does."""
+    method = get_method("ft", layer=LAYER, steps=2)
+    records = [record(i, name) for i, name in enumerate(("The tower", "Cuba", "Old man") * 20)]
+    whole = evaluate(gpt2, method, records, out=tmp_path / "whole" / "ft.jsonl")
+    path = tmp_path / "killed" / "ft.jsonl"
+    generator, kills, rounds = torch.Generator().manual_seed(0), 0, []
 
-spec = importlib.util.spec_from_file_location("run_file", {source!r})  # without the package: fast
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-with module.RunFile({path!r}, {{"a": 1}}, {{}}) as file:
-    print("open", flush=True)
-    for case in range({n}):
-        if case not in file.rows:
-            file.append({{"case_id": case, "text": "x" * (37 * case % 5000)}})
+    def written():
+        files = path.parent.glob("*.jsonl") if path.parent.exists() else ()
+        return sum(file.stat().st_size for file in files)
+
+    def wait_for(size, patience=20.0):
+        until = time.monotonic() + patience
+        while written() < size and time.monotonic() < until:
             time.sleep(0.002)
-print("done", flush=True)
-"""
 
-
-def test_killed_twenty_times_nothing_is_lost_or_done_twice(tmp_path):
-    """`kill -9` at random moments; the file ends as an uninterrupted run leaves it."""
-    pytest.importorskip("fcntl", reason="this system has no file locks")
-    path, n = tmp_path / "run.jsonl", 400
-    source = run_file.__file__
-    script = textwrap.dedent(_SLOW_RUN).format(source=source, path=str(path), n=n)
-    generator, kills = torch.Generator().manual_seed(0), 0
-    for _ in range(40):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "open\n"
-        if kills < 20:
-            time.sleep(0.05 * torch.rand(1, generator=generator).item())
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        if process.wait() == 0:
-            break
-    cases = [json.loads(line).get("case_id") for line in path.read_bytes().splitlines()]
-    assert kills == 20 and cases == [None, *range(n)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    try:
+        for _ in range(200):
+            pid = os.fork()
+            if not pid:
+                try:
+                    evaluate(gpt2, method, records, out=path)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            if kills < 20:
+                wait_for(written() + 1 + int(3000 * torch.rand(1, generator=generator)))
+                os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            kills += os.WIFSIGNALED(status)
+            rounds.append(written())
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                break
+    finally:
+        torch.set_num_threads(threads)
+    found = Results.load(path)
+    assert kills == 20 and len(set(rounds)) > 15  # the control: it was killed on the way
+    assert seconds_apart(found.after) == seconds_apart(whole.after)
+    assert seconds_apart(found.before) == seconds_apart(whole.before)
+    for name in ("ft.jsonl", "unedited.jsonl"):
+        lines = path.with_name(name).read_bytes().splitlines()
+        assert [json.loads(line).get("case_id") for line in lines] == [None, *range(60)]

@@ -109,10 +109,10 @@ def download(url: str, path: Path, check: Callable[[Path], None] | None = None) 
         if check is None:
             file.truncate(0)
         size = _fetch(url, file)
-    if size and part.stat().st_size != size:
-        raise OSError(
-            f"{url} ended after {part.stat().st_size} of {size} bytes; call again to go on"
-        )
+    if size and (have := part.stat().st_size) != size:
+        if check is None:
+            part.unlink()
+        raise OSError(f"{url} ended after {have} of {size} bytes; call again to go on")
     try:
         if check is not None:
             check(part)
