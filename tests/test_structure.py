@@ -32,7 +32,7 @@ RANKS = [
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
     {"counterfact.zsre", "counterfact.generation"},
     {"methods", "v_star", "default_statistics", "tracing"},
-    {"counterfact.scoring"},
+    {"counterfact.scoring", "counterfact.qualitative"},
     {"counterfact.evaluate", "health", "rome_config", "fact_traces", "microscope"},
     {"counterfact", "rome", "baselines.fine_tuning"},
     {"baselines"},
