@@ -294,6 +294,38 @@ def test_a_second_writer_is_refused(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("limit", (700, 1500, 2600))
+def test_a_full_disk_stops_the_run_and_loses_nothing(gpt2, tmp_path, limit):
+    """A write that ends half-way is an error; what it left is done again."""
+    import resource
+
+    whole = evaluate(gpt2, out=tmp_path / "whole" / "run.jsonl")
+    path = tmp_path / "full" / "run.jsonl"
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            evaluate(gpt2, out=path)
+            os._exit(0)
+        except OSError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 7
+    assert max(file.stat().st_size for file in path.parent.iterdir()) == limit  # torn there
+    found = evaluate(gpt2, out=path)
+    assert seconds_apart(found.after) == seconds_apart(whole.after)
+    assert seconds_apart(found.before) == seconds_apart(whole.before)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(gpt2, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        evaluate(gpt2, out=tmp_path / "file" / "run.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
     """`kill -9` at random moments of an evaluation; it ends as an uninterrupted one does."""
     method = get_method("ft", layer=LAYER, steps=2)

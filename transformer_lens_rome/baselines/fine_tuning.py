@@ -207,7 +207,8 @@ def _loss(
     change = Change(
         Point("value", layer), torch.zeros_like(positions), positions, partial(_instead, value)
     )
-    logits = forward.logits([change], torch.zeros_like(task.at), task.at).float()
+    places, which = task.at.unique(return_inverse=True)  # each is unembedded once
+    logits = forward.logits([change], torch.zeros_like(places), places)[which].float()
     return cross_entropy(logits, task.labels.to(logits.device))
 
 
