@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from rome_setting import LAYER
 from test_evaluate import RECORDS, evaluate, seconds_apart
 
-from transformer_lens_rome import distributed, get_method
+from transformer_lens_rome import collect_second_moment, distributed, get_method
 from transformer_lens_rome.extras import needed
 
 METHOD = get_method("ft", layer=LAYER, steps=2)
@@ -60,6 +61,19 @@ def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     with pytest.raises(RuntimeError, match="three workers died"):
         evaluate(gpt2, always, RECORDS[1:2], out=tmp_path / "ray" / "always.jsonl", workers=2)
     assert ray.is_initialized()
+
+
+def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
+    texts = [f"The old man of Rome is the best of {n} times. " * (1 + n % 3) for n in range(60)]
+    known = {"max_tokens": 900, "batch_size": 4, "max_length": 16, "progress": False}
+    alone = collect_second_moment(gpt2, texts, [0, LAYER], **known)
+    found = collect_second_moment(gpt2, texts, [0, LAYER], workers=2, **known)
+    for layer, moment in alone.items():
+        other = found[layer]
+        assert other.n_tokens == moment.n_tokens == 900
+        torch.testing.assert_close(other.C, moment.C, rtol=1e-12, atol=1e-12)
+        assert other.summary() == moment.summary()
+        assert other.half_agreement == pytest.approx(moment.half_agreement, abs=1e-6)
 
 
 def test_without_ray_it_says_which_extra(gpt2, monkeypatch):

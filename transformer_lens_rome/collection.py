@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.distributed import on_workers
 from transformer_lens_rome.prompts import Encoder, Row, pad
 from transformer_lens_rome.second_moment import SecondMoment, cosine, probe_keys
 
@@ -33,6 +35,8 @@ def collect_second_moment(
     prepend_bos: bool | None = None,
     dtype: torch.dtype = torch.float64,
     source: str = "texts",
+    workers: int = 1,
+    ray_address: str | None = None,
     progress: bool = True,
 ) -> Any:
     """C at one layer or, for a list of layers, `{layer: SecondMoment}`, in one pass over texts.
@@ -49,7 +53,15 @@ def collect_second_moment(
         dtype: Of the running sum: float64, or float32 to halve its memory. Two sums a layer are
             held, beside the weight for one layer and in main memory for several.
         source: The corpus, in words; kept with the statistics.
+        workers: How many copies of the model read side by side, on Ray (the `distributed` extra);
+            their sums are added, so the result is that of one process but for rounding.
+        ray_address: An existing Ray cluster's; None: one on this machine, for this call.
         progress: Show a progress bar.
+
+    Raises:
+        ValueError: bad arguments, no text, or keys that are not finite.
+        NotImplementedError: a model that cannot be edited.
+        ImportError: `workers` without Ray.
     """
     if isinstance(texts, str):
         raise ValueError("texts is a single text; pass a list of texts: [text]")
@@ -58,23 +70,80 @@ def collect_second_moment(
     layers = list(layer) if isinstance(layer, Sequence) else [layer]
     adapter.check_editable(model, layers)
     encoder = Encoder.of(model, prepend_bos)
-    probes = probe_keys(model, layers)
-
-    def empty(n: int) -> SecondMoment:
-        weight = adapter.w_out(model, n)
-        device = "cpu" if len(layers) > 1 or weight.device.type == "mps" else weight.device
-        known = {"layer": n, "prepend_bos": encoder.prepends_bos, "source": source}
-        return SecondMoment.empty(len(weight), dtype, device, probe=probes[n], **known)
-
-    halves = [{n: empty(n) for n in layers} for _ in range(2)]
+    known = {"prepend_bos": encoder.prepends_bos, "source": source}
+    plan = _Plan(tuple(layers), dtype, probe_keys(model, layers), known)
     length = min(max_length, model.cfg.n_ctx or max_length)
-    pieces = _pieces(texts, encoder, length, max_tokens)
+    batches = _batches(enumerate(_pieces(texts, encoder, length, max_tokens)), batch_size)
+    several = workers > 1 or ray_address is not None
     with tqdm(total=max_tokens, unit="tok", desc="second moment", disable=not progress) as bar:
-        for batch in _batches(enumerate(pieces), batch_size):
-            _add(model, batch, layers, halves)
-            bar.update(sum(len(piece.ids) for _, piece in batch))
+        if several:
+            halves = _side_by_side(model, plan, list(batches), workers, ray_address, bar)
+        else:
+            halves = plan.empty(model)
+            for batch in batches:
+                _add(model, batch, layers, halves)
+                bar.update(_tokens(batch))
     moments = {n: _join_halves(halves[0].pop(n), halves[1].pop(n)) for n in layers}
     return moments if isinstance(layer, Sequence) else moments[layer]
+
+
+Batch = list[tuple[int, Row]]
+Halves = list[dict[int, SecondMoment]]
+
+
+class _Plan(NamedTuple):
+    """What every process that collects must know."""
+
+    layers: tuple[int, ...]
+    dtype: torch.dtype
+    probes: Mapping[int, Any]
+    known: Mapping[str, Any]
+
+    def empty(self, model: Any) -> Halves:
+        """Two empty sums a layer."""
+        return [{n: self._moment(model, n) for n in self.layers} for _ in range(2)]
+
+    def _moment(self, model: Any, layer: int) -> SecondMoment:
+        weight = adapter.w_out(model, layer)
+        here = len(self.layers) == 1 and weight.device.type != "mps"
+        return SecondMoment.empty(
+            len(weight),
+            self.dtype,
+            weight.device if here else "cpu",
+            layer=layer,
+            probe=self.probes[layer],
+            **self.known,
+        )
+
+
+def _side_by_side(
+    model: Any, plan: _Plan, batches: list[Batch], workers: int, address: str | None, bar: Any
+) -> Halves:
+    """The sums of all batches, each worker taking several at a time."""
+    size = max(1, -(-len(batches) // (4 * workers)))
+    shards = list(_batches(iter(batches), size))
+    halves = plan.empty(model)
+    for shard, found in on_workers(workers, address, model, partial(_shard, plan=plan), shards):
+        for total, part in zip(halves, found, strict=True):
+            for n in plan.layers:
+                total[n] = total[n].merge(part[n])
+        bar.update(sum(map(_tokens, shard)))
+    return halves
+
+
+def _shard(model: Any, record: list[Batch], plan: _Plan) -> Halves:
+    """The sums of some batches, in main memory."""
+    halves = plan.empty(model)
+    for batch in record:
+        _add(model, batch, plan.layers, halves)
+    for half in halves:
+        for moment in half.values():
+            moment.sum_kk = moment.sum_kk.cpu()
+    return halves
+
+
+def _tokens(batch: Batch) -> int:
+    return sum(len(piece.ids) for _, piece in batch)
 
 
 def _pieces(
@@ -108,7 +177,7 @@ def _batches(items: Iterator, size: int) -> Iterator[list]:
 
 def _add(
     model: Any,
-    batch: list[tuple[int, Row]],
+    batch: Batch,
     layers: Sequence[int],
     halves: Sequence[Mapping[int, SecondMoment]],
 ) -> None:
