@@ -1,0 +1,85 @@
+"""Tables and bars of results that are made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from transformer_lens_rome.counterfact import Results, comparison, latex, markdown
+
+
+def scores(success: bool, neighbour: bool):
+    """One prompt a kind: the new target wins there or not."""
+    high, low = [math.log(0.5)], [math.log(0.1)]
+    pair = [high, low] if success else [low, high]
+    other = [low, high] if neighbour else [high, low]
+    return {
+        "rewrite": [[*pair, [True], [False]]],
+        "paraphrase": [[*pair, [False], [False]]],
+        "neighborhood": [[*other, [False], [True]]],
+    }
+
+
+def rows(*outcomes):
+    return {i: {"case_id": i, "scores": scores(*outcome)} for i, outcome in enumerate(outcomes)}
+
+
+def results(name, *outcomes, failed=0):
+    after = rows(*outcomes)
+    after |= {100 + i: {"case_id": 100 + i, "failed": "no"} for i in range(failed)}
+    before = rows(*[(False, True)] * len(outcomes))
+    return Results(name, {"model_hash": "a"}, before, after)
+
+
+GOOD = results("rome", *[(True, True)] * 9, (True, False))
+POOR = results("ft+l", *[(True, True)] * 5, *[(True, False)] * 5, failed=2)
+
+
+def test_markdown_by_hand():
+    head, rule, unedited, good, poor, empty, legend = markdown([GOOD, POOR]).split("\n")
+    assert head == (
+        "| method | records | failed | S | ES | EM | PS | PM | NS | NM | EA | PA | NA |"
+    )
+    assert rule.count("---") == 13 and empty == "" and legend.startswith("CounterFact, in percent")
+    assert unedited.startswith("| unedited | 10 | 0 | 0.0 (0.0) | 0.0 (0.0) | -40.0 (0.0) |")
+    expected = 3 / (1 / 100 + 1 / 100 + 1 / 90)
+    assert good.startswith(f"| rome | 10 | 0 | {expected:.1f} (")
+    assert "| 100.0 (0.0) | 40.0 (0.0) | 100.0 (0.0) | 40.0 (0.0) | 90.0 (19.6) |" in good
+    assert poor.startswith("| ft+l | 10 | 2 | ") and "| 50.0 (32.7) | 0.0 (26.1) |" in poor
+
+
+def test_latex_has_the_same_cells():
+    text = latex([GOOD, POOR]).split("\n")
+    assert text[0].startswith("% CounterFact") and text[1] == r"\begin{tabular}{l" + "r" * 12 + "}"
+    cells = [cell.strip() for cell in markdown([GOOD]).split("\n")[3].strip("| ").split("|")]
+    assert " & ".join(cells) + r" \\" in text
+    assert text[-1] == r"\end{tabular}" and text[2] == r"\toprule"
+    assert GOOD.table(POOR, style="latex") == latex([GOOD, POOR])
+
+
+def test_paired_tests_by_hand():
+    lines = comparison(GOOD, POOR).split("\n")
+    assert lines[0] == "| rome less ft+l | difference | p |"
+    (ns,) = [line for line in lines if line.startswith("| NS")]
+    # four records differ, all the same way: 2 of 16 choices of signs are as far from 0
+    assert ns.startswith("| NS | 40.0 (32.0) | ") and float(ns.split("|")[3]) == pytest.approx(0.12)
+    (es,) = [line for line in lines if line.startswith("| ES")]
+    assert es == "| ES | 0.0 (0.0) | 1 |"
+
+
+def test_bars_are_the_scores():
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    figure = GOOD.plot(POOR)
+    assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["S", "ES", "PS", "NS"]
+    for ax in figure.axes:
+        metric = ax.get_title().split(":")[0]
+        found = [bar.get_height() for bar in ax.patches]
+        runs = (GOOD.scores(edited=False), GOOD.scores(), POOR.scores())
+        assert found == pytest.approx([run[metric].mean for run in runs])
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["unedited", "rome", "ft+l"]
+
+
+def test_a_notebook_shows_a_run():
+    page = GOOD._repr_html_()
+    assert "rome" in page and "90.0 (19.6)" in page
