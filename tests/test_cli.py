@@ -124,6 +124,13 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     assert evaluate("ft+l", "--layer", "1", "--lenient")[0] == 0
     status, said = evaluate("unedited", "--lenient")
     assert status == 0 and "| unedited | 3 | 0 |" in json.loads(said.out)["table"]
+    for more, words in (
+        (["--statistics", "file"], "--statistics are for 'rome'"),
+        (["--snippets", "file"], "give --generate too"),
+        (["--dataset", "zsre", "--generate"], "zsRE has no generated text"),
+    ):
+        status, said = evaluate("ft", *more)
+        assert status == 2 and words in said.err
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"ft.jsonl", "ft+l.jsonl", "unedited.jsonl"}
 

@@ -6,11 +6,13 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CLASSES
 from rome_setting import LAYER
 from test_evaluate import RECORDS, evaluate, seconds_apart
 
@@ -36,7 +38,14 @@ class Deadly:
 
 
 @pytest.fixture
-def ray():
+def model_class():
+    """One class: starting workers takes long."""
+    return CLASSES[0]
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they wait for everyone else
     found = pytest.importorskip("ray", reason="the distributed extra is not installed")
     found.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with distributed._cluster(found, 2, None):
@@ -74,6 +83,57 @@ def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
         torch.testing.assert_close(other.C, moment.C, rtol=1e-12, atol=1e-12)
         assert other.summary() == moment.summary()
         assert other.half_agreement == pytest.approx(moment.half_agreement, abs=1e-6)
+
+
+def test_a_failing_work_ends_the_workers(gpt2, ray):
+    with pytest.raises(ZeroDivisionError):
+        list(distributed.on_workers(2, None, gpt2, divided, [1, 0, 2, 3]))
+    until = time.monotonic() + 30
+    while state(ray) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not state(ray)
+    assert list(distributed.on_workers(2, None, gpt2, divided, [])) == []
+    with pytest.raises(ValueError, match="connected to a Ray cluster already"):
+        list(distributed.on_workers(2, "auto", gpt2, divided, [1]))
+
+
+def divided(model, record):
+    return model.cfg.n_layers / record
+
+
+def state(ray):
+    """How much of the cluster is in use."""
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    return whole["CPU"] - free.get("CPU", 0)
+
+
+def test_a_model_is_shipped_from_main_memory_or_refused():
+    both = torch.nn.ParameterList([torch.zeros(1), torch.zeros(1, device="meta")])
+    with pytest.raises(NotImplementedError, match="several devices"):
+        with distributed._in_main_memory(both):
+            pass
+    here = torch.nn.ParameterList([torch.zeros(1)])
+    with distributed._in_main_memory(here) as shipped:
+        assert shipped is here
+
+
+@pytest.mark.parametrize(
+    ("workers", "nodes", "cores"),
+    [(1, [8], 8), (2, [2], 1), (2, [64], 32), (3, [8, 8], 4), (4, [10] * 100, 10), (9, [2, 2], 1)],
+)
+def test_cores_are_shared_so_that_all_fit(workers, nodes, cores):
+    assert distributed.share_of_cores(workers, nodes) == cores
+    assert workers > sum(nodes) or sum(node // cores for node in nodes) >= workers
+
+
+@pytest.mark.parametrize("workers", range(1, 9))
+@pytest.mark.parametrize("gpus", range(5))
+def test_gpus_are_shared_so_that_all_fit(workers, gpus):
+    share = distributed.share_of_gpus(workers, gpus)
+    if gpus == 0:
+        assert share == 0
+    else:
+        assert 0 < share <= 1 and gpus * int(1 / share + 1e-9) >= workers
 
 
 def test_without_ray_it_says_which_extra(gpt2, monkeypatch):

@@ -23,7 +23,9 @@ from transformer_lens_rome import (
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.counterfact import (
     CounterFactRecord,
+    References,
     Results,
+    TfIdf,
     evaluate_counterfact,
     markdown,
 )
@@ -144,7 +146,7 @@ def test_tables_and_comparisons(gpt2):
     difference, p = strong.compare(weak)["EM"]
     wanted = strong.scores()["EM"].mean - weak.scores()["EM"].mean
     assert difference.mean == pytest.approx(wanted) and 0 < p <= 1
-    with pytest.raises(ValueError, match="different models"):
+    with pytest.raises(ValueError, match="another model_hash"):
         strong.compare(dataclasses.replace(weak, setting={"model_hash": "x"}))
 
 
@@ -195,7 +197,7 @@ def test_a_model_with_edits_or_without_eval_is_refused(gpt2):
 
 @pytest.mark.parametrize("layer", (LAYER, 2))
 @pytest.mark.parametrize("fails", (False, True))
-def test_a_method_that_changes_the_model_stops_the_run(gpt2, layer, fails):
+def test_a_method_that_changes_the_model_stops_the_run(gpt2, layer, fails, tmp_path):
     class Spoils(RandomEdits):
         def compute(self, model, request, *, seed=0):
             edit = super().compute(model, request, seed=seed)
@@ -205,8 +207,56 @@ def test_a_method_that_changes_the_model_stops_the_run(gpt2, layer, fails):
                 raise ValueError("and fails")
             return edit
 
-    with pytest.raises(RuntimeError, match=f"layer {layer} is not what it was"):
+    with pytest.raises(RuntimeError, match="is not what it was, after record 0"):
+        evaluate(gpt2, Spoils(), out=tmp_path / "run.jsonl")
+    assert len((tmp_path / "run.jsonl").read_bytes().splitlines()) == 1  # no row was kept
+
+
+def test_a_change_outside_the_mlps_stops_the_run_too(gpt2):
+    class Spoils(RandomEdits):
+        def compute(self, model, request, *, seed=0):
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.5)
+            return super().compute(model, request, seed=seed)
+
+    with pytest.raises(RuntimeError, match="is not what it was, after record 0"):
         evaluate(gpt2, Spoils())
+
+
+def test_a_fault_of_the_device_is_not_the_records(gpt2, tmp_path):
+    class Full(RandomEdits):
+        def compute(self, model, request, *, seed=0):
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        evaluate(gpt2, Full(), out=tmp_path / "run.jsonl")
+    assert len((tmp_path / "run.jsonl").read_bytes().splitlines()) == 1
+
+
+def test_when_every_edit_fails_the_table_says_so(gpt2):
+    found = evaluate(gpt2, RandomEdits(broken=tuple(one.request.subject for one in RECORDS)))
+    assert len(found.failed) == 4 and found.seconds == {}
+    assert "| RandomEdits | 0 | 4 |" in found.table()
+
+
+def test_records_that_cannot_be_scored_are_counted_for_the_unedited_model_too(gpt2):
+    long = record(9, "The tower", neighborhood_prompts=("the best " * 200,))
+    found = evaluate(gpt2, None, [*RECORDS, long])
+    assert list(found.failed) == [9] and "| unedited | 4 | 1 |" in found.table()
+
+
+def test_two_records_of_one_number_are_refused(gpt2):
+    with pytest.raises(ValueError, match="the same case_id"):
+        evaluate(gpt2, records=[*RECORDS, record(0, "Rome")])
+
+
+def test_options_that_would_do_nothing_are_refused(gpt2, tmp_path):
+    with pytest.raises(ValueError, match="generate=True"):
+        evaluate(gpt2, references=References.of({}, TfIdf({})))
+    with pytest.raises(ValueError, match="name unedited.jsonl"):
+        evaluate(gpt2, None, out=tmp_path / "mine.jsonl")
+    with pytest.raises(ValueError, match="workers must be 1 or more"):
+        evaluate(gpt2, workers=0)
 
 
 # ---------------------------------------------------------------- runs on disk
@@ -270,6 +320,33 @@ def test_a_torn_last_line_is_done_again(gpt2, tmp_path, cut):
     assert [json.loads(line) for line in out.read_bytes().splitlines()][1:] == list(
         again.after.values()
     )
+
+
+@pytest.mark.parametrize("content", (b'[{"a": 1}]', b'{"a": 1}\n{"b"', b"text", b'{"format": 3}\n'))
+def test_a_file_that_is_not_a_runs_is_left_as_it_is(gpt2, tmp_path, content):
+    path = tmp_path / "records.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="something else than a run"):
+        evaluate(gpt2, out=path)
+    assert path.read_bytes() == content
+
+
+def test_a_run_goes_on_after_its_statistics_were_used(gpt2, tmp_path):
+    moment = random_moment(len(w_out(gpt2, LAYER)))
+    method = Rome(LAYER, moment, PREFIXES, CONFIG)
+    first = evaluate(gpt2, method, RECORDS[:1], out=tmp_path / "rome.jsonl")
+    moment.solve(torch.ones(moment.d_mlp).double())
+    again = dataclasses.replace(method, progress=True)
+    second = evaluate(gpt2, again, RECORDS[:1], out=tmp_path / "rome.jsonl")
+    assert second.after == first.after
+
+
+def test_an_unedited_file_of_another_run_is_refused(gpt2, tmp_path):
+    evaluate(gpt2, out=tmp_path / "one" / "run.jsonl")
+    evaluate(gpt2, out=tmp_path / "two" / "run.jsonl", attributes=True)
+    (tmp_path / "two" / "unedited.jsonl").replace(tmp_path / "one" / "unedited.jsonl")
+    with pytest.raises(ValueError, match="is of another model, setting or data set"):
+        Results.load(tmp_path / "one" / "run.jsonl")
 
 
 def test_damage_in_the_middle_is_said(gpt2, tmp_path):

@@ -82,6 +82,19 @@ def test_a_bias_that_cannot_be_changed_leaves_the_weight_alone(gpt2, tokenizer):
     assert same(weights(gpt2), before)
 
 
+def test_an_edit_comes_off_all_its_weights_or_none(gpt2):
+    edit, bias = random_edit(gpt2, bias=True, rank=2), Weight("b_out", LAYER)
+    undo = apply_edit(gpt2, edit)
+    with torch.no_grad():
+        w_out(gpt2, LAYER)[0, 0] += 1
+    edited = adapter.parameter(gpt2, bias).detach().clone()
+    with pytest.raises(ValueError, match="changed by something else"):
+        undo.revert()
+    assert torch.equal(adapter.parameter(gpt2, bias), edited) and undo.active
+    undo.revert(force=True)
+    assert not undo.active
+
+
 def test_the_edit_reaches_the_forward_pass(gpt2):
     tokens = torch.arange(1, 9)[None]
     before = gpt2(tokens)

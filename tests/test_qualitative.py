@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rome_setting import LAYER, random_edit
 
@@ -30,3 +31,13 @@ def test_each_model_writes_what_it_would_alone(gpt2):
     ]
     assert rows[1][2] == " ".join(found.texts["random"][0].split())
     assert found.table().count("\n") == 7 and "goes on" in found._repr_html_()
+
+
+def test_what_would_mislead_is_refused(gpt2):
+    edit = random_edit(gpt2)
+    with pytest.raises(ValueError, match="tokens or more already"):
+        compare_generations(gpt2, PROMPTS, {"random": edit}, length=4)
+    with pytest.raises(ValueError, match="model without edits"):
+        compare_generations(gpt2, PROMPTS, {"unedited": edit})
+    with applied(gpt2, edit), pytest.raises(ValueError, match="revert_all"):
+        compare_generations(gpt2, PROMPTS, {})

@@ -19,6 +19,7 @@ RANKS = [
         "counterfact.metrics",
         "counterfact.run_file",
         "distributed",
+        "fingerprint",
         "known_facts",
         "results",
         "viz.views",

@@ -251,18 +251,18 @@ class DenseEdit(_Edit):
     """Any change of one W_out, as two factors: `left @ right`; and of the bias after it.
 
     Attributes:
-        left: `[d_mlp, rank]`; the change itself where it has no lower rank.
-        right: `[rank, d_model]`; the identity in that case.
+        left: `[d_mlp, rank]`; or the change itself, `[d_mlp, d_model]`, where it has no lower rank.
+        right: `[rank, d_model]`; None in that case.
         bias: The change of b_out, `[d_model]`; None where it stays.
     """
 
     left: Float[Tensor, "d_mlp rank"] = field(repr=False)
-    right: Float[Tensor, "rank d_model"] = field(repr=False)
+    right: Float[Tensor, "rank d_model"] | None = field(default=None, repr=False)
     bias: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: left @ right."""
-        return self.left @ self.right
+        return self.left if self.right is None else self.left @ self.right
 
     def changes(self) -> dict[Weight, Tensor]:
         """The change of W_out, and of b_out if there is one."""

@@ -54,6 +54,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score a method; what is printed can be had again from the file with `table`."""
+    _check(options)
     known = {"layer": options.layer}
     if options.statistics:
         known["second_moment"] = SecondMoment.load(options.statistics)
@@ -68,7 +69,8 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     }
     strict = not options.lenient
     if options.dataset == "zsre":
-        asked = Zsre.load(options.records, limit=options.limit or 10_000, strict=strict)
+        limit = 10_000 if options.limit is None else options.limit
+        asked = Zsre.load(options.records, limit=limit, strict=strict)
         model = demo.load_model(options.model, options.model_class)
         results = evaluate_zsre(model, asked, method, **shared)
     else:
@@ -93,6 +95,16 @@ def run_table(options: argparse.Namespace) -> dict[str, Any]:
         for other in runs[1:]:
             report[f"{runs[0].name} less {other.name}"] = comparison(runs[0], other)
     return report
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that would do nothing."""
+    if options.statistics and options.method != "rome":
+        raise ValueError(f"--statistics are for 'rome', not for {options.method!r}")
+    if options.dataset == "zsre" and (options.generate or options.snippets):
+        raise ValueError("zsRE has no generated text; leave out --generate and --snippets")
+    if options.snippets and not options.generate:
+        raise ValueError("--snippets are for generated text; give --generate too")
 
 
 def _out(options: argparse.Namespace) -> Path:

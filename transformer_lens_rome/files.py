@@ -109,16 +109,21 @@ def download(url: str, path: Path, check: Callable[[Path], None] | None = None) 
         if check is None:
             file.truncate(0)
         size = _fetch(url, file)
-    if size and (have := part.stat().st_size) != size:
-        if check is None:
+        file.flush()
+        if size and (have := part.stat().st_size) != size:
+            if check is None:
+                part.unlink()
+            raise OSError(f"{url} ended after {have} of {size} bytes; call again to go on")
+        try:
+            if check is not None:
+                check(part)
+        except ValueError:
             part.unlink()
-        raise OSError(f"{url} ended after {have} of {size} bytes; call again to go on")
-    try:
-        if check is not None:
-            check(part)
+            raise
+        if os.name != "nt":
+            os.replace(part, path)
+    if os.name == "nt":  # where an open file cannot be moved
         os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _fetch(url: str, file: BinaryIO) -> int:

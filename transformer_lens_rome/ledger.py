@@ -82,7 +82,12 @@ class AppliedEdit:
     @property
     def active(self) -> bool:
         """Whether any of them is still on the model."""
-        return any(True for _ in self._on())
+        return any(
+            edit is other
+            for edit, ledgers in zip(self.edits, self.ledgers, strict=True)
+            for ledger in ledgers
+            for other in ledger.active
+        )
 
     def revert(self, *, force: bool = False) -> None:
         """Take the edits off again; nothing happens to those that are off already.
@@ -91,16 +96,10 @@ class AppliedEdit:
             ValueError: something else changed the weight since. `force=True` writes base and
                 remaining edits anyway, and that other change is lost.
         """
-        with ExitStack() as every:  # a failure at one weight does not keep the others from undoing
-            for edit, ledger in self._on():
-                every.callback(_remove, self.model, edit, ledger, force)
-
-    def _on(self) -> Iterator[tuple[Edit, _Ledger]]:
-        """Each edit that is on the model, with each weight that it is on."""
-        for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
-            for ledger in ledgers:
-                if any(edit is other for other in ledger.active):
-                    yield edit, ledger
+        with ExitStack() as every:  # a failure of one edit does not keep the others from undoing
+            for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
+                on = [ledger for ledger in ledgers if any(edit is other for other in ledger.active)]
+                every.callback(_remove, self.model, edit, on, force)
 
     def __iter__(self) -> Iterator[AppliedEdit]:
         for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
@@ -137,7 +136,7 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     if not isinstance(edit, Edit):
         raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
     adapter.check_editable(model, [edit.layer])
-    ledgers = [_ready(model, where, edit) for where in edit.changes()]
+    ledgers = [_ready(model, where, change, edit) for where, change in edit.changes().items()]
     main = ledgers[0]
     if any(edit.digest == other.digest for other in main.active) and edit.delta().any():
         raise ValueError(
@@ -157,9 +156,9 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     return AppliedEdit(model, (edit,), (tuple(ledgers),))
 
 
-def _ready(model: Any, where: Weight, edit: Edit) -> _Ledger:
+def _ready(model: Any, where: Weight, change: Tensor, edit: Edit) -> _Ledger:
     """The ledger of a weight that an edit is about to change, a new one if there is none."""
-    weight, shape = adapter.parameter(model, where), tuple(edit.changes()[where].shape)
+    weight, shape = adapter.parameter(model, where), tuple(change.shape)
     if weight is None or shape != tuple(weight.shape):
         found = "none" if weight is None else tuple(weight.shape)
         raise ValueError(
@@ -208,18 +207,22 @@ def without(model: Any, edit: Edit) -> Iterator[Any]:
         yield model
 
 
-def _remove(model: Any, edit: Edit, ledger: _Ledger, force: bool) -> None:
-    if _ledger(model, ledger.where) is not ledger:
-        raise ValueError(
-            f"the parameter that held this edit of layer {edit.layer} is not in the model any more "
-            "(weight processing, or load_state_dict(assign=True), replaced it); reload the model"
-        )
-    found = adapter.weight_hash(adapter.parameter(model, ledger.where))
-    if found != ledger.written_hash and not force:
-        raise ValueError(
-            _changed_by_others(ledger.where, "revert(force=True) discards that change")
-        )
-    _write(model, ledger, [other for other in ledger.active if other is not edit])
+def _remove(model: Any, edit: Edit, ledgers: list[_Ledger], force: bool) -> None:
+    """Take an edit off all its weights, or off none of them."""
+    for ledger in ledgers:
+        if _ledger(model, ledger.where) is not ledger:
+            raise ValueError(
+                f"the parameter that held this edit of layer {edit.layer} is not in the model any "
+                "more (weight processing, or load_state_dict(assign=True), replaced it); reload "
+                "the model"
+            )
+        found = adapter.weight_hash(adapter.parameter(model, ledger.where))
+        if found != ledger.written_hash and not force:
+            raise ValueError(
+                _changed_by_others(ledger.where, "revert(force=True) discards that change")
+            )
+    for ledger in ledgers:
+        _write(model, ledger, [other for other in ledger.active if other is not edit])
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ class EditMethod(Protocol):
         ...
 
 
+_SILENT = {"progress"}
+"""Options on which no result depends."""
+
 _REGISTRY: dict[str, Callable[..., EditMethod]] = {}
 
 
@@ -63,7 +66,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"sha256 {weight_hash(value)}"
     if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        fields = [f.name for f in dataclasses.fields(value) if f.init and f.name not in _SILENT]
+        fields = [name for name in fields if not name.startswith("_")]
         return {name: _plain(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}

@@ -14,7 +14,7 @@ Where paper, released code and this module differ:
     scored at           -              all target tokens at the prompt's `objective="last_token"`;
                                        last one, none is fed             or "teacher_forced"
     stop at loss        3e-2           1e-2                              1e-2
-    layer, eps          per model      per model                         the same; swept for Gemma
+    layer, eps          per model      per model                         the same, else 0 and 5e-4
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class FineTuning:
         if layer is None:
             layer = 0 if self.constrained else LAYERS.get(name, 0)
             logger.info("%s trains layer %d", self.name, layer)
+        adapter.check_editable(model, [layer])
         if self.constrained and eps is None:
             eps = EPS.get(name, 5e-4)
             logger.info("%s keeps every entry within %g", self.name, eps)
@@ -118,7 +119,6 @@ class FineTuning:
         """
         method = self.prepared(model)
         layer = method.layer
-        adapter.check_editable(model, [layer])
         encoder = Encoder.of(model, self.prepend_bos)
         with torch.inference_mode(False):
             losses, weight, bias = _train(model, _Task.of(encoder, request, self.objective), method)
@@ -129,7 +129,6 @@ class FineTuning:
             model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
             provenance=_provenance(model, encoder),
             left=weight.cpu(),
-            right=torch.eye(weight.shape[1]),
             bias=None if bias is None else bias.cpu(),
         )
         before, after = target_probabilities(model, encoder, edit)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -29,20 +29,19 @@ from tqdm.auto import tqdm
 from transformer_lens_rome import adapter
 from transformer_lens_rome.counterfact.generation import References
 from transformer_lens_rome.counterfact.records import CounterFactRecord
-from transformer_lens_rome.counterfact.results import Results
+from transformer_lens_rome.counterfact.results import UNEDITED, Results
 from transformer_lens_rome.counterfact.run_file import RunFile
 from transformer_lens_rome.counterfact.scoring import (
     CounterFactScoring,
     Record,
     Scoring,
     ZsreScoring,
-    check_untouched,
     score_edited,
     score_unedited,
-    weight_hashes,
 )
 from transformer_lens_rome.counterfact.zsre import ZsreRecord
 from transformer_lens_rome.distributed import in_order, on_workers
+from transformer_lens_rome.fingerprint import Fingerprint
 from transformer_lens_rome.ledger import active_edits
 from transformer_lens_rome.methods import EditMethod, described, get_method
 from transformer_lens_rome.prompts import Encoder
@@ -86,6 +85,8 @@ def evaluate_counterfact(
         ImportError: an extra is not installed.
         RuntimeError: a weight is not what it was after a record; the run stops there.
     """
+    if references is not None and not generate:
+        raise ValueError("references are for generated text; pass generate=True too")
     scoring = CounterFactScoring(attributes, generate, references, seed)
     setting = {"attributes": attributes, "generate": generate}
     if generate:
@@ -129,39 +130,54 @@ def _evaluate(
     progress: bool,
 ) -> Results:
     """Both runs: the unedited model's, and the method's."""
-    if not records:
-        raise ValueError("there are no records to evaluate; see CounterFact.load")
+    _check(model, records, workers)
     if isinstance(method, str):
         method = get_method(method)
-    adapter.check_evaluating(model)
-    if any(active_edits(model, layer) for layer in range(model.cfg.n_layers)):
-        raise ValueError("there are edits on the model; take them off with revert_all(model)")
-    encoder, hashes = Encoder.of(model, prepend_bos), weight_hashes(model)
+    if prepared := getattr(method, "prepared", None):
+        method = prepared(model, seed=seed)
+    encoder, fingerprint = Encoder.of(model, prepend_bos), Fingerprint.of(model)
     shared = {
         "protocol": scoring.protocol,
         "model": adapter.model_name(model),
-        "model_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        "model_hash": fingerprint.digest,
         "prepend_bos": encoder.prepends_bos,
         **setting,
     }
     several = workers > 1 or ray_address is not None
     each = partial(on_workers, workers, ray_address, model) if several else partial(in_order, model)
     run = partial(_run, records, each, progress)
-    beside = None if out is None else Path(out).with_name("unedited.jsonl")
-    unedited = partial(score_unedited, encoder=encoder, scoring=scoring)
-    before = run(unedited, shared, beside, "unedited")
+    known = {"encoder": encoder, "scoring": scoring}
+    beside = None if out is None else Path(out).with_name(UNEDITED)
     if method is None:
+        if out is not None and Path(out) != beside:
+            raise ValueError(f"scores of the unedited model go to a file of the name {UNEDITED}")
+        with _opened(beside, shared) as file:
+            before = run(partial(score_unedited, **known), file)
         return Results("unedited", shared, before, {})
-    if prepared := getattr(method, "prepared", None):
-        method = prepared(model, seed=seed)
-    edited = {"seed": seed, "method": described(method)}
-    name = edited["method"]["name"]
-    work = partial(
-        score_edited, encoder=encoder, scoring=scoring, method=method, hashes=hashes, seed=seed
-    )
-    after = run(work, shared | edited, out, name)
-    check_untouched(model, hashes, "the run")
-    return Results(name, shared | edited, before, after)
+    edited = shared | {"seed": seed, "method": described(method)}
+    with _opened(out, edited) as file:  # first, so that a wrong file is refused before any work
+        with _opened(beside, shared) as other:
+            before = run(partial(score_unedited, **known), other)
+        known |= {"method": method, "fingerprint": fingerprint, "seed": seed}
+        after = run(partial(score_edited, **known), file, edited["method"]["name"])
+    fingerprint.check(model, "the run")
+    return Results(edited["method"]["name"], edited, before, after)
+
+
+def _check(model: Any, records: Sequence[Record], workers: int) -> None:
+    adapter.check_evaluating(model)
+    if not records:
+        raise ValueError("there are no records to evaluate; see CounterFact.load")
+    if len({record.case_id for record in records}) != len(records):
+        raise ValueError("two records have the same case_id; number them anew")
+    if workers < 1:
+        raise ValueError(f"workers must be 1 or more, got {workers}")
+    if any(active_edits(model, layer) for layer in range(model.cfg.n_layers)):
+        raise ValueError("there are edits on the model; take them off with revert_all(model)")
+
+
+def _opened(path: Any, setting: Mapping[str, Any]) -> AbstractContextManager[RunFile | None]:
+    return nullcontext() if path is None else RunFile(path, setting, _versions())
 
 
 def _run(
@@ -169,29 +185,26 @@ def _run(
     each: Callable[..., Any],
     progress: bool,
     work: Callable[..., dict[str, Any]],
-    setting: Mapping[str, Any],
-    out: Any,
-    name: str,
+    file: RunFile | None,
+    name: str = "unedited",
 ) -> dict[int, dict[str, Any]]:
     """Every record's row, read from the run's file or made and written to it."""
     digests = {record.case_id: record_digest(record) for record in records}
-    with ExitStack() as stack:
-        file = stack.enter_context(RunFile(out, setting, _versions())) if out is not None else None
-        done = dict(file.rows) if file else {}
-        for case, digest in digests.items():
-            if case in done and done[case].get("record") != digest:
-                raise ValueError(f"{out} holds another record {case}; give another file")
-        missing = [record for record in records if record.case_id not in done]
-        counts = {"total": len(records), "initial": len(records) - len(missing)}
-        with tqdm(desc=name, disable=not progress, **counts) as bar:
-            for record, found in each(work, missing) if missing else ():
-                row = {"case_id": record.case_id, "record": digests[record.case_id], **found}
-                row = json.loads(json.dumps(row))  # as it will be when it is read
-                done[record.case_id] = row
-                if file:
-                    file.append(row)
-                bar.update()
-        return {case: done[case] for case in digests}
+    done = dict(file.rows) if file else {}
+    for case, digest in digests.items():
+        if case in done and done[case].get("record") != digest:
+            raise ValueError(f"{file.path} holds another record {case}; give another file")
+    missing = [record for record in records if record.case_id not in done]
+    counts = {"total": len(records), "initial": len(records) - len(missing)}
+    with tqdm(desc=name, disable=not progress, **counts) as bar:
+        for record, found in each(work, missing):
+            row = {"case_id": record.case_id, "record": digests[record.case_id], **found}
+            row = json.loads(json.dumps(row))  # as it will be when it is read
+            done[record.case_id] = row
+            if file:
+                file.append(row)
+            bar.update()
+    return {case: done[case] for case in digests}
 
 
 def record_digest(record: Record) -> str:

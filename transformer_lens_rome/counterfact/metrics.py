@@ -176,12 +176,11 @@ def _sign_flip(differences: Any, times: int = 10_000) -> float:
     """How often random signs give a mean at least as far from 0."""
     n = len(differences)
     if 2**n <= times:
-        bits = torch.arange(2**n)[:, None] >> torch.arange(n)
-        signs, seen = 1.0 - 2.0 * (bits & 1), 0
+        every, seen = [torch.arange(2**n)[:, None] >> torch.arange(n) & 1], 0
     else:
         generator = torch.Generator().manual_seed(0)
-        signs = 1.0 - 2.0 * torch.randint(2, (times, n), generator=generator)
+        every = (torch.randint(2, (100, n), generator=generator) for _ in range(times // 100))
         seen = 1  # what was observed is one of the possible signs
-    means = (signs.double() @ differences / n).abs()
+    means = torch.cat([((1 - 2 * bits).double() @ differences / n).abs() for bits in every])
     as_far = (means >= differences.mean().abs() - 1e-12).sum().item()
     return (as_far + seen) / (len(means) + seen)

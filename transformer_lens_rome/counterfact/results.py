@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,9 @@ PROTOCOLS = {
         "bootstrap's interval."
     ),
 }
+UNEDITED = "unedited.jsonl"
+"""The name of the file with the unedited model's scores, beside those of the methods."""
+
 GENERATION = (
     " GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: TF-IDF "
     "cosine with reference texts."
@@ -60,23 +64,27 @@ class Results:
         """Read a run that `evaluate_counterfact(out=path)` wrote, also an unfinished one.
 
         Raises:
-            ValueError: not a run's file, or a damaged one.
+            ValueError: not a run's file, a damaged one, or `unedited.jsonl` is of another run.
             OSError: no such file, or no `unedited.jsonl` beside it.
         """
         path = Path(path)
         head, rows = read_run(path)
-        _, unedited = read_run(path.with_name("unedited.jsonl"))
+        beside, unedited = read_run(path.with_name(UNEDITED))
         before = {row["case_id"]: row for row in unedited}
-        if "method" not in head["setting"]:
-            return cls("unedited", head["setting"], before, {})
+        setting = head["setting"]
+        if "method" not in setting:
+            return cls("unedited", setting, before, {})
         after = {row["case_id"]: row for row in rows}
         before = {case: before[case] for case in after if case in before}
-        return cls(head["setting"]["method"]["name"], head["setting"], before, after)
+        alike = all(setting.get(name) == value for name, value in beside["setting"].items())
+        if not alike or any(row["record"] != after[case]["record"] for case, row in before.items()):
+            raise ValueError(f"{UNEDITED} beside {path} is of another model, setting or data set")
+        return cls(setting["method"]["name"], setting, before, after)
 
     @property
     def failed(self) -> dict[int, str]:
-        """Why the edit of a record failed, by case; such records are in no average."""
-        return {case: row["failed"] for case, row in self.after.items() if "failed" in row}
+        """Why a record could not be edited or scored, by case; such records are in no average."""
+        return _failed(self.after or self.before)
 
     def metrics(self, *, edited: bool | None = None) -> dict[int, dict[str, float]]:
         """ES to NA of each record, as fractions; of the edited model where there is one."""
@@ -103,7 +111,8 @@ class Results:
     def seconds(self) -> dict[str, float]:
         """Mean seconds a record: of the edit, and of edit, scoring and undoing together."""
         rows = [row for row in self.after.values() if "edit_seconds" in row]
-        return {name: fmean(row[name] for row in rows) for name in ("edit_seconds", "seconds")}
+        names = ("edit_seconds", "seconds") if rows else ()
+        return {name: fmean(row[name] for row in rows) for name in names}
 
     def scores(self, *, edited: bool | None = None) -> dict[str, Estimate]:
         """S, ES, EM, PS, PM, NS, NM and accuracies in percent, with their 95% intervals."""
@@ -116,10 +125,10 @@ class Results:
         A sign-flip test on paired records; see `metrics.paired_difference`.
 
         Raises:
-            ValueError: the runs are of different models, or have no record in common.
+            ValueError: the runs are of different models, settings or data sets, or have no record
+                in common.
         """
-        if self.setting.get("model_hash") != other.setting.get("model_hash"):
-            raise ValueError("the runs are of different models")
+        _check_alike([self, other])
         mine, theirs = self.metrics(), other.metrics()
         both = [case for case in mine if case in theirs]
         if not both:
@@ -144,7 +153,10 @@ class Results:
 
     def table(self, *others: Results, style: str = "markdown") -> str:
         """A table of the unedited model, this method and others: "markdown" or "latex"."""
-        return {"markdown": markdown, "latex": latex}[style]([self, *others])
+        styles = {"markdown": markdown, "latex": latex}
+        if style not in styles:
+            raise ValueError(f"style must be one of {sorted(styles)}, got {style!r}")
+        return styles[style]([self, *others])
 
     def plot(self, *others: Results) -> Any:
         """ES, PS, NS and S of the unedited model, this method and others, as bars."""
@@ -161,7 +173,8 @@ class Results:
 
 def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
     """The columns of a table, and its rows: the unedited model, then one a method."""
-    scores = [("unedited", runs[0].scores(edited=False), 0)]
+    _check_alike(runs)
+    scores = [("unedited", runs[0].scores(edited=False), len(_failed(runs[0].before)))]
     scores += [(run.name, run.scores(), len(run.failed)) for run in runs if run.after]
     shown = [name for name in NAMES if any(name in found for _, found, _ in scores)]
     rows = []
@@ -169,6 +182,22 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
         n = found["S"].n if "S" in found else 0
         rows.append([name, str(n), str(failed), *(str(found.get(m, "")) for m in shown)])
     return ["method", "records", "failed", *shown], rows
+
+
+def _failed(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    return {case: row["failed"] for case, row in rows.items() if "failed" in row}
+
+
+def _check_alike(runs: Sequence[Results]) -> None:
+    """Refuse runs whose numbers do not belong side by side."""
+    for name in ("model_hash", "protocol", "prepend_bos"):
+        if len({str(run.setting.get(name)) for run in runs}) > 1:
+            raise ValueError(f"the runs have another {name}; they do not belong side by side")
+    seen: dict[int, Any] = {}
+    for run in runs:
+        for case, row in run.before.items():
+            if seen.setdefault(case, row.get("record")) != row.get("record"):
+                raise ValueError(f"the runs have another record {case}: another data set")
 
 
 def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
@@ -186,6 +215,8 @@ def markdown(runs: Sequence[Results]) -> str:
 def latex(runs: Sequence[Results]) -> str:
     """The same as a LaTeX `tabular` with booktabs rules; what the numbers mean is a comment."""
     head, rows = cells(runs)
+    for row in rows:
+        row[0] = re.sub(r"([_&%#$])", r"\\\1", row[0])
     lines = [" & ".join(row) + r" \\" for row in (head, *rows)]
     spec = "l" + "r" * (len(head) - 1)
     return "\n".join(

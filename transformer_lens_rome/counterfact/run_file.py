@@ -16,6 +16,7 @@ from typing import Any
 from transformer_lens_rome.files import lock
 
 _FORMAT = "transformer_lens_rome.run.1"
+_HEAD = f'{{"format": "{_FORMAT}"'.encode()
 
 
 class RunFile:
@@ -45,7 +46,9 @@ class RunFile:
         try:
             lock(
                 self._file,
-                ValueError(f"another process is writing to {path}; give another file"),
+                ValueError(
+                    f"another process is writing to {path}; wait for it, or give another file"
+                ),
             )
             self._read(json.loads(json.dumps(dict(setting))), dict(made_with))
         except BaseException:
@@ -70,12 +73,16 @@ class RunFile:
 
     def _read(self, setting: dict[str, Any], made_with: dict[str, Any]) -> None:
         self._file.seek(0)
-        lines, kept = read_lines(self._file.read(), self.path)
-        self._file.truncate(kept)
+        data = self._file.read()
+        lines, kept = read_lines(data, self.path)
+        if lines:
+            check_setting(self.path, lines[0], setting)
+        elif not _HEAD.startswith(data[: len(_HEAD)]):
+            raise ValueError(f"{self.path} holds something else than a run; give another file")
+        self._file.truncate(kept)  # what was cut short, of our own lines only
         if not lines:
             self._write({"format": _FORMAT, "setting": setting, "made_with": made_with})
             return
-        check_setting(self.path, lines[0], setting)
         self.rows = {row["case_id"]: row for row in lines[1:]}
 
 

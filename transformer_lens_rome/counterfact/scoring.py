@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from transformer_lens_rome import adapter
 from transformer_lens_rome.counterfact.generation import References, cleaned, fluency
 from transformer_lens_rome.counterfact.records import CounterFactRecord
 from transformer_lens_rome.counterfact.zsre import ZsreRecord
+from transformer_lens_rome.fingerprint import Fingerprint, writes
 from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.methods import EditMethod
 from transformer_lens_rome.prompts import Encoder, score_rows
@@ -160,15 +160,15 @@ def score_edited(
     record: Record,
     scoring: Scoring,
     method: EditMethod,
-    hashes: Sequence[str],
+    fingerprint: Fingerprint,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One record's row with its edit on the model; a failed edit is reported, not raised.
 
     Raises:
-        RuntimeError: the weights are not those of the hashes afterwards.
+        RuntimeError: the model is not what it was afterwards, or the device failed.
     """
-    what = f"record {record.case_id}"
+    what, before = f"record {record.case_id}", writes(model)
     started = time.perf_counter()
     try:
         edit = method.compute(model, record.request, seed=seed)
@@ -176,30 +176,20 @@ def score_edited(
         with applied(model, edit):
             found = scoring(model, encoder, record)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if _is_the_devices(error):
+            raise
         logger.warning("%s: %s: %s", what, type(error).__name__, error)
-        check_untouched(model, hashes, what)
-        return {"failed": f"{type(error).__name__}: {error}"}
-    check_untouched(model, hashes, what, [edit.layer])
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    fingerprint.check(model, what, before)
+    if "failed" in found:
+        return found
     health = {k: v for k, v in edit.health.to_dict().items() if k != "losses"}
     total = time.perf_counter() - started
     times = {"seconds": round(total, 3), "edit_seconds": round(seconds, 3)}
     return {**found, **times, "health": health}
 
 
-def weight_hashes(model: Any) -> list[str]:
-    """sha256 of each layer's W_out and b_out."""
-    return [_hash(model, layer) for layer in range(model.cfg.n_layers)]
-
-
-def check_untouched(
-    model: Any, hashes: Sequence[str], after: str, layers: Sequence[int] | None = None
-) -> None:
-    """Raise a RuntimeError if a W_out or b_out is not what it was."""
-    for layer in range(len(hashes)) if layers is None else layers:
-        if _hash(model, layer) != hashes[layer]:
-            raise RuntimeError(f"the MLP of layer {layer} is not what it was, after {after}")
-
-
-def _hash(model: Any, layer: int) -> str:
-    weight, bias = adapter.w_out(model, layer), adapter.b_out(model, layer)
-    return adapter.weight_hash(torch.cat([weight.detach(), bias[None]]))
+def _is_the_devices(error: Exception) -> bool:
+    """Out of memory and the like: no fault of the record, which may succeed another time."""
+    kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", ()), MemoryError)
+    return isinstance(error, kinds) or "CUDA error" in str(error)

@@ -28,11 +28,14 @@ def plot_results(runs: Sequence[Results]) -> Any:
     for ax, (metric, title) in zip(panels, _TITLES.items(), strict=True):
         metric = metric.replace("S", "A") if zsre and len(metric) > 1 else metric
         for place, (name, scores) in enumerate(columns):
+            if metric not in scores:
+                continue
             mean, half, _ = scores[metric]
             error = None if math.isnan(half) else half
             colour = "#999999" if name == "unedited" else f"C{place - 1}"
             ax.bar(place, mean, yerr=error, color=colour, error_kw={"linewidth": 0.8})
-        ax.axhline(columns[0][1][metric].mean, color="#999999", linewidth=0.8, linestyle=":")
+        if metric in columns[0][1]:
+            ax.axhline(columns[0][1][metric].mean, color="#999999", linewidth=0.8, linestyle=":")
         ax.set_title(f"{metric}: {title}", fontsize=10)
         names = [name for name, _ in columns]
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
