@@ -24,8 +24,8 @@ class EditMethod(Protocol):
         ...
 
 
-_SILENT = {"progress"}
-"""Options on which no result depends."""
+_SILENT = {"progress", "half_agreement"}
+"""Fields on which no edit depends."""
 
 _REGISTRY: dict[str, Callable[..., EditMethod]] = {}
 
