@@ -41,6 +41,15 @@ def _global_random_state_untouched():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.fixture
+def one_thread():
+    """One thread: two runs round alike, and there is no pool of threads that a fork loses."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A byte-level tokenizer that adds no BOS, like GPT-2's."""
