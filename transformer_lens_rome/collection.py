@@ -55,7 +55,8 @@ def collect_second_moment(
         source: The corpus, in words; kept with the statistics.
         workers: How many copies of the model read side by side, on Ray (the `distributed` extra);
             their sums are added, so the result is that of one process but for rounding.
-        ray_address: An existing Ray cluster's; None: one on this machine, for this call.
+        ray_address: An existing Ray cluster's; None: the one that this process is connected to,
+            else one on this machine, for this call.
         progress: Show a progress bar.
 
     Raises:

@@ -83,6 +83,7 @@ class _Worker:
 
     def __init__(self, model: Any, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
+        # Ray shows a worker only the GPUs that it gave to it, and calls them CUDA devices
         self.model = model.to("cuda") if torch.cuda.is_available() else model
         self.work = work
 

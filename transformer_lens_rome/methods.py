@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import weight_hash
 from transformer_lens_rome.edits import Edit, EditRequest
 
@@ -60,6 +62,16 @@ def described(method: EditMethod) -> dict[str, Any]:
     name = getattr(method, "name", type(method).__name__)
     options = method if dataclasses.is_dataclass(method) else getattr(method, "__dict__", {})
     return {"name": name, "options": _plain(options)}
+
+
+def provenance(model: Any, prepend_bos: bool) -> dict[str, Any]:
+    """Where an edit was made, as plain values, for `Edit.provenance`."""
+    return {
+        "model": adapter.model_name(model),
+        "model_class": adapter.model_class(model),
+        "prepend_bos": prepend_bos,
+        "versions": {name: version(name) for name in ("transformer-lens", "torch")},
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ from transformer_lens_rome.default_statistics import default_second_moment
 from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.health import measure_health
 from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit
-from transformer_lens_rome.methods import register_method
+from transformer_lens_rome.methods import provenance, register_method
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome_config import RomeConfig
@@ -265,14 +264,10 @@ def solve_rank_one(
 
 
 def _provenance(setting: _Setting) -> dict[str, Any]:
-    return {
-        "model": adapter.model_name(setting.model),
-        "model_class": adapter.model_class(setting.model),
-        "prepend_bos": setting.encoder.prepends_bos,
+    return provenance(setting.model, setting.encoder.prepends_bos) | {
         "prefixes": list(setting.prefixes),
         "seed": setting.seed,
         "second_moment": setting.second_moment.summary(),
-        "versions": {name: version(name) for name in ("transformer-lens", "torch")},
     }
 
 

@@ -23,7 +23,6 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,7 +37,7 @@ from transformer_lens_rome.changes import Change
 from transformer_lens_rome.defaults import short_name
 from transformer_lens_rome.edits import DenseEdit, EditHealth, EditRequest
 from transformer_lens_rome.health import target_probabilities
-from transformer_lens_rome.methods import register_method
+from transformer_lens_rome.methods import provenance, register_method
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder, target_index
 from transformer_lens_rome.v_star import check_value
@@ -127,7 +126,7 @@ class FineTuning:
             request=request,
             config=dataclasses.asdict(method),
             model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
-            provenance=_provenance(model, encoder),
+            provenance=provenance(model, encoder.prepends_bos),
             left=weight.cpu(),
             bias=None if bias is None else bias.cpu(),
         )
@@ -183,7 +182,8 @@ def _train(
             for tensor, gradient in zip(new, torch.autograd.grad(loss, new), strict=True):
                 tensor.grad = gradient
             adam.step()
-            _project_(new, old, method.eps)
+            if method.eps is not None:
+                _project_(new, old, method.eps)
     changes = [(tensor - base).detach() for tensor, base in zip(new, old)]
     if not all(torch.isfinite(tensor).all() for tensor in (loss, *changes)):
         raise ValueError(f"{method.name} gives NaN; try a smaller lr than {method.lr:g}")
@@ -216,20 +216,10 @@ def _instead(new: Tensor, old: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _project_(new: list[Tensor], old: list[Tensor], eps: float | None) -> None:
+def _project_(new: list[Tensor], old: list[Tensor], eps: float) -> None:
     """Pull every entry back to within eps of what it was, in place."""
     for tensor, base in zip(new, old):
-        if eps is not None:
-            tensor.copy_(torch.clamp(tensor, base - eps, base + eps))
-
-
-def _provenance(model: Any, encoder: Encoder) -> dict[str, Any]:
-    return {
-        "model": adapter.model_name(model),
-        "model_class": adapter.model_class(model),
-        "prepend_bos": encoder.prepends_bos,
-        "versions": {name: version(name) for name in ("transformer-lens", "torch")},
-    }
+        tensor.copy_(torch.clamp(tensor, base - eps, base + eps))
 
 
 register_method("ft", FineTuning)

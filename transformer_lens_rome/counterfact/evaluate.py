@@ -77,7 +77,8 @@ def evaluate_counterfact(
         attributes: Also score the attribute prompts.
         prepend_bos: Overrides the checkpoint's own rule, for scoring.
         workers: How many copies of the model work side by side, on Ray (the `distributed` extra).
-        ray_address: An existing Ray cluster's; None: one on this machine, for this call.
+        ray_address: An existing Ray cluster's; None: the one that this process is connected to,
+            else one on this machine, for this call.
         progress: Show a progress bar.
 
     Raises:

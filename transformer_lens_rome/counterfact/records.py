@@ -91,24 +91,10 @@ class CounterFact(Sequence[CounterFactRecord]):
             path = cache_folder() / "counterfact.json"
             if not path.is_file():
                 download(URL, path, checked(URL, _SIZE, _SHA256))
-        path = Path(path)
-        data = path.read_bytes()
-        try:
-            items = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error})") from error
-        if not isinstance(items, list):
-            raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
+        items, digest = read_items(path)
         records, faults = _parse(items, limit)
-        if faults and strict:
-            shown = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
-            raise ValueError(
-                f"{path}: {len(faults)} of {len(items)} records are not whole; strict=False leaves "
-                f"them out\n  {shown}"
-            )
-        if faults:
-            logger.warning("%s: %d records left out; see .skipped", path, len(faults))
-        return cls(tuple(records), tuple(faults), hashlib.sha256(data).hexdigest())
+        leave_out(path, faults, len(items), strict)
+        return cls(tuple(records), tuple(faults), digest)
 
     @overload
     def __getitem__(self, index: int) -> CounterFactRecord: ...
@@ -124,6 +110,35 @@ class CounterFact(Sequence[CounterFactRecord]):
 
     def __iter__(self) -> Iterator[CounterFactRecord]:
         return iter(self.records)
+
+
+def read_items(path: Any) -> tuple[list[Any], str]:
+    """The items of a JSON file that holds a list, and the file's sha256.
+
+    Raises:
+        ValueError: not JSON, or no list.
+        OSError: no such file.
+    """
+    data = Path(path).read_bytes()
+    try:
+        items = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(items, list):
+        raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
+    return items, hashlib.sha256(data).hexdigest()
+
+
+def leave_out(path: Any, faults: Sequence[str], total: int, strict: bool) -> None:
+    """Refuse a file for its faults, or say how many records are left out of it."""
+    if faults and strict:
+        shown = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
+        raise ValueError(
+            f"{path}: {len(faults)} of {total} records are not whole; strict=False leaves "
+            f"them out\n  {shown}"
+        )
+    if faults:
+        logger.warning("%s: %d records left out; see .skipped", path, len(faults))
 
 
 def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord], list[str]]:

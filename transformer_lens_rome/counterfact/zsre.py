@@ -10,18 +10,13 @@ answer are encoded once, together, which is the same but where a token is part o
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from transformer_lens_rome.counterfact.records import leave_out, read_items
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.files import cache_folder, download
-
-logger = logging.getLogger(__name__)
 
 URL = "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 _FIELDS = ("subject", "src", "rephrase", "loc", "loc_ans")
@@ -78,26 +73,15 @@ class Zsre(Sequence[ZsreRecord]):
             path = cache_folder() / "zsre_mend_eval.json"
             if not path.is_file():
                 download(URL, path)
-        path = Path(path)
-        data = path.read_bytes()
-        try:
-            items = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error})") from error
-        if not isinstance(items, list):
-            raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
+        items, digest = read_items(path)
         records, faults = [], []
         for i, item in enumerate(items[:limit]):
             try:
                 records.append(_record(i, item))
             except ValueError as error:
                 faults.append(f"record {i}: {error}")
-        if faults and (strict or not records):
-            shown = "\n  ".join(faults[:20])
-            raise ValueError(f"{path}: {len(faults)} records cannot be used\n  {shown}")
-        if faults:
-            logger.warning("%s: %d records left out; see .skipped", path, len(faults))
-        return cls(tuple(records), tuple(faults), hashlib.sha256(data).hexdigest())
+        leave_out(path, faults, len(items), strict or not records)
+        return cls(tuple(records), tuple(faults), digest)
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
