@@ -12,7 +12,7 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"adapter", "extras", "files", "gguf_tokenizer", "patching", "viz.page"},
+    {"adapter", "edit_request", "extras", "files", "gguf_tokenizer", "patching", "viz.page"},
     {
         "passes",
         "changes",
@@ -27,7 +27,7 @@ RANKS = [
     },
     {"viz.edit_figure", "viz.bars"},
     {"viz"},
-    {"prompts", "recording", "causal_trace", "severed_trace"},
+    {"edit_health", "prompts", "recording", "causal_trace", "severed_trace"},
     {"partial_forward", "average_trace"},
     {"edits", "sampling", "second_moment", "corruption"},
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},

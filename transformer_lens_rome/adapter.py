@@ -6,12 +6,16 @@ Everything else asks here for the points that editing and tracing touch:
     resid_pre    residual stream before block l                               [batch, pos, d_model]
     pattern      attention weights                                    [batch, head, dest, src]
     attn_out     what attention adds to it                                    [batch, pos, d_model]
+    mlp_in       input of the MLP of block l, after the norm before it        [batch, pos, d_model]
+    pre          what goes into its activation (the gate's side, where gated) [batch, pos, d_mlp]
+    pre_linear   the other side, where gated                                  [batch, pos, d_mlp]
     key          input of W_out at layer l (after the activation)             [batch, pos, d_mlp]
     value        output of W_out, bias included, before any norm after it     [batch, pos, d_model]
     mlp_out      what the MLP adds to the residual: after any such norm       [batch, pos, d_model]
     resid_post   residual stream after block l                                [batch, pos, d_model]
 
-and for W_out itself, always `[d_mlp, d_model]`, so that `value = key @ W_out + b_out`.
+and for the MLP's matrices, always `[d_in, d_out]`, so that `value = key @ W_out + b_out`,
+`pre = mlp_in @ W_in + b_in`, and where gated `pre = mlp_in @ W_gate`, `pre_linear = mlp_in @ W_in`.
 Neither model class is imported: TransformerLens 4 removed one of them, and 2.x lacks the other.
 
 Its other half, `passes`, runs the models.
@@ -25,7 +29,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -33,7 +37,17 @@ class Point(NamedTuple):
     """A place in the model where an activation can be read or replaced."""
 
     name: Literal[
-        "embed", "resid_pre", "pattern", "attn_out", "key", "value", "mlp_out", "resid_post"
+        "embed",
+        "resid_pre",
+        "pattern",
+        "attn_out",
+        "mlp_in",
+        "pre",
+        "pre_linear",
+        "key",
+        "value",
+        "mlp_out",
+        "resid_post",
     ]
     layer: int = 0
 
@@ -41,8 +55,11 @@ class Point(NamedTuple):
 class Weight(NamedTuple):
     """A parameter that edits may change."""
 
-    name: Literal["W_out", "b_out"]
+    name: Literal["W_in", "W_gate", "W_out", "b_out"]
     layer: int
+
+
+WEIGHTS = ("W_in", "W_gate", "W_out", "b_out")
 
 
 Hook = Callable[[Tensor], "Tensor | None"]
@@ -140,10 +157,29 @@ def b_out(model: Any, layer: int) -> Float[Tensor, "d_model"]:
 
 
 def parameter(model: Any, where: Weight) -> Tensor | None:
-    """The live W_out or b_out of one block; None for a b_out that the model has not."""
+    """The live weight of one block's MLP; None for a b_out or W_gate that the model has not."""
     if where.name == "W_out":
         return w_out(model, where.layer)
-    return getattr(model.blocks[where.layer].mlp, "b_out", None)
+    found = getattr(getattr(model.blocks[where.layer], "mlp", None), where.name, None)
+    return found if isinstance(found, Tensor) else None
+
+
+def ends(model: Any, where: Weight) -> tuple[Point, Point]:
+    """Where a matrix's input and output can be read and changed."""
+    if where.name == "W_out":
+        return Point("key", where.layer), Point("value", where.layer)
+    gated = parameter(model, Weight("W_gate", where.layer)) is not None
+    output = "pre_linear" if gated and where.name == "W_in" else "pre"
+    return Point("mlp_in", where.layer), Point(output, where.layer)
+
+
+def embeddings(model: Any, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+    """Rows of the checkpoint's embedding matrix, in float32, before the model scales them."""
+    found = model.W_E.detach()[ids.to(model.W_E.device)].float()
+    if model_class(model) == "hooked" and "gemma" in architecture(model).lower():
+        # a HookedTransformer holds Gemma's embedding multiplied by this already, in its own dtype
+        found = found / torch.tensor(model.cfg.d_model**0.5, dtype=model.W_E.dtype).to(found)
+    return found
 
 
 def owner(weight: Tensor) -> Tensor:
@@ -170,7 +206,7 @@ def _output_module(model: Any, layer: int) -> Any:
 
 
 def _hook_name(model: Any, point: Point) -> str | None:
-    """The hook point's name, or None where only a module hook will do (value, HookedTransformer).
+    """The hook point's name, or None where only a module hook will do (in a HookedTransformer).
 
     `hook_mlp_out` is not the value: models of Gemma's kind fire it after their second norm.
     """
@@ -178,8 +214,11 @@ def _hook_name(model: Any, point: Point) -> str | None:
         return "hook_embed"
     if point.name == "pattern":
         return f"blocks.{point.layer}.attn.hook_pattern"
-    if point.name == "key":
-        return f"blocks.{point.layer}.mlp.hook_post"
+    if point.name in ("key", "pre", "pre_linear"):
+        return f"blocks.{point.layer}.mlp.hook_{point.name.replace('key', 'post')}"
+    if point.name == "mlp_in":
+        bridge = model_class(model) == "bridge"
+        return f"blocks.{point.layer}.mlp.hook_in" if bridge else None
     if point.name != "value":
         return f"blocks.{point.layer}.hook_{point.name}"
     module = _output_module(model, point.layer)
@@ -208,7 +247,10 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
     try:
         for point, fn in points:
             name, call = _hook_name(model, point), wrap(point, fn)
-            if name is None:
+            if name is None and point.name == "mlp_in":
+                module = model.blocks[point.layer].mlp
+                handles.append(module.register_forward_pre_hook(lambda _m, i, call=call: call(*i)))
+            elif name is None:
                 module = _output_module(model, point.layer)
                 handles.append(module.register_forward_hook(lambda _m, _i, o, call=call: call(o)))
             elif name in model.hook_dict:

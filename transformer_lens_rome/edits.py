@@ -1,11 +1,11 @@
-"""Requests, and edits as values: scale, save, load. `ledger` puts them on a model and off again."""
+"""Edits as values: scale, save, load. `ledger` puts them on a model and off again."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.adapter import Weight, weight_hash
+from transformer_lens_rome.edit_health import EditHealth, said
+from transformer_lens_rome.edit_request import EditRequest
 from transformer_lens_rome.files import read_tensors, write_tensors
 from transformer_lens_rome.viz import stack
 from transformer_lens_rome.viz.page import table
@@ -21,130 +23,16 @@ from transformer_lens_rome.viz.page import table
 _FORMAT = "transformer_lens_rome.edit.1"
 
 
-@dataclass(frozen=True)
-class EditRequest:
-    """A fact to write: after `prompt` with `subject` filled in, the model should say `target_new`.
-
-    Attributes:
-        prompt: Text with exactly one `{}`, where the subject goes.
-        subject: The subject, as it should stand in the prompt.
-        target_new: The new continuation; it follows the prompt after one space.
-        target_true: The old one, if known; methods may use it, ROME does not.
-    """
-
-    prompt: str
-    subject: str
-    target_new: str
-    target_true: str | None = None
-
-    def __post_init__(self) -> None:
-        holes = self.prompt.count("{}")
-        if holes != 1:
-            raise ValueError(
-                f"the prompt needs exactly one '{{}}' where the subject goes, found {holes} in "
-                f"{self.prompt!r}; write for instance 'The mother tongue of {{}} is'"
-            )
-        if not self.subject.strip():
-            raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
-        if "{}" in self.subject:
-            raise ValueError(f"the subject {self.subject!r} holds '{{}}'; give plain text")
-        if not isinstance(self.target_new, str) or not self.target_new.strip():
-            raise ValueError("target_new is empty; give the text that should follow the prompt")
-
-    @property
-    def text(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
-        """Read the released ROME format, or a flat CounterFact record.
-
-        Released: `{"prompt": "... {} ...", "subject", "target_new": {"str": ...}, ...}`. Flat:
-        `{"prompt", "subject", "target_new", "ground_truth"}` with the subject already in the
-        prompt, where it must occur exactly once.
-        """
-        if missing := {"prompt", "subject", "target_new"} - set(record):
-            raise ValueError(f"the request lacks {sorted(missing)}; it has {sorted(record)}")
-        prompt, subject = record["prompt"], record["subject"]
-        if "{}" not in prompt:
-            if (times := prompt.count(subject)) != 1:
-                raise ValueError(
-                    f"the subject {subject!r} occurs {times} times in {prompt!r}; "
-                    "put '{}' in the prompt where the subject is meant"
-                )
-            prompt = prompt.replace(subject, "{}")
-        true = record.get("target_true", record.get("ground_truth"))
-        return cls(
-            prompt, subject, _text(record["target_new"]), None if true is None else _text(true)
-        )
-
-
-def _text(target: Any) -> str:
-    return target.get("str") if isinstance(target, Mapping) else target
-
-
-@dataclass(frozen=True)
-class EditHealth:
-    """What an edit did, in numbers that tell a good one from a bad one.
-
-    Attributes:
-        subject_token: The token whose key was written, as text.
-        losses: The objective at every step of the optimisation.
-        p_before, p_after: Probability of the target after the bare prompt, on the model itself.
-        clamp_hits: Steps after which delta was pulled back to the allowed norm.
-        relative_norm: ||delta W|| / ||W||, Frobenius.
-        k_C_k: k*ᵀ C⁻¹ k*, Eq. 2's denominator.
-        key_agreement: Cosine of the bare prompt's key and k*.
-        warnings: What a user should look at, in words.
-    """
-
-    subject_token: str = ""
-    losses: tuple[float, ...] = ()
-    p_before: float | None = None
-    p_after: float | None = None
-    clamp_hits: int = 0
-    relative_norm: float | None = None
-    k_C_k: float | None = None
-    key_agreement: float | None = None
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
-
-    def _repr_html_(self) -> str:
-        return table(_said(self))._repr_html_()
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EditHealth:
-        """The inverse of `to_dict`, also after a round through JSON."""
-        fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fixed)
-
-
-def _said(health: EditHealth) -> Iterator[tuple[str, str]]:
-    """Names and values of what was measured, in words; the losses as first and last."""
-    for name, value in health.to_dict().items():
-        if name == "losses" and value:
-            yield name, f"{value[0]:.3g} to {value[-1]:.3g} in {len(value)} steps"
-        elif name == "warnings":
-            yield from (("warning", text) for text in value)
-        elif isinstance(value, float):
-            yield name, f"{value:.4g}"
-        elif value not in (None, (), ""):
-            yield name, str(value)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Edit:
-    """What every edit of one W_out carries.
+    """What every edit carries.
 
     Attributes:
-        layer: The block whose W_out it changes, from 0.
+        layer: The block that it changes, from 0; the first of them where there are several.
         request: What was asked for.
         config: The method's settings, as plain values.
-        model_hash: sha256 of the W_out that the edit was made on (`adapter.weight_hash`).
+        model_hash: sha256 of the W_out that the edit was made on (`adapter.weight_hash`); of the
+            hashes of all weights that it changes, where that is more than one W_out.
         health: See `EditHealth`.
         provenance: Where it came from: model, prefixes, statistics, seed, BOS rule, versions.
     """
@@ -162,7 +50,7 @@ class _Edit:
 
     def _repr_html_(self) -> str:
         asked = f"{self.request.text} -> {self.request.target_new} (layer {self.layer})"
-        return stack(asked, table(_said(self.health)))._repr_html_()
+        return stack(asked, table(said(self.health)))._repr_html_()
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out."""
@@ -171,6 +59,10 @@ class _Edit:
     def changes(self) -> dict[Weight, Tensor]:
         """The change of every parameter that is changed."""
         return {Weight("W_out", self.layer): self.delta()}
+
+    def made_on(self) -> dict[Weight, str]:
+        """sha256 of the weights that it was made on."""
+        return {Weight("W_out", self.layer): self.model_hash}
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that define the change, by field name."""
@@ -199,9 +91,19 @@ class _Edit:
             "config": self.config,
             "health": self.health.to_dict(),
             "provenance": self.provenance,
+            **self.extra(),
         }
         own = {name: tensor.clone() for name, tensor in self.tensors().items()}
         write_tensors(path, own, info)  # safetensors refuses tensors that share memory
+
+    def extra(self) -> dict[str, Any]:
+        """What its file says beside what every edit's does."""
+        return {}
+
+    @classmethod
+    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fields that `tensors` and `extra` wrote."""
+        return dict(tensors)
 
     @classmethod
     def load(cls, path: Any) -> Any:
@@ -275,7 +177,100 @@ class DenseEdit(_Edit):
         return dataclasses.replace(self, left=alpha * self.left, bias=bias, health=EditHealth())
 
 
-Edit = RankOneEdit | DenseEdit
+Factors = tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_out"]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FactoredEdit(_Edit):
+    """A change of several matrices of several blocks, each as two factors: `left @ right`.
+
+    Attributes:
+        factors: For each matrix, `left` `[d_in, rank]` and `right` `[rank, d_out]`.
+        hashes: For each matrix, sha256 of what the edit was made on.
+    """
+
+    factors: Mapping[Weight, Factors] = field(repr=False)
+    hashes: Mapping[Weight, str] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if set(self.factors) != set(self.hashes):
+            raise ValueError("an edit needs one hash for each matrix that it changes")
+
+    @classmethod
+    def of(
+        cls, factors: Mapping[Weight, Factors], hashes: Mapping[Weight, str], **known: Any
+    ) -> FactoredEdit:
+        """An edit from its factors, in the order of layers; the rest are the fields of any edit."""
+        order = sorted(factors, key=lambda where: (where.layer, where.name))
+        together = hashlib.sha256("".join(hashes[where] for where in order).encode()).hexdigest()
+        return cls(
+            layer=min((where.layer for where in order), default=0),
+            model_hash=together,
+            factors={where: factors[where] for where in order},
+            hashes={where: hashes[where] for where in order},
+            **known,
+        )
+
+    def changes(self) -> dict[Weight, Tensor]:
+        """The change of every matrix: left @ right."""
+        return {where: left @ right for where, (left, right) in self.factors.items()}
+
+    def made_on(self) -> dict[Weight, str]:
+        """sha256 of the matrices that it was made on."""
+        return dict(self.hashes)
+
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of W_out, if that of one layer is all that changes.
+
+        Raises:
+            ValueError: other matrices change too, or none does.
+        """
+        if [where.name for where in self.factors] != ["W_out"]:
+            names = [f"{where.name} of layer {where.layer}" for where in self.factors]
+            raise ValueError(f"this edit changes {names or 'nothing'}; see changes()")
+        (delta,) = self.changes().values()
+        return delta
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors, by matrix: `W_out.3.left` and so on."""
+        return {
+            f"{where.name}.{where.layer}.{side}": tensor
+            for where, both in self.factors.items()
+            for side, tensor in zip(("left", "right"), both, strict=True)
+        }
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the matrices' names and factors."""
+        state = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            state.update(f"{name} {weight_hash(tensor)}".encode())
+        return state.hexdigest()
+
+    def scale(self, alpha: float) -> FactoredEdit:
+        """The same edit, alpha times as strong."""
+        factors = {where: (left, alpha * right) for where, (left, right) in self.factors.items()}
+        return dataclasses.replace(self, factors=factors, health=EditHealth())
+
+    def extra(self) -> dict[str, Any]:
+        """What its file says beside what every edit's does."""
+        return {"hashes": [[*where, digest] for where, digest in self.hashes.items()]}
+
+    @classmethod
+    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fields that `tensors` and `extra` wrote."""
+        hashes = {Weight(name, layer): digest for name, layer, digest in info["hashes"]}
+        factors = {
+            where: tuple(
+                tensors[f"{where.name}.{where.layer}.{side}"] for side in ("left", "right")
+            )
+            for where in hashes
+        }
+        return {"hashes": hashes, "factors": factors}
+
+
+Edit = RankOneEdit | DenseEdit | FactoredEdit
 
 
 def load_edit(path: Any) -> Edit:
@@ -286,7 +281,9 @@ def load_edit(path: Any) -> Edit:
     """
     tensors, info = read_tensors(path, _FORMAT)
     try:
-        kind = {"RankOneEdit": RankOneEdit, "DenseEdit": DenseEdit}[info["kind"]]
+        kind = {kind.__name__: kind for kind in (RankOneEdit, DenseEdit, FactoredEdit)}[
+            info["kind"]
+        ]
         return kind(
             layer=info["layer"],
             model_hash=info["model_hash"],
@@ -294,7 +291,7 @@ def load_edit(path: Any) -> Edit:
             config=info["config"],
             health=EditHealth.from_dict(info["health"]),
             provenance=info["provenance"],
-            **tensors,
+            **kind.parts(info, tensors),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is an incomplete edit file ({error!r})") from error

@@ -39,9 +39,10 @@ def _ledger(model: Any, where: Weight) -> _Ledger | None:
 
 
 def active_edits(model: Any, layer: int) -> tuple[Edit, ...]:
-    """The edits that are on a layer's W_out now, in the order they were applied."""
-    ledger = _ledger(model, Weight("W_out", layer))
-    return tuple(ledger.active) if ledger else ()
+    """The edits that are on a layer's MLP now, in the order they were applied to each weight."""
+    every = [ledger for name in adapter.WEIGHTS if (ledger := _ledger(model, Weight(name, layer)))]
+    found = {id(edit): edit for ledger in every for edit in ledger.active}
+    return tuple(found.values())
 
 
 def base_weight(model: Any, where: Weight) -> Float[Tensor, "..."] | None:
@@ -126,28 +127,31 @@ def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:
 
 
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
-    """Add an edit to the model's W_out, and to b_out if it changes that, in place.
+    """Add an edit to every weight that it changes, in place.
 
     Raises:
-        ValueError: the edit's shape does not fit; it is on the model already; or W_out is neither
-            the weight that it was made on nor that weight with known edits on top.
-            `force=True` applies it to any weight of the right shape.
+        ValueError: the edit's shape does not fit; it is on the model already; or a matrix is
+            neither the one that it was made on nor that one with known edits on top.
+            `force=True` applies it to any weights of the right shapes.
     """
     if not isinstance(edit, Edit):
         raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
-    adapter.check_editable(model, [edit.layer])
-    ledgers = [_ready(model, where, change, edit) for where, change in edit.changes().items()]
-    main = ledgers[0]
-    if any(edit.digest == other.digest for other in main.active) and edit.delta().any():
+    changes, made_on = edit.changes(), edit.made_on()
+    adapter.check_editable(model, sorted({where.layer for where in changes}))
+    ledgers = [_ready(model, where, change, edit) for where, change in changes.items()]
+    on = {other.digest for ledger in ledgers for other in ledger.active}
+    if edit.digest in on and any(change.any() for change in changes.values()):
         raise ValueError(
             "this edit is on the model already; apply edit.scale(alpha) for a stronger one"
         )
-    if edit.model_hash not in (main.written_hash, main.base_hash) and not force:
-        raise ValueError(
-            f"W_out of layer {edit.layer} is not the weight that this edit was made on "
-            f"(sha256 {main.written_hash[:12]}, the edit's {edit.model_hash[:12]}): another model, "
-            "other edits on it, or processed weights; force=True applies it all the same"
-        )
+    for ledger in ledgers:
+        made = made_on.get(ledger.where)
+        if made not in (None, ledger.written_hash, ledger.base_hash) and not force:
+            raise ValueError(
+                f"{_named(ledger.where)} is not the weight that this edit was made on (sha256 "
+                f"{ledger.written_hash[:12]}, the edit's {made[:12]}): another model, other edits "
+                "on it, or processed weights; force=True applies it all the same"
+            )
     with ExitStack() as undo:
         for ledger in ledgers:
             undo.callback(_write, model, ledger, list(ledger.active))

@@ -1,0 +1,70 @@
+"""What to write: a prompt, its subject, and what should follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """A fact to write: after `prompt` with `subject` filled in, the model should say `target_new`.
+
+    Attributes:
+        prompt: Text with exactly one `{}`, where the subject goes.
+        subject: The subject, as it should stand in the prompt.
+        target_new: The new continuation; it follows the prompt after one space.
+        target_true: The old one, if known; methods may use it, ROME does not.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+
+    def __post_init__(self) -> None:
+        holes = self.prompt.count("{}")
+        if holes != 1:
+            raise ValueError(
+                f"the prompt needs exactly one '{{}}' where the subject goes, found {holes} in "
+                f"{self.prompt!r}; write for instance 'The mother tongue of {{}} is'"
+            )
+        if not self.subject.strip():
+            raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
+        if "{}" in self.subject:
+            raise ValueError(f"the subject {self.subject!r} holds '{{}}'; give plain text")
+        if not isinstance(self.target_new, str) or not self.target_new.strip():
+            raise ValueError("target_new is empty; give the text that should follow the prompt")
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
+        """Read the released ROME format, or a flat CounterFact record.
+
+        Released: `{"prompt": "... {} ...", "subject", "target_new": {"str": ...}, ...}`. Flat:
+        `{"prompt", "subject", "target_new", "ground_truth"}` with the subject already in the
+        prompt, where it must occur exactly once.
+        """
+        if missing := {"prompt", "subject", "target_new"} - set(record):
+            raise ValueError(f"the request lacks {sorted(missing)}; it has {sorted(record)}")
+        prompt, subject = record["prompt"], record["subject"]
+        if "{}" not in prompt:
+            if (times := prompt.count(subject)) != 1:
+                raise ValueError(
+                    f"the subject {subject!r} occurs {times} times in {prompt!r}; "
+                    "put '{}' in the prompt where the subject is meant"
+                )
+            prompt = prompt.replace(subject, "{}")
+        true = record.get("target_true", record.get("ground_truth"))
+        return cls(
+            prompt, subject, _text(record["target_new"]), None if true is None else _text(true)
+        )
+
+
+def _text(target: Any) -> str:
+    return target.get("str") if isinstance(target, Mapping) else target
