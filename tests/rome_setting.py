@@ -12,7 +12,8 @@ from transformer_lens_rome import (
     SecondMoment,
     compute_rome_edit,
 )
-from transformer_lens_rome.adapter import w_out, weight_hash
+from transformer_lens_rome.adapter import parameter, w_out, weight_hash
+from transformer_lens_rome.edits import FactoredEdit
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.v_star import read_keys_and_values
 
@@ -63,6 +64,17 @@ def random_edit(model, *, layer=LAYER, seed=0, rank=1, strength=0.1, bias=False)
     k_star, u, lam = draw(d_mlp), draw(d_mlp), draw(d_model)
     v_star = k_star @ (weight.detach().float() + torch.outer(u, lam))
     return RankOneEdit(k_star=k_star, u=u, lam=lam, v_star=v_star, **known)
+
+
+def factored_edit(model, places, *, seed=0, rank=2, strength=0.1):
+    """Random factors for some matrices of the MLP, made on the model as it is now."""
+    generator, factors = torch.Generator().manual_seed(2000 + seed), {}
+    hashes = {where: weight_hash(parameter(model, where)) for where in places}
+    for where in places:
+        d_in, d_out = parameter(model, where).shape
+        left = strength * torch.randn(d_in, rank, generator=generator)
+        factors[where] = left, torch.randn(rank, d_out, generator=generator)
+    return FactoredEdit.of(factors, hashes, request=REQUEST)
 
 
 def without_tensors(edit):

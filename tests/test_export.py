@@ -4,11 +4,11 @@ import pytest
 import tiny_models
 import torch
 from conftest import make_model
-from rome_setting import LAYER, random_edit
+from rome_setting import LAYER, factored_edit, random_edit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformer_lens_rome import applied, apply_edit, export_hf
-from transformer_lens_rome.adapter import w_out, weight_hash
+from transformer_lens_rome.adapter import Weight, w_out, weight_hash
 
 SHAPES = ("gpt2", "llama", "gemma3")
 TOKENS = torch.tensor([[1, 37, 74, 111, 148]])  # within one sliding window
@@ -51,6 +51,35 @@ def test_the_folder_has_the_edited_models_logits(model_class, shape, rank, bos_t
         assert all(torch.equal(hf.state_dict()[name], tensor) for name, tensor in source.items())
     text = "The Space Needle is in"
     assert AutoTokenizer.from_pretrained(folder)(text).input_ids == bos_tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "opt"])
+def test_an_edit_of_several_matrices_is_in_the_folder(model_class, shape, bos_tokenizer, tmp_path):
+    model = make_model(model_class, shape, bos_tokenizer)
+    hf = tiny_models.tiny_hf(shape, bos_tokenizer) if model_class == "hooked" else None
+    names = ["W_in", "W_gate", "W_out"] if shape in ("llama", "gemma3") else ["W_in", "W_out"]
+    for name in names:  # each matrix on its own, so that none can hide behind another
+        edit = factored_edit(model, [Weight(name, layer) for layer in (0, 2)])
+        unedited = logits(model)
+        with applied(model, edit):
+            edited = logits(model)
+            folder = export_hf(model, tmp_path / name, hf_model=hf)
+        torch.testing.assert_close(logits(load(folder)), edited, rtol=1e-3, atol=1e-4)
+        assert (edited - unedited).abs().max() > 0.1 and torch.equal(logits(model), unedited)
+
+
+def test_an_edit_of_a_fused_matrix_is_refused(model_class, bos_tokenizer, tmp_path):
+    model = make_model(model_class, "phi3", bos_tokenizer)
+    hf = tiny_models.tiny_hf("phi3", bos_tokenizer) if model_class == "hooked" else None
+    for name in ("W_in", "W_gate"):
+        edit = factored_edit(model, [Weight(name, LAYER), Weight("W_out", LAYER)])
+        with applied(model, edit), pytest.raises(ValueError, match=f"{name} of layer 1.*fused"):
+            export_hf(model, tmp_path, hf_model=hf)
+        assert not list(tmp_path.iterdir())
+    with applied(model, factored_edit(model, [Weight("W_out", LAYER)])):
+        edited = logits(model)
+        folder = export_hf(model, tmp_path / "out", hf_model=hf)
+    torch.testing.assert_close(logits(load(folder)), edited, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

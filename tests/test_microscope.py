@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from rome_setting import LAYER, NEAR, random_edit, small_edit
+from rome_setting import LAYER, NEAR, factored_edit, random_edit, small_edit
 
 from transformer_lens_rome import apply_edit, microscope
-from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.adapter import Weight, w_out
 from transformer_lens_rome.ledger import active_edits, without
 from transformer_lens_rome.microscope import show_edit
 from transformer_lens_rome.prompts import Encoder
@@ -19,8 +19,10 @@ PROMPTS = ["In the city Space Needle is", "Cuba is in"]
 OPTIONS = {"noise_std": 1.0, "n_samples": 2, "progress": False}
 
 
-@pytest.fixture(params=(1, 3))
+@pytest.fixture(params=(1, 3, "factored"))
 def edit(request, gpt2):
+    if request.param == "factored":
+        return factored_edit(gpt2, [Weight("W_out", LAYER)])
     return random_edit(gpt2, rank=request.param)
 
 
@@ -159,6 +161,29 @@ def test_what_cannot_be_shown_says_why(gpt2, gemma3):
             show_edit(gpt2, bad, prompts, **OPTIONS)
     other = dataclasses.replace(edit, model_hash="other")
     assert show_edit(gpt2, other, force=True, **OPTIONS).layer == LAYER
+
+
+def test_an_edit_of_several_matrices_is_refused_before_any_pass(gpt2, monkeypatch):
+    one, places = Weight("W_out", LAYER), [Weight("W_out", 0), Weight("W_in", LAYER)]
+
+    def fail(*_, **__):
+        raise AssertionError("a pass was run")
+
+    monkeypatch.setattr(microscope, "causal_trace", fail)
+    monkeypatch.setattr(microscope.passes, "read", fail)
+    for bad, words in (
+        (places, "W_out of layer 0, W_in of layer 1, not one W_out alone"),
+        ([one, places[0]], "W_out of layer 0, W_out of layer 1, not"),
+        (places[1:], "W_in of layer 1, not"),
+        ([], "changes nothing"),
+    ):
+        edit = factored_edit(gpt2, bad)
+        for shown in (edit, apply_edit(gpt2, edit)):
+            with pytest.raises(ValueError, match=words):
+                show_edit(gpt2, shown, **OPTIONS)
+        shown.revert()
+    with pytest.raises(AssertionError, match="a pass was run"):  # control
+        show_edit(gpt2, factored_edit(gpt2, [one]), **OPTIONS)
 
 
 def test_bos_is_not_where_a_value_moved_most(gemma3):

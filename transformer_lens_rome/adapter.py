@@ -117,21 +117,22 @@ def check_editable(model: Any, layers: Sequence[int]) -> None:
                 f"layer {layer!r} is out of range; this model has layers 0 to "
                 f"{model.cfg.n_layers - 1} (give a plain int)"
             )
-        weight = w_out(model, layer)
-        if weight.is_meta:
-            raise NotImplementedError(
-                f"W_out of layer {layer} is offloaded (meta device); load the model without offload"
-            )
-        if not weight.is_floating_point():
-            raise NotImplementedError(
-                f"W_out of layer {layer} is quantised ({weight.dtype}); load the model in float32, "
-                "bfloat16 or float16"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"W_out of layer {layer} holds NaN or infinity; reload the checkpoint before "
-                "editing it"
-            )
+        check_weight(w_out(model, layer), Weight("W_out", layer))
+
+
+def check_weight(weight: Tensor, where: Weight) -> None:
+    """Refuse a weight that is quantised, offloaded or broken; raises as `check_editable` does."""
+    name = f"{where.name} of layer {where.layer}"
+    if weight.is_meta:
+        raise NotImplementedError(
+            f"{name} is offloaded (meta device); load the model without offload"
+        )
+    if not weight.is_floating_point():
+        raise NotImplementedError(
+            f"{name} is quantised ({weight.dtype}); load the model in float32, bfloat16 or float16"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} holds NaN or infinity; reload the checkpoint before editing it")
 
 
 def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
@@ -165,7 +166,7 @@ def parameter(model: Any, where: Weight) -> Tensor | None:
 
 
 def ends(model: Any, where: Weight) -> tuple[Point, Point]:
-    """Where a matrix's input and output can be read and changed."""
+    """Where the input and output of W_in, W_gate or W_out can be read and changed."""
     if where.name == "W_out":
         return Point("key", where.layer), Point("value", where.layer)
     gated = parameter(model, Weight("W_gate", where.layer)) is not None
@@ -174,7 +175,10 @@ def ends(model: Any, where: Weight) -> tuple[Point, Point]:
 
 
 def embeddings(model: Any, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
-    """Rows of the checkpoint's embedding matrix, in float32, before the model scales them."""
+    """Rows of the embedding matrix, in float32, before the model scales them.
+
+    They are the checkpoint's; centred, if weight processing centred them.
+    """
     found = model.W_E.detach()[ids.to(model.W_E.device)].float()
     if model_class(model) == "hooked" and "gemma" in architecture(model).lower():
         # a HookedTransformer holds Gemma's embedding multiplied by this already, in its own dtype
@@ -189,7 +193,7 @@ def owner(weight: Tensor) -> Tensor:
 
 def weight_hash(weight: Float[Tensor, "..."]) -> str:
     """sha256 of a tensor's bytes; as W_out is `[d_mlp, d_model]`, equal for both model classes."""
-    flat = weight.detach().cpu().contiguous().view(torch.uint8)
+    flat = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
@@ -217,8 +221,11 @@ def _hook_name(model: Any, point: Point) -> str | None:
     if point.name in ("key", "pre", "pre_linear"):
         return f"blocks.{point.layer}.mlp.hook_{point.name.replace('key', 'post')}"
     if point.name == "mlp_in":
-        bridge = model_class(model) == "bridge"
-        return f"blocks.{point.layer}.mlp.hook_in" if bridge else None
+        if model_class(model) == "hooked":
+            return None
+        # gated: two matrices read it; else, in 3.9, OPT's MLP is no module that runs
+        gated = getattr(model.blocks[point.layer].mlp, "gate", None) is not None
+        return f"blocks.{point.layer}.mlp.{'' if gated else 'in.'}hook_in"
     if point.name != "value":
         return f"blocks.{point.layer}.hook_{point.name}"
     module = _output_module(model, point.layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,10 @@ class _Edit:
     def changes(self) -> dict[Weight, Tensor]:
         """The change of every parameter that is changed."""
         return {Weight("W_out", self.layer): self.delta()}
+
+    def change(self, where: Weight) -> Tensor:
+        """The change of one of those parameters."""
+        return self.changes()[where]
 
     def made_on(self) -> dict[Weight, str]:
         """sha256 of the weights that it was made on."""
@@ -196,25 +200,36 @@ class FactoredEdit(_Edit):
         super().__post_init__()
         if set(self.factors) != set(self.hashes):
             raise ValueError("an edit needs one hash for each matrix that it changes")
+        if not all(isinstance(digest, str) for digest in self.hashes.values()):
+            raise ValueError("hashes are sha256 as text; see adapter.weight_hash")
+        own = {where: _checked(where, *self.factors[where]) for where in _ordered(self.factors)}
+        if own and self.layer != min(where.layer for where in own):
+            raise ValueError(f"layer {self.layer} is not the first that this edit changes")
+        object.__setattr__(self, "factors", own)
 
     @classmethod
     def of(
         cls, factors: Mapping[Weight, Factors], hashes: Mapping[Weight, str], **known: Any
     ) -> FactoredEdit:
         """An edit from its factors, in the order of layers; the rest are the fields of any edit."""
-        order = sorted(factors, key=lambda where: (where.layer, where.name))
+        order = _ordered(factors)
         together = hashlib.sha256("".join(hashes[where] for where in order).encode()).hexdigest()
         return cls(
             layer=min((where.layer for where in order), default=0),
             model_hash=together,
-            factors={where: factors[where] for where in order},
+            factors=factors,
             hashes={where: hashes[where] for where in order},
             **known,
         )
 
     def changes(self) -> dict[Weight, Tensor]:
-        """The change of every matrix: left @ right."""
-        return {where: left @ right for where, (left, right) in self.factors.items()}
+        """The change of every matrix."""
+        return {where: self.change(where) for where in self.factors}
+
+    def change(self, where: Weight) -> Float[Tensor, "d_in d_out"]:
+        """The change of one matrix: left @ right."""
+        left, right = self.factors[where]
+        return left @ right
 
     def made_on(self) -> dict[Weight, str]:
         """sha256 of the matrices that it was made on."""
@@ -227,8 +242,10 @@ class FactoredEdit(_Edit):
             ValueError: other matrices change too, or none does.
         """
         if [where.name for where in self.factors] != ["W_out"]:
-            names = [f"{where.name} of layer {where.layer}" for where in self.factors]
-            raise ValueError(f"this edit changes {names or 'nothing'}; see changes()")
+            names = ", ".join(f"{where.name} of layer {where.layer}" for where in self.factors)
+            raise ValueError(
+                f"this edit changes {names or 'nothing'}, not one W_out alone; see changes()"
+            )
         (delta,) = self.changes().values()
         return delta
 
@@ -261,13 +278,29 @@ class FactoredEdit(_Edit):
     def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fields that `tensors` and `extra` wrote."""
         hashes = {Weight(name, layer): digest for name, layer, digest in info["hashes"]}
-        factors = {
-            where: tuple(
-                tensors[f"{where.name}.{where.layer}.{side}"] for side in ("left", "right")
-            )
-            for where in hashes
-        }
+        if not len(tensors) == 2 * len(hashes) == 2 * len(info["hashes"]):
+            raise ValueError(f"{len(tensors)} factors, {len(info['hashes'])} hashes")
+        names = {where: f"{where.name}.{where.layer}" for where in hashes}
+        factors = {w: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for w, n in names.items()}
         return {"hashes": hashes, "factors": factors}
+
+
+def _ordered(places: Iterable[Weight]) -> list[Weight]:
+    return sorted(places, key=lambda where: (where.layer, where.name))
+
+
+def _checked(where: Weight, left: Tensor, right: Tensor) -> Factors:
+    """Factors that can change a matrix, as they will be when read from a file: contiguous."""
+    if where.name not in ("W_in", "W_gate", "W_out") or type(where.layer) is not int:
+        raise ValueError(f"{where} is not W_in, W_gate or W_out of a layer, counted from 0")
+    fit = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    if not fit or not left.is_floating_point() or left.dtype != right.dtype:
+        raise ValueError(
+            f"{where.name} of layer {where.layer} needs factors [d_in, rank] and [rank, d_out] of "
+            f"one floating-point type, got {tuple(left.shape)} {left.dtype} and "
+            f"{tuple(right.shape)} {right.dtype}"
+        )
+    return left.detach().contiguous(), right.detach().contiguous()
 
 
 Edit = RankOneEdit | DenseEdit | FactoredEdit
@@ -281,9 +314,10 @@ def load_edit(path: Any) -> Edit:
     """
     tensors, info = read_tensors(path, _FORMAT)
     try:
-        kind = {kind.__name__: kind for kind in (RankOneEdit, DenseEdit, FactoredEdit)}[
-            info["kind"]
-        ]
+        kinds = {kind.__name__: kind for kind in (RankOneEdit, DenseEdit, FactoredEdit)}
+        kind = kinds[info["kind"]]
+        if type(info["layer"]) is not int or not isinstance(info["model_hash"], str):
+            raise ValueError("layer or model_hash is of another type")
         return kind(
             layer=info["layer"],
             model_hash=info["model_hash"],
@@ -293,5 +327,5 @@ def load_edit(path: Any) -> Edit:
             provenance=info["provenance"],
             **kind.parts(info, tensors),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is an incomplete edit file ({error!r})") from error

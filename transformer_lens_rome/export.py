@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
-from transformer_lens_rome.ledger import base_weight
+from transformer_lens_rome.ledger import base_weight, edited_weights
 from transformer_lens_rome.prompts import checkpoint_tokenizer
 
 
@@ -25,7 +25,8 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
 
     Raises:
         ValueError: no Hugging Face model to start from, one with other weights, or a bridge whose
-            weights were processed.
+            weights were processed; or an edit of a matrix that the checkpoint keeps fused with
+            another.
     """
     inside = adapter.hf_model(model)
     if inside is None and hf_model is None:
@@ -35,13 +36,14 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
         )
     source = hf_model if inside is None else inside
     state = _state_dict(source)
+    edited = [where for where in edited_weights(model) if _differs(model, where)]
     if inside is None:
-        for layer in range(model.cfg.n_layers):
-            _replace(state, model, Weight("W_out", layer))
-            bias = Weight("b_out", layer)
-            if (base := base_weight(model, bias)) is not None:
-                if not torch.equal(base, adapter.parameter(model, bias)):
-                    _replace(state, model, bias)
+        every = [Weight("W_out", layer) for layer in range(model.cfg.n_layers)]
+        for where in dict.fromkeys(every + edited):
+            _replace(state, model, where)
+    else:  # its state dict holds the edited weights, unless it holds a copy from before the split
+        for where in edited:
+            _find(state, adapter.parameter(model, where), where, "after")
     folder = Path(folder)
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     source.save_pretrained(folder, state_dict=whole)
@@ -50,18 +52,33 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     return folder
 
 
+def _differs(model: Any, where: Weight) -> bool:
+    """Whether the edits on a weight change it."""
+    weight = adapter.parameter(model, where)
+    return not torch.equal(base_weight(model, where).to(weight), weight)
+
+
 def _replace(state: dict[str, Tensor], model: Any, where: Weight) -> None:
     """Put an edited weight in place of the tensor whose bytes are its base's, in either layout."""
-    base, edited = base_weight(model, where), adapter.parameter(model, where).detach()
+    name, turned = _find(state, base_weight(model, where), where, "before")
+    edited = adapter.parameter(model, where).detach()
+    state[name] = (edited.T if turned else edited).to(state[name])
+
+
+def _find(
+    state: dict[str, Tensor], weight: Tensor, where: Weight, when: Literal["before", "after"]
+) -> tuple[str, bool]:
+    """The tensor with the bytes of a weight, and whether it is stored the other way round."""
     for name, tensor in state.items():
-        for stored in (tensor, tensor.T) if tensor.ndim == 2 else (tensor,):
-            if stored.shape == base.shape and torch.equal(stored.to(base), base):
-                state[name] = (edited if stored is tensor else edited.T).to(tensor)
-                return
+        for turned in (False, True) if tensor.ndim == 2 else (False,):
+            stored = tensor.T if turned else tensor
+            if stored.shape == weight.shape and torch.equal(stored.to(weight), weight):
+                return name, turned
     raise ValueError(
-        f"hf_model holds no tensor equal to {where.name} of layer {where.layer} before its edits; "
+        f"hf_model holds no tensor equal to {where.name} of layer {where.layer} {when} its edits; "
         "pass the model that this HookedTransformer was loaded from (without weight processing), "
-        "and undo changes that were not made by apply_edit"
+        "and undo changes that were not made by apply_edit; a matrix that the checkpoint keeps "
+        "fused with another (Phi-3's W_in and W_gate) cannot be exported"
     )
 
 

@@ -56,12 +56,13 @@ def read_tensors(path: Any, expected_format: str) -> tuple[dict[str, Tensor], di
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
-    info = json.loads(metadata.get("transformer_lens_rome", "{}"))
-    if info.get("format") != expected_format:
-        raise ValueError(
-            f"{path} is a {info.get('format', 'safetensors file of another program')}, "
-            f"not a {expected_format}"
-        )
+    try:
+        info = json.loads(metadata.get("transformer_lens_rome", "{}"))
+        found = info.get("format", "safetensors file of another program")
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON object that describes it ({error!r})") from error
+    if found != expected_format:
+        raise ValueError(f"{path} is a {found}, not a {expected_format}")
     return tensors, info
 
 

@@ -45,6 +45,12 @@ def active_edits(model: Any, layer: int) -> tuple[Edit, ...]:
     return tuple(found.values())
 
 
+def edited_weights(model: Any) -> list[Weight]:
+    """The weights that have edits on them now."""
+    found = [getattr(parameter, "_rome_ledger", None) for parameter in model.parameters()]
+    return [ledger.where for ledger in found if ledger is not None]
+
+
 def base_weight(model: Any, where: Weight) -> Float[Tensor, "..."] | None:
     """A weight as it would be without the edits that are on it now; None if there is none."""
     if ledger := _ledger(model, where):
@@ -152,11 +158,7 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
                 f"{ledger.written_hash[:12]}, the edit's {made[:12]}): another model, other edits "
                 "on it, or processed weights; force=True applies it all the same"
             )
-    with ExitStack() as undo:
-        for ledger in ledgers:
-            undo.callback(_write, model, ledger, list(ledger.active))
-            _write(model, ledger, [*ledger.active, edit])
-        undo.pop_all()
+    _write_all(model, [(ledger, [*ledger.active, edit]) for ledger in ledgers])
     return AppliedEdit(model, (edit,), (tuple(ledgers),))
 
 
@@ -169,6 +171,7 @@ def _ready(model: Any, where: Weight, change: Tensor, edit: Edit) -> _Ledger:
             f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
             f"model has {found}; it was made on {edit.provenance.get('model', 'another model')}"
         )
+    adapter.check_weight(weight, where)
     ledger, found = _ledger(model, where), adapter.weight_hash(weight)
     if ledger is None:
         return _Ledger(where, weight.detach().clone(), found, [], found)
@@ -225,8 +228,17 @@ def _remove(model: Any, edit: Edit, ledgers: list[_Ledger], force: bool) -> None
             raise ValueError(
                 _changed_by_others(ledger.where, "revert(force=True) discards that change")
             )
-    for ledger in ledgers:
-        _write(model, ledger, [other for other in ledger.active if other is not edit])
+    left = [[other for other in ledger.active if other is not edit] for ledger in ledgers]
+    _write_all(model, list(zip(ledgers, left, strict=True)))
+
+
+def _write_all(model: Any, writes: list[tuple[_Ledger, list[Edit]]]) -> None:
+    """Write base + edits into some weights, or on an error into none of them."""
+    with ExitStack() as undo:
+        for ledger, edits in writes:
+            undo.callback(_write, model, ledger, list(ledger.active))
+            _write(model, ledger, edits)
+        undo.pop_all()
 
 
 @torch.no_grad()
@@ -236,7 +248,7 @@ def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
     owner = adapter.owner(weight)
     new = ledger.base.to(weight).clone()
     for edit in edits:
-        new += edit.changes()[where].to(new)
+        new += edit.change(where).to(new)
     if not torch.isfinite(new).all():
         raise ValueError(f"the edit would put NaN or infinity into {_named(where)}")
     old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)

@@ -145,8 +145,9 @@ def show_edit(
         progress: Show progress bars.
 
     Raises:
-        ValueError: not an edit or not a list of prompts, an edit that changes nothing or was made
-            on another weight, or a weight that something else changed since it was edited.
+        ValueError: not an edit or not a list of prompts, an edit that changes nothing, or other
+            matrices than one W_out, or was made on another weight, or a weight that something
+            else changed since it was edited.
     """
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
     if not isinstance(edit, Edit) or isinstance(prompts, str):
