@@ -1,0 +1,83 @@
+"""A trained editor: a network's tensors, and what they are for, in one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from transformer_lens_rome import adapter
+from transformer_lens_rome.adapter import Weight
+from transformer_lens_rome.baselines.training_data import Fact, fact_digest
+from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.ledger import base_weight
+
+_FORMAT = "transformer_lens_rome.editor.1"
+
+
+class TrainedEditor:
+    """A network's tensors and what is known of them.
+
+    Attributes:
+        tensors: The network's state.
+        info: Plain values: `kind`, `counterfact`, `matrices` and their `hashes`, `d_model`,
+            `prepend_bos`, `settings`, `train` and `validation` (digests of the facts), `curve`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Keep both; see `load` for one from a file."""
+        self.tensors, self.info = dict(tensors), dict(info)
+        state = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            state.update(f"{name} {adapter.weight_hash(tensor)}".encode())
+        self.digest = state.hexdigest()
+        self._seen = {*self.info.get("train", ()), *self.info.get("validation", ())}
+
+    def __repr__(self) -> str:
+        """Name and sha256, by which runs that used it are told apart."""
+        return f"{self.info['kind']} editor, sha256 {self.digest}"
+
+    @property
+    def matrices(self) -> list[Weight]:
+        """What it edits."""
+        return [Weight(name, layer) for name, layer in self.info["matrices"]]
+
+    def has_seen(self, fact: Fact) -> bool:
+        """Whether a fact was among those that it was trained or validated on."""
+        return fact_digest(fact) in self._seen
+
+    def check(self, model: Any) -> None:
+        """Refuse a model that it was not trained for; edits that are on the model do not matter.
+
+        Raises:
+            ValueError: another model.
+        """
+        for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
+            known = where.layer < model.cfg.n_layers
+            weight = base_weight(model, where) if known else None
+            if weight is None or adapter.weight_hash(weight) != digest:
+                raise ValueError(
+                    f"{where.name} of layer {where.layer} is not the one that this editor was "
+                    f"trained for ({self.info['model']}); call fit(model, ...) for another"
+                )
+
+    def save(self, path: Any) -> None:
+        """Write it."""
+        copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        write_tensors(path, copies, {"format": _FORMAT, **self.info})
+
+    @classmethod
+    def load(cls, path: Any) -> TrainedEditor:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a whole editor file.
+        """
+        tensors, info = read_tensors(path, _FORMAT)
+        needed = {"kind", "counterfact", "matrices", "hashes", "d_model", "prepend_bos", "model"}
+        if missing := needed - set(info):
+            raise ValueError(f"{path} is an incomplete editor file, it lacks {sorted(missing)}")
+        return cls(tensors, info)
