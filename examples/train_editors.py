@@ -21,10 +21,10 @@ from transformer_lens_rome import CounterFact, get_method
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.sampling import sampled_texts
 
-SMALL = {"validate_every": 100, "n_validation": 40, "n_locality": 1, "locality_tokens": 32}
+SMALL = {"validate_every": 100, "n_locality": 1, "locality_tokens": 32, "patience": 300}
 SETTINGS = {
-    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 1000, "patience": 400},
-    "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 600, "patience": 300},
+    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 400, "n_validation": 20},
+    "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 400, "n_validation": 40},
 }
 
 

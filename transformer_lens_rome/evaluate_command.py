@@ -29,7 +29,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     """Add both commands to the parser of the command line."""
     run = commands.add_parser("evaluate", parents=parents, help="score a method on a data set")
     run.add_argument("model", help="hub name, folder, or 'demo'")
-    run.add_argument("method", help="'unedited', 'ft', 'ft+l' or 'rome'")
+    run.add_argument("method", help="'unedited', 'rome', 'ft', 'ft+l', 'kn', 'ke', 'mend' ...")
     run.add_argument("out", help="file for the rows (.jsonl); a stopped run goes on from it")
     run.add_argument("--records", help="the data set's file (default: downloaded)")
     run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
@@ -37,6 +37,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run.add_argument("--lenient", action="store_true", help="leave out records that are not whole")
     run.add_argument("--layer", type=int, help="block to edit, from 0 (default: the method's)")
     run.add_argument("--statistics", help="a second-moment file, for ROME")
+    run.add_argument("--editor", help="a trained editor's file, for KE and MEND")
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
     run.add_argument("--workers", type=int, default=1, help="copies of the model, on Ray")
@@ -55,7 +56,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score a method; what is printed can be had again from the file with `table`."""
     _check(options)
-    known = {"layer": options.layer}
+    known = {"layer": options.layer, "editor": options.editor}
     if options.statistics:
         known["second_moment"] = SecondMoment.load(options.statistics)
     given = {name: value for name, value in known.items() if value is not None}
@@ -101,6 +102,9 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that would do nothing."""
     if options.statistics and options.method != "rome":
         raise ValueError(f"--statistics are for 'rome', not for {options.method!r}")
+    trained = options.method.split("-")[0] in ("ke", "mend")
+    if bool(options.editor) != trained:
+        raise ValueError("--editor is for 'ke', 'ke-cf', 'mend' and 'mend-cf', which need one")
     if options.dataset == "zsre" and (options.generate or options.snippets):
         raise ValueError("zsRE has no generated text; leave out --generate and --snippets")
     if options.snippets and not options.generate:

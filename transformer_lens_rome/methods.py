@@ -18,7 +18,8 @@ class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
     A method may also have `prepared(model, *, seed)`: itself with everything found that all edits
-    of a run share, such as statistics; and a `name`, for tables.
+    of a run share, such as statistics; `has_seen(record)`, if it was trained, by which an
+    evaluation on its own training data is refused; and a `name`, for tables.
     """
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:

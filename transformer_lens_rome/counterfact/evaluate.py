@@ -82,7 +82,8 @@ def evaluate_counterfact(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no records, edits on the model, or `out` holds another run.
+        ValueError: no records, records that a trained method has seen, edits on the model, or
+            `out` holds another run.
         ImportError: an extra is not installed.
         RuntimeError: a weight is not what it was after a record; the run stops there.
     """
@@ -136,6 +137,7 @@ def _evaluate(
         method = get_method(method)
     if prepared := getattr(method, "prepared", None):
         method = prepared(model, seed=seed)
+    _check_unseen(method, records)
     encoder, fingerprint = Encoder.of(model, prepend_bos), Fingerprint.of(model)
     shared = {
         "protocol": scoring.protocol,
@@ -175,6 +177,16 @@ def _check(model: Any, records: Sequence[Record], workers: int) -> None:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     if any(active_edits(model, layer) for layer in range(model.cfg.n_layers)):
         raise ValueError("there are edits on the model; take them off with revert_all(model)")
+
+
+def _check_unseen(method: EditMethod | None, records: Sequence[Record]) -> None:
+    """Refuse to score a trained method on what it was trained on."""
+    if has_seen := getattr(method, "has_seen", None):
+        if seen := [record.case_id for record in records if has_seen(record)]:
+            raise ValueError(
+                f"the editor was trained on {len(seen)} of these records (case_id {seen[:5]}...); "
+                "evaluate it on others"
+            )
 
 
 def _opened(path: Any, setting: Mapping[str, Any]) -> AbstractContextManager[RunFile | None]:
