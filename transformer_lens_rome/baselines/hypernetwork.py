@@ -80,7 +80,8 @@ class Text(NamedTuple):
     def of(cls, model: Any, sample: Sample) -> Text:
         """A sample's text."""
         ids = torch.tensor(sample.ids)
-        return cls(ids, adapter.embeddings(model, ids).cpu())
+        embeddings = adapter.embeddings(model, ids)
+        return cls(ids.to(embeddings.device), embeddings)
 
 
 def mlp_matrices(
@@ -132,7 +133,8 @@ def gradient_factors(
         deltas = torch.autograd.grad(loss, [zeros[where] for where in matrices])
     found = {}
     for where, delta in zip(matrices, deltas, strict=True):
-        x, y, delta = (t.float().flatten(0, -2) for t in (inputs[where], outputs[where], delta))
+        every = (inputs[where].detach(), outputs[where], delta)
+        x, y, delta = (tensor.float().flatten(0, -2) for tensor in every)
         _check_product(model, where, x, y)
         used = x.any(-1) & delta.any(-1)
         found[where] = TokenFactors(x[used], delta[used])

@@ -16,6 +16,8 @@ Where the released code and this module differ:
     embeddings               a copy of all, one row added, trained  the model's, with rows of their
                                                                     own for tokens in training
     orientation              as the checkpoint stores W             always `[d_in, d_out]`
+    first row of them        never trained (`padding_idx`)          as any other
+    CounterFact targets      their last token                       all their tokens
     gated MLPs               -                                      W_gate is edited too
 
 A row of an embedding matrix that no training text uses gets no gradient, and Adam leaves it; so

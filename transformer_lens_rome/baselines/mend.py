@@ -18,6 +18,7 @@ Where the released code and this module differ:
                              GPT-2                                  `swap_alphas=True`: exchanged
     mean and std when        those of the first edit's own tokens,  those of training;
       editing                then moving                            `own_statistics=True`: its own
+    CounterFact targets      their last token; ten on GPT-J         all their tokens
     gated MLPs               -                                      W_gate is edited too
 """
 
@@ -53,8 +54,10 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Float[Tensor, "n width"]) -> None:
-        """Add some vectors."""
-        n = len(vectors)
+        """Add some vectors; those that hold no numbers would spoil the sums for good."""
+        vectors = vectors[vectors.isfinite().all(1)]
+        if (n := len(vectors)) == 0:
+            return
         mean, total = vectors.mean(0), self.n + n
         step = mean - self.mean
         self.squares += (vectors - mean).square().sum(0) + step.square() * self.n * n / total
@@ -97,13 +100,17 @@ class ShapeEditor(nn.Module):
         self.layers = nn.ModuleList(ResidualLayer(d_in + d_out, n_matrices) for _ in range(2))
 
     def forward(
-        self, factors: TokenFactors, which: int, own_statistics: bool = False
+        self, factors: TokenFactors, which: int, own: tuple[Moments, Moments] | None = None
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """New factors for one of the matrices; in training its statistics grow first."""
-        x, delta = self.x, self.delta
-        if own_statistics:
-            x, delta = Moments(factors.x.shape[1]), Moments(factors.delta.shape[1])
-        if own_statistics or self.training:
+        """New factors for one of the matrices; in training its statistics, or others, grow first.
+
+        Args:
+            factors: The gradient's.
+            which: The matrix's number among those of its shape.
+            own: Statistics of x and delta to use instead, and to add to.
+        """
+        x, delta = own or (self.x, self.delta)
+        if own or self.training:
             x.update(factors.x)
             delta.update(factors.delta)
         z = torch.cat([x.normalised(factors.x), delta.normalised(factors.delta)], dim=1)
@@ -118,16 +125,12 @@ class MendNetwork(nn.Module):
     Attributes:
         places: For each matrix, its shape's key and its number among those of that shape.
         alpha: Each matrix's learned step size.
+        swap_alphas, own_statistics: See `Mend`; in training both are off.
     """
 
-    def __init__(
-        self,
-        shapes: Mapping[Weight, tuple[int, int]],
-        swap_alphas: bool = False,
-        own_statistics: bool = False,
-    ) -> None:
+    def __init__(self, shapes: Mapping[Weight, tuple[int, int]]) -> None:
         super().__init__()
-        self.swap_alphas, self.own_statistics = swap_alphas, own_statistics
+        self.swap_alphas = self.own_statistics = False
         self.places: dict[Weight, tuple[str, int]] = {}
         counts: dict[tuple[int, int], int] = {}
         for where, shape in shapes.items():
@@ -140,9 +143,11 @@ class MendNetwork(nn.Module):
     def forward(self, factors: Mapping[Weight, TokenFactors], text: Text) -> dict[Weight, Factors]:
         """The change of each matrix; what the text is makes no difference."""
         alpha = dict(zip(self.places, self.alpha, strict=True))
-        found = {}
+        found, own = {}, {}
         for where, (shape, which) in self.places.items():
-            x, delta = self.editors[shape](factors[where], which, self.own_statistics)
+            if self.own_statistics and shape not in own:  # those of a shape share them, one by one
+                own[shape] = tuple(Moments(t.shape[1]).to(t.device) for t in factors[where])
+            x, delta = self.editors[shape](factors[where], which, own.get(shape))
             other = Weight({"W_in": "W_out", "W_out": "W_in"}.get(where.name, ""), where.layer)
             step = alpha.get(other, alpha[where]) if self.swap_alphas else alpha[where]
             found[where] = (x.T, step * delta)
@@ -155,7 +160,8 @@ class Mend(TrainedMethod):
 
     Attributes:
         swap_alphas: Exchange the step sizes of W_in and W_out, as the released code does on GPT-2.
-        own_statistics: Normalise with the edit's own tokens, as the released code does.
+        own_statistics: Normalise with the edit's own tokens, as the released code does in its first
+            edit: those of this matrix and of the matrices of its shape before it.
     """
 
     swap_alphas: bool = False
@@ -170,7 +176,12 @@ class Mend(TrainedMethod):
         tokens: Int[Tensor, "n"],
     ) -> MendNetwork:
         """A new network, which takes no account of tokens."""
-        return MendNetwork(shapes, self.swap_alphas, self.own_statistics)
+        return MendNetwork(shapes)
+
+    def for_editing(self, network: nn.Module) -> nn.Module:
+        """A trained network, which from now on edits as the released code does, where asked to."""
+        network.swap_alphas, network.own_statistics = self.swap_alphas, self.own_statistics
+        return network
 
     def settings(self) -> Training:
         """The published settings, but that alpha's learning rate has its effect."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,36 @@ from transformer_lens_rome.files import read_tensors, write_tensors
 from transformer_lens_rome.ledger import base_weight
 
 _FORMAT = "transformer_lens_rome.editor.1"
+_NEEDED = {
+    "kind": str,
+    "counterfact": bool,
+    "matrices": list,
+    "hashes": list,
+    "d_model": int,
+    "model": str,
+    "prepend_bos": bool,
+    "train": list,
+    "validation": list,
+}
+
+
+def trained_on(
+    model: Any,
+    matrices: Sequence[Weight],
+    facts: tuple[Sequence[Fact], Sequence[Fact]],
+    others: tuple[Sequence[str], Sequence[str]],
+) -> dict[str, Any]:
+    """What was trained for which model and on what; data are for training and for validation."""
+    texts = "\n".join([*others[0], "", *others[1]])
+    return {
+        "matrices": [[*where] for where in matrices],
+        "hashes": [adapter.weight_hash(adapter.parameter(model, where)) for where in matrices],
+        "d_model": model.cfg.d_model,
+        "model": adapter.model_name(model),
+        "train": [fact_digest(fact) for fact in facts[0]],
+        "validation": [fact_digest(fact) for fact in facts[1]],
+        "locality": hashlib.sha256(texts.encode()).hexdigest(),
+    }
 
 
 class TrainedEditor:
@@ -77,7 +107,14 @@ class TrainedEditor:
             ValueError: not a whole editor file.
         """
         tensors, info = read_tensors(path, _FORMAT)
-        needed = {"kind", "counterfact", "matrices", "hashes", "d_model", "prepend_bos", "model"}
-        if missing := needed - set(info):
-            raise ValueError(f"{path} is an incomplete editor file, it lacks {sorted(missing)}")
-        return cls(tensors, info)
+        wrong = [name for name, kind in _NEEDED.items() if not isinstance(info.get(name), kind)]
+        if wrong:
+            raise ValueError(f"{path} is an incomplete editor file: {wrong} are missing or damaged")
+        try:
+            editor = cls(tensors, info)
+            whole = all(where.name in adapter.WEIGHTS for where in editor.matrices)
+            if not whole or len(editor.matrices) != len(info["hashes"]):
+                raise ValueError("one hash is needed for each matrix")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is an incomplete editor file ({error!r})") from error
+        return editor

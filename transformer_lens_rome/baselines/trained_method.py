@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.hypernetwork import Text, gradient_factors, mlp_matrices
-from transformer_lens_rome.baselines.trained_editor import TrainedEditor
+from transformer_lens_rome.baselines.trained_editor import TrainedEditor, trained_on
 from transformer_lens_rome.baselines.training import State, Training, run_info, train
 from transformer_lens_rome.baselines.training_data import (
     Corpus,
     Fact,
-    fact_digest,
     split,
     to_sample,
 )
@@ -56,7 +54,7 @@ class TrainedMethod(ABC):
     scale: float = 1.0
     prepend_bos: bool | None = None
     progress: bool = False
-    _network: nn.Module | None = field(default=None, repr=False, compare=False)
+    _network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 
     kind: ClassVar[str]
 
@@ -65,6 +63,10 @@ class TrainedMethod(ABC):
         self, shapes: Shapes, embeddings: Float[Tensor, "n d_model"], tokens: Int[Tensor, "n"]
     ) -> nn.Module:
         """A network as it is before training; tokens are those of the texts, with embeddings."""
+
+    def for_editing(self, network: nn.Module) -> nn.Module:
+        """A trained network, as it is to make edits."""
+        return network
 
     @abstractmethod
     def settings(self) -> Training:
@@ -77,6 +79,8 @@ class TrainedMethod(ABC):
 
     # ------------------------------------------------------------ training
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def fit(
         self,
         model: Any,
@@ -112,62 +116,38 @@ class TrainedMethod(ABC):
             raise ValueError("there are edits on the model; take them off with revert_all(model)")
         matrices = mlp_matrices(model, settings.layers, settings.matrices)
         if data is None:
-            data = self._written(model, 1000, 32, settings.seed, progress)
-        facts = split(data, validation)
-        if locality is None and isinstance(data[0], str):
-            others = facts
-        else:
-            others = split(locality or self._written(model, 200, 64, settings.seed, progress))
+            data = _written(model, 1000, 32, settings.seed, progress)
+        facts = others = split(data, validation)
+        if locality is not None or not isinstance(data[0], str):
+            if locality is None:
+                locality = _written(model, 200, 64, settings.seed, progress)
+            others = split(locality)
+        lengths = (settings.n_labels, settings.locality_tokens)
         corpora = tuple(
-            Corpus.of(
-                encoder, *some, settings.n_labels, settings.locality_tokens, crop=settings.crop
-            )
+            Corpus.of(encoder, *some, *lengths, crop=settings.crop)
             for some in zip(facts, others, strict=True)
         )
-        info = self._info(model, encoder, matrices, settings, facts, others)
+        plain = {"prepend_bos": encoder.prepends_bos, "settings": run_info(settings)}
+        known = {"kind": self.kind, "counterfact": self.counterfact, **plain}
+        info = known | trained_on(model, matrices, facts, others)
         state = State.new(self._new(model, matrices, corpora[0], settings.seed), settings)
         path = None if out is None else Path(f"{out}.training")
         if path is not None and path.exists():
             state.load(path, info)
             logger.info("going on at step %d of %s", state.step, path)
+        elif path is not None and Path(out).exists():
+            raise ValueError(f"there is a file {out} already, but no {path}; give another name")
 
         def saved(state: State) -> None:
             if path is not None:
                 state.save(path, info)
                 self._trained(state, info).save(out)
 
-        with torch.inference_mode(False), torch.enable_grad():
-            train(model, matrices, state, settings, corpora, saved=saved, progress=progress)
-        return replace(self, editor=self._trained(state, info), _network=None)
-
-    def _written(self, model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
-        logger.info("sampling %d texts of %d tokens from the model", n, length)
-        return sampled_texts(model, n, length=length, seed=seed, progress=progress)
-
-    def _info(
-        self,
-        model: Any,
-        encoder: Encoder,
-        matrices: Sequence[Weight],
-        settings: Training,
-        facts: tuple[Sequence[Fact], Sequence[Fact]],
-        others: tuple[Sequence[str], Sequence[str]],
-    ) -> dict[str, Any]:
-        """What an editor says of itself, and by which a run is told from another."""
-        texts = "\n".join([*others[0], "", *others[1]])
-        return {
-            "kind": self.kind,
-            "counterfact": self.counterfact,
-            "matrices": [[*where] for where in matrices],
-            "hashes": [adapter.weight_hash(adapter.parameter(model, w)) for w in matrices],
-            "d_model": model.cfg.d_model,
-            "model": adapter.model_name(model),
-            "prepend_bos": encoder.prepends_bos,
-            "settings": run_info(settings),
-            "train": [fact_digest(fact) for fact in facts[0]],
-            "validation": [fact_digest(fact) for fact in facts[1]],
-            "locality": hashlib.sha256(texts.encode()).hexdigest(),
-        }
+        train(model, matrices, state, settings, corpora, saved=saved, progress=progress)
+        editor = self._trained(state, info)
+        if path is not None:  # also if a run was stopped between its two files
+            editor.save(out)
+        return replace(self, editor=editor)
 
     def _new(self, model: Any, matrices: Sequence[Weight], corpus: Corpus, seed: int) -> nn.Module:
         """A new network, drawn from a seed without a trace in the global random state."""
@@ -176,7 +156,8 @@ class TrainedMethod(ABC):
         shapes = {where: tuple(adapter.parameter(model, where).shape) for where in matrices}
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            return self.new_network(shapes, embeddings, ids)
+            network = self.new_network(shapes, embeddings, ids)
+        return network.to(adapter.parameter(model, matrices[0]).device)
 
     def _trained(self, state: State, info: Mapping[str, Any]) -> TrainedEditor:
         run = {"step": state.best_step, "seconds": state.seconds, "curve": state.curve}
@@ -228,12 +209,18 @@ class TrainedMethod(ABC):
         Raises:
             ValueError: no editor, or one that was trained for another model.
         """
-        editor = self._loaded()
+        adapter.check_evaluating(model)
         if self._network is not None:
             return self
-        adapter.check_evaluating(model)
+        editor = self._loaded()
         editor.check(model)
         shapes = {w: tuple(adapter.parameter(model, w).shape) for w in editor.matrices}
+        return replace(self, editor=editor)._with_network(shapes)
+
+    @torch.inference_mode(False)
+    def _with_network(self, shapes: Shapes) -> TrainedMethod:
+        """This, which has its editor, with the editor's network; a change in place."""
+        editor = self.editor
         tokens = editor.tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
         with torch.random.fork_rng(devices=[]):
             rows = torch.zeros(len(tokens), editor.info["d_model"])
@@ -244,8 +231,20 @@ class TrainedMethod(ABC):
             raise ValueError(
                 f"the editor's tensors are not those of {self.name}: {error}"
             ) from error
-        network = network.eval().requires_grad_(False).to(model.cfg.device)
-        return replace(self, editor=editor, _network=network)
+        network.shapes = dict(shapes)
+        network = self.for_editing(network.eval().requires_grad_(False))
+        object.__setattr__(self, "_network", network)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers: shapes in place of the network, which not every pickle can hold."""
+        shapes = None if self._network is None else self._network.shapes
+        return {**vars(self), "_network": shapes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_network": None})
+        if state["_network"] is not None:
+            self._with_network(state["_network"])
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
         """The edit that the network makes of the request's gradient; nothing in it is random.
@@ -255,16 +254,20 @@ class TrainedMethod(ABC):
         """
         method = self.prepared(model)
         editor = method.editor
+        weights = {w: adapter.parameter(model, w).detach() for w in editor.matrices}
+        hashes = {where: adapter.weight_hash(weight) for where, weight in weights.items()}
+        if [*hashes.values()] != editor.info["hashes"]:  # there are edits on it, or it is another
+            editor.check(model)
+        network = method._network.to(next(iter(weights.values())).device)
         encoder = Encoder.of(model, editor.info["prepend_bos"])
         sample = to_sample(encoder, request, None)
         with torch.inference_mode(False):
             before, factors = gradient_factors(model, sample, editor.matrices)
             with torch.no_grad():
-                changes = method._network(factors, Text.of(model, sample))
-        weights = {where: adapter.parameter(model, where).detach() for where in changes}
+                changes = network(factors, Text.of(model, sample))
         edit = FactoredEdit.of(
             {w: (left.cpu(), self.scale * right.cpu()) for w, (left, right) in changes.items()},
-            {where: adapter.weight_hash(weight) for where, weight in weights.items()},
+            hashes,
             request=request,
             config=method._config(),
             provenance=provenance(model, encoder.prepends_bos),
@@ -282,5 +285,10 @@ class TrainedMethod(ABC):
 
     def _config(self) -> dict[str, Any]:
         """The method's options, and which editor it used."""
-        options = asdict(replace(self, editor=None, _network=None))
+        options = asdict(replace(self, editor=None))
         return {**options, "editor": repr(self.editor)}
+
+
+def _written(model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
+    logger.info("sampling %d texts of %d tokens from the model", n, length)
+    return sampled_texts(model, n, length=length, seed=seed, progress=progress)

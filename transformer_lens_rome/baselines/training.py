@@ -47,7 +47,7 @@ class Training:
         c_edit, c_loc: Weights of the two losses.
         accumulate: Steps between updates.
         clip: Largest norm of an update's gradient.
-        max_steps: Largest number of steps.
+        max_steps: Largest number of steps; the last is that of a validation.
         validate_every: Steps between validations, a multiple of `accumulate`.
         n_validation: Edits in a validation, at most.
         patience: Stop after so many steps without a better validation.
@@ -86,6 +86,11 @@ class Training:
                 f"validate_every ({self.validate_every}) must be a multiple of accumulate "
                 f"({self.accumulate})"
             )
+        if self.max_steps < self.validate_every:
+            raise ValueError(
+                f"max_steps ({self.max_steps}) is less than validate_every ({self.validate_every}),"
+                " and only what was validated is kept"
+            )
 
     def released(self) -> Training:
         """The same as the released code runs it: alpha's learning rate is without effect."""
@@ -118,7 +123,12 @@ class State:
         named = list(network.named_parameters())
         groups = [{"params": [p for name, p in named if name != "alpha"], "lr": settings.lr}]
         if alpha := [p for name, p in named if name == "alpha"]:
-            groups.append({"params": alpha, "lr": settings.alpha_lr or settings.lr})
+            groups.append(
+                {
+                    "params": alpha,
+                    "lr": settings.lr if settings.alpha_lr is None else settings.alpha_lr,
+                }
+            )
         return cls(network, torch.optim.Adam(groups))
 
     @property
@@ -182,7 +192,8 @@ def train(
         progress: Show progress bars.
     """
     train_on, validate_on = corpora
-    with tqdm(total=settings.max_steps, initial=state.step, disable=not progress) as bar:
+    last = settings.max_steps - settings.max_steps % settings.validate_every
+    with tqdm(total=last, initial=state.step, disable=not progress) as bar:
         while True:
             if state.step % settings.validate_every == 0 and not _validated(state):
                 start = time.perf_counter()
@@ -193,7 +204,7 @@ def train(
                 state.seconds += time.perf_counter() - start
                 bar.set_description(f"validation {entry['loss']:.3f}")
                 saved(state)
-            if state.step >= settings.max_steps:
+            if state.step >= last:
                 break
             if state.step - state.best_step >= settings.patience:
                 logger.info("no better validation for %d steps", settings.patience)

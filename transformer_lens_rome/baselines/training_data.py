@@ -85,10 +85,6 @@ def to_sample(encoder: Encoder, fact: Fact, n_labels: int | None) -> Sample:
     if isinstance(request, EditRequest):
         row = encoder.row(request.text, target=request.target_new)
         return Sample(row.ids, min(n_labels or len(row.target), len(row.target)))
-    if not isinstance(request, str):
-        raise ValueError(
-            f"expected a text, an EditRequest or a record, got a {type(fact).__name__}"
-        )
     if n_labels is None:
         raise ValueError("a text has no target; say how many of its last tokens are, n_labels=10")
     ids = encoder.row(request).ids
@@ -113,6 +109,10 @@ def fact_digest(fact: Fact) -> str:
     """Twelve digits of the sha256 of a text, or of a request's prompt: by it a fact is known."""
     request = getattr(fact, "request", fact)
     text = request.text if isinstance(request, EditRequest) else request
+    if not isinstance(text, str):
+        raise ValueError(
+            f"expected a text, an EditRequest or a record, got a {type(fact).__name__}"
+        )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,0 +1,58 @@
+"""What the tests of KE and MEND share: a text to write, its gradient, and how a model was found."""
+
+import torch
+
+from transformer_lens_rome import EditRequest, adapter
+from transformer_lens_rome.baselines.hypernetwork import gradient_factors, mlp_matrices
+from transformer_lens_rome.baselines.training_data import to_sample
+from transformer_lens_rome.prompts import Encoder
+
+REQUEST = EditRequest("The {} is located in", "Space Needle", "the city of Rome", "Seattle")
+OTHERS = ("Rome is the capital of Italy.", "He plays", "The mother tongue of Angela Merkel is")
+
+
+def sample_of(model, request=REQUEST, n_labels=None):
+    """The tokens of a request and its target."""
+    return to_sample(Encoder.of(model), request, n_labels)
+
+
+def others_of(model, texts=OTHERS):
+    """Token ids of texts of unequal length."""
+    rows = [Encoder.of(model).row(text).ids for text in texts]
+    assert len({len(ids) for ids in rows}) == len(rows)
+    return rows
+
+
+def factors_of(model, request=REQUEST, matrices=None):
+    """The gradient of every matrix of the MLPs, by token."""
+    return gradient_factors(model, sample_of(model, request), matrices or mlp_matrices(model))[1]
+
+
+def dense(factors):
+    """The change that two factors make."""
+    left, right = factors
+    return left @ right
+
+
+def gradient(factors):
+    """The gradient that the factors of all tokens make."""
+    return factors.x.T @ factors.delta
+
+
+def found(model):
+    """All that a method must leave as it was: weights, flags, modes, hooks."""
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))  # a bridge sets some hooks of its own at its first pass
+    return {
+        "weights": {k: adapter.weight_hash(v) for k, v in model.state_dict().items()},
+        "flags": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad is None for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "points": [len(point.fwd_hooks) for point in model.hook_dict.values()],
+    }
+
+
+def same_tensors(some, others):
+    """Whether two states hold the same bits."""
+    return some.keys() == others.keys() and all(torch.equal(some[k], others[k]) for k in some)
