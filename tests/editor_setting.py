@@ -2,8 +2,9 @@
 
 import torch
 
-from transformer_lens_rome import EditRequest, adapter
+from transformer_lens_rome import EditRequest, adapter, get_method
 from transformer_lens_rome.baselines.hypernetwork import gradient_factors, mlp_matrices
+from transformer_lens_rome.baselines.trained_editor import TrainedEditor, trained_on
 from transformer_lens_rome.baselines.training_data import to_sample
 from transformer_lens_rome.prompts import Encoder
 
@@ -56,3 +57,43 @@ def found(model):
 def same_tensors(some, others):
     """Whether two states hold the same bits."""
     return some.keys() == others.keys() and all(torch.equal(some[k], others[k]) for k in some)
+
+
+def shapes_of(model, matrices=None):
+    """The shapes of all matrices of the MLPs, or of some."""
+    chosen = matrices or mlp_matrices(model)
+    return {where: tuple(adapter.parameter(model, where).shape) for where in chosen}
+
+
+def random_editor(model, kind, *, seed=0, matrices=None):
+    """An editor of random tensors, whose edits are small changes; no training needed."""
+    ids = torch.tensor(sorted(set(sample_of(model).ids[2:])))
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        method, shapes = get_method(kind), shapes_of(model, matrices)
+        network = method.new_network(shapes, adapter.embeddings(model, ids).cpu(), ids)
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                if kind.startswith("mend"):
+                    redraw_mend(name, tensor)
+                elif tensor.is_floating_point():
+                    tensor.add_(0.05 * torch.randn(tensor.shape))
+    own = {"kind": method.kind, "counterfact": method.counterfact, "settings": {}}
+    own["prepend_bos"] = Encoder.of(model).prepends_bos
+    texts = [REQUEST.text], [OTHERS[0]]
+    info = own | trained_on(model, list(shapes), texts, texts)
+    return TrainedEditor(network.state_dict(), info)
+
+
+def redraw_mend(name, tensor):
+    """Random values for a tensor of MEND's network, of a size that lets both layers matter."""
+    last = name.split(".")[-1]
+    if last == "n":
+        tensor.fill_(50.0)
+    elif last == "squares":
+        tensor.uniform_(10.0, 100.0)
+    elif last == "alpha":
+        tensor.copy_(torch.linspace(1e-3, 5e-3, len(tensor)))
+    else:
+        scale = {"u": 0.05, "v": 0.05, "scale": 1.0}.get(last, 0.1)
+        tensor.add_(scale * torch.randn(tensor.shape))

@@ -70,6 +70,11 @@ class Moments(nn.Module):
         return (vectors - self.mean) / (std + 1e-7)
 
 
+def _moments_for(factors: TokenFactors) -> tuple[Moments, Moments]:
+    x, delta = (Moments(part.shape[1]).to(part.device) for part in factors)
+    return x, delta
+
+
 class ResidualLayer(nn.Module):
     """z + max(0, scale * (U V z + b) + shift), with a scale and shift for each matrix."""
 
@@ -109,6 +114,8 @@ class ShapeEditor(nn.Module):
             which: The matrix's number among those of its shape.
             own: Statistics of x and delta to use instead, and to add to.
         """
+        if own is None and not self.training and not self.x.n:  # it has seen nothing yet
+            own = _moments_for(factors)
         x, delta = own or (self.x, self.delta)
         if own or self.training:
             x.update(factors.x)
@@ -146,7 +153,7 @@ class MendNetwork(nn.Module):
         found, own = {}, {}
         for where, (shape, which) in self.places.items():
             if self.own_statistics and shape not in own:  # those of a shape share them, one by one
-                own[shape] = tuple(Moments(t.shape[1]).to(t.device) for t in factors[where])
+                own[shape] = _moments_for(factors[where])
             x, delta = self.editors[shape](factors[where], which, own.get(shape))
             other = Weight({"W_in": "W_out", "W_out": "W_in"}.get(where.name, ""), where.layer)
             step = alpha.get(other, alpha[where]) if self.swap_alphas else alpha[where]
