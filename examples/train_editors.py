@@ -4,7 +4,8 @@
 
 RECORDS: CounterFact. Those at positions 320 to 1419 are trained on; the first 200 are for
 evaluation. TEXT: a file of plain text, one paragraph a line, on which the model should stay as it
-is. EDITORS: a folder, which gets `mend-cf`, the editor, and `mend-cf.json`, the validations.
+is. EDITORS: a folder, which gets `mend-cf`, the editor. How training went is written to
+examples/results/editors/.
 
 The published settings are for a million steps on a GPU. These are for an hour on one core: fewer
 steps, so larger learning rates (KE's is De Cao et al.'s own), and shorter texts.
@@ -21,6 +22,7 @@ from transformer_lens_rome import CounterFact, get_method
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.sampling import sampled_texts
 
+RESULTS = Path(__file__).parent / "results" / "editors"
 SMALL = {"validate_every": 100, "n_locality": 1, "locality_tokens": 32, "patience": 300}
 SETTINGS = {
     "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 400, "n_validation": 20},
@@ -47,7 +49,8 @@ def main(name: str, records: str, text: str, folder: str) -> None:
     row |= {key: info[key] for key in ("step", "seconds", "curve")}
     row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     row["editor_mb"] = path.stat().st_size / 1e6
-    path.with_suffix(".json").write_text(json.dumps(row, indent=1))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformer_lens_rome.counterfact.records import CounterFactRecord
 from transformer_lens_rome.edits import EditRequest, load_edit
 from transformer_lens_rome.methods import described
 
-SHAPES = ("gpt2", "gptj", "gemma3")
+SHAPES = ("gpt2", "gemma3")
 TEXTS = [f"the people of {place} like to walk by the river and by the sea" for place in "ABCDEF"]
 FACTS = [
     EditRequest("{} was born in", name, "Rome", "Oslo") for name in ("Ida", "Kai", "Lea", "Jo")
