@@ -25,7 +25,7 @@ from transformer_lens_rome.sampling import sampled_texts
 RESULTS = Path(__file__).parent / "results" / "editors"
 SMALL = {"validate_every": 100, "n_locality": 1, "locality_tokens": 32, "patience": 300}
 SETTINGS = {
-    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 400, "n_validation": 20},
+    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 300, "n_validation": 20},
     "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 400, "n_validation": 40},
 }
 

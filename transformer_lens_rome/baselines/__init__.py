@@ -7,4 +7,11 @@ from transformer_lens_rome.baselines.mend import Mend
 from transformer_lens_rome.baselines.published_editors import convert_editor
 from transformer_lens_rome.baselines.training import Training
 
-__all__ = ["FineTuning", "KnowledgeEditor", "KnowledgeNeurons", "Mend", "Training", "convert_editor"]
+__all__ = [
+    "FineTuning",
+    "KnowledgeEditor",
+    "KnowledgeNeurons",
+    "Mend",
+    "Training",
+    "convert_editor",
+]
