@@ -24,6 +24,7 @@ from transformer_lens_rome.sampling import sampled_texts
 
 RESULTS = Path(__file__).parent / "results" / "editors"
 SMALL = {"validate_every": 100, "n_locality": 1, "locality_tokens": 32, "patience": 300}
+N_TEXTS = {"ke": 256, "mend": 800}
 SETTINGS = {
     "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 300, "n_validation": 20},
     "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 400, "n_validation": 40},
@@ -38,7 +39,7 @@ def main(name: str, records: str, text: str, folder: str) -> None:
     if name.endswith("-cf"):
         data = sorted(CounterFact.load(records), key=lambda record: record.case_id)[320:1420]
     else:
-        data = sampled_texts(model, 800, length=32)
+        data = sampled_texts(model, N_TEXTS[name], length=32)
         data = [line for line in data if len(line.split()) > 14]
     method = get_method(name)
     settings = replace(method.settings(), **SMALL, **SETTINGS[method.kind])

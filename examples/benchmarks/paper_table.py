@@ -3,7 +3,7 @@
     python examples/benchmarks/paper_table.py RECORDS TEXT EDITORS [NAME ...]
 
 RECORDS are CounterFact records. By case_id, the first 200 are scored (KN: 50, it is slow), and text
-is generated for the first 20; settings were chosen on records 200 to 319, and KE-CF and MEND-CF
+is generated for the first 10; settings were chosen on records 200 to 319, and KE-CF and MEND-CF
 were trained on records 320 to 1419 (`train_editors.py`, which fills the folder EDITORS). TEXT is
 where ROME's second moment comes from. SNIPPETS=FILE in the environment (attribute_snippets.json)
 adds RS.
@@ -22,7 +22,7 @@ from transformer_lens_rome.counterfact import References, Results, comparison, m
 from transformer_lens_rome.demo import load_demo_model
 
 FOLDER = RESULTS / "counterfact"
-N, N_GENERATED = {"kn": 50}, 20
+N, N_GENERATED = {"kn": 50}, 10
 
 
 def run(records_file: str, text: str, editors: str, *names: str) -> None:
