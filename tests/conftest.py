@@ -62,6 +62,12 @@ def bos_tokenizer(tmp_path_factory):
     return tiny_tokenizer(tmp_path_factory.mktemp("bos"), bos=True)
 
 
+@pytest.fixture
+def tokenizer_of(tokenizer, bos_tokenizer):
+    """Gemma's prompts start with BOS, the others' do not."""
+    return lambda shape: bos_tokenizer if shape.startswith("gemma") else tokenizer
+
+
 @pytest.fixture(params=CLASSES)
 def model_class(request):
     """Each model class of the installed TransformerLens."""
