@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_models
 from safetensors.torch import load_file
 
-from transformer_lens_rome import RankOneEdit, SecondMoment
+from transformer_lens_rome import EditRequest, RankOneEdit, SecondMoment, get_method
 from transformer_lens_rome.__main__ import main
 from transformer_lens_rome.causal_trace import CausalTrace
+from transformer_lens_rome.demo import load_model
 
 needs_bridge = pytest.mark.skipif(
     not tiny_models.has_bridge(), reason="a folder is loaded as a bridge, which this version lacks"
@@ -128,8 +130,16 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
         (["--statistics", "file"], "--statistics are for 'rome'"),
         (["--snippets", "file"], "give --generate too"),
         (["--dataset", "zsre", "--generate"], "zsRE has no generated text"),
+        (["--editor", "file"], "--editor is for 'ke'"),
     ):
         status, said = evaluate("ft", *more)
+        assert status == 2 and words in said.err
+    for name, more, words in (
+        ("kn", ["--layer", "1"], "--layer is for 'rome'"),
+        ("ke", [], "which need one"),
+        ("mend", ["--editor", str(tmp_path / "none")], "no file"),
+    ):
+        status, said = evaluate(name, "--lenient", *more)
         assert status == 2 and words in said.err
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"ft.jsonl", "ft+l.jsonl", "unedited.jsonl"}
@@ -145,3 +155,20 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     assert r"\begin{tabular}{lrr" in latex and r"ft+l & 3 & 0 &" in latex
     assert main(["table", str(records)]) == 2
     assert "is not a run's file" in capsys.readouterr().err
+
+
+@needs_bridge
+def test_an_editor_is_evaluated(checkpoint, records, tmp_path, capsys):
+    model = load_model(str(checkpoint), None)
+    facts = [EditRequest("{} was born in", name, "Rome") for name in ("Ida", "Kai", "Lea")]
+    method = get_method("mend-cf")
+    settings = replace(method.settings(), accumulate=1, max_steps=1, validate_every=1)
+    method.fit(
+        model, facts, locality=["the sea", "the sun"], settings=settings, out=tmp_path / "editor"
+    )
+    arguments = ["evaluate", str(checkpoint), "mend-cf", str(tmp_path / "run.jsonl"), "--lenient"]
+    arguments += ["--records", str(records), "--editor", str(tmp_path / "editor"), "--json"]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "| mend-cf | 3 | 0 |" in report["table"] and not report["failed"]

@@ -102,6 +102,8 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse options that would do nothing."""
     if options.statistics and options.method != "rome":
         raise ValueError(f"--statistics are for 'rome', not for {options.method!r}")
+    if options.layer is not None and options.method not in ("rome", "ft", "ft+l"):
+        raise ValueError(f"--layer is for 'rome', 'ft' and 'ft+l', not for {options.method!r}")
     trained = options.method.split("-")[0] in ("ke", "mend")
     if bool(options.editor) != trained:
         raise ValueError("--editor is for 'ke', 'ke-cf', 'mend' and 'mend-cf', which need one")
