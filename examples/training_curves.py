@@ -21,8 +21,10 @@ for color, (name, run) in zip(("C0", "C1", "C2", "C3"), runs.items()):
     left.plot(steps, [entry["edit"] for entry in run["curve"]], **style)
     left.axhline(run["curve"][0]["before"], color=color, linewidth=0.8, linestyle=":")
     right.plot(steps, [entry["locality"] for entry in run["curve"]], **style)
-left.set(xlabel="step", ylabel="NLL of the target, nats", title="edited text (dotted: before)")
-right.set(xlabel="step", ylabel="KL(before || after), nats", title="other text", yscale="symlog")
+left.set(xlabel="step", ylabel="NLL, nats", title="the target of other edits (dotted: unedited)")
+right.set(
+    xlabel="step", ylabel="KL(before || after), nats", title="text to leave alone", ylim=(0, None)
+)
 right.legend(frameon=False)
 for ax in (left, right):
     ax.spines[["top", "right"]].set_visible(False)
