@@ -226,7 +226,6 @@ def test_a_description_tells_editors_apart(gpt2, editor, tmp_path):
     said = described(method_of(editor))
     assert editor.digest in str(said) and said == described(path.prepared(gpt2))
     assert said != described(method_of(editor, scale=2.0))
-    assert said == described(method_of(editor, progress=True))
 
 
 def test_options_that_change_later_have_their_effect(gpt2, editor):

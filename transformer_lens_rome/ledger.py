@@ -51,6 +51,16 @@ def edited_weights(model: Any) -> list[Weight]:
     return [ledger.where for ledger in found if ledger is not None]
 
 
+def check_unedited(model: Any) -> None:
+    """Refuse a model that has edits on it.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if edited_weights(model):
+        raise ValueError("there are edits on the model; take them off with revert_all(model)")
+
+
 def base_weight(model: Any, where: Weight) -> Float[Tensor, "..."] | None:
     """A weight as it would be without the edits that are on it now; None if there is none."""
     if ledger := _ledger(model, where):

@@ -26,13 +26,12 @@ from transformer_lens_rome.baselines.training_data import (
 )
 from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
 from transformer_lens_rome.health import target_probabilities
-from transformer_lens_rome.ledger import active_edits
+from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import provenance
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
 
 logger = logging.getLogger(__name__)
-
 
 Shapes = Mapping[Weight, tuple[int, int]]
 
@@ -46,14 +45,12 @@ class TrainedMethod(ABC):
         counterfact: The variant that is trained on CounterFact.
         scale: What every change is multiplied by.
         prepend_bos: Overrides the checkpoint's own rule; an editor has the one it was trained with.
-        progress: Show progress bars.
     """
 
     editor: TrainedEditor | str | Path | None = None
     counterfact: bool = False
     scale: float = 1.0
     prepend_bos: bool | None = None
-    progress: bool = False
     _network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
 
     kind: ClassVar[str]
@@ -112,8 +109,7 @@ class TrainedMethod(ABC):
         """
         settings, encoder = settings or self.settings(), Encoder.of(model, self.prepend_bos)
         adapter.check_evaluating(model)
-        if any(active_edits(model, layer) for layer in range(model.cfg.n_layers)):
-            raise ValueError("there are edits on the model; take them off with revert_all(model)")
+        check_unedited(model)
         matrices = mlp_matrices(model, settings.layers, settings.matrices)
         if data is None:
             data = _written(model, 1000, 32, settings.seed, progress)

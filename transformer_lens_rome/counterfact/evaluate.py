@@ -42,7 +42,7 @@ from transformer_lens_rome.counterfact.scoring import (
 from transformer_lens_rome.counterfact.zsre import ZsreRecord
 from transformer_lens_rome.distributed import in_order, on_workers
 from transformer_lens_rome.fingerprint import Fingerprint
-from transformer_lens_rome.ledger import active_edits
+from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import EditMethod, described, get_method
 from transformer_lens_rome.prompts import Encoder
 
@@ -175,8 +175,7 @@ def _check(model: Any, records: Sequence[Record], workers: int) -> None:
         raise ValueError("two records have the same case_id; number them anew")
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
-    if any(active_edits(model, layer) for layer in range(model.cfg.n_layers)):
-        raise ValueError("there are edits on the model; take them off with revert_all(model)")
+    check_unedited(model)
 
 
 def _check_unseen(method: EditMethod | None, records: Sequence[Record]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformer_lens_rome.edits import Edit
-from transformer_lens_rome.ledger import active_edits, applied
+from transformer_lens_rome.ledger import applied, edited_weights
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sample_continuations
 from transformer_lens_rome.viz.page import table
@@ -66,7 +66,7 @@ def compare_generations(
     Raises:
         ValueError: edits on the model, or a prompt that is as long as the text.
     """
-    if "unedited" in edits or any(active_edits(model, n) for n in range(model.cfg.n_layers)):
+    if "unedited" in edits or edited_weights(model):
         raise ValueError('"unedited" is the model without edits; take them off with revert_all')
     encoder, texts = Encoder.of(model), {}
     if any(len(encoder.ids(prompt)) >= length for prompt in prompts):
