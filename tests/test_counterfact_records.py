@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_lens_rome import EditRequest, files
+from transformer_lens_rome import EditRequest, downloads
 from transformer_lens_rome.counterfact import CounterFact, records
 
 PUBLISHED = {
@@ -163,7 +163,7 @@ def test_the_published_file_is_downloaded_once_and_checked(monkeypatch, tmp_path
         headers = {"Content-Length": str(len(content))}
 
     monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path))
-    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *a, **k: Answer(content))
+    monkeypatch.setattr(downloads, "_open", lambda request: Answer(content))
     with pytest.raises(ValueError, match="not the published file"):
         CounterFact.load()
     assert not list(tmp_path.iterdir())
@@ -171,5 +171,5 @@ def test_the_published_file_is_downloaded_once_and_checked(monkeypatch, tmp_path
     digest = records.hashlib.sha256(content).hexdigest()
     monkeypatch.setattr(records, "_SHA256", digest)
     assert CounterFact.load().digest == digest
-    monkeypatch.setattr(files.urllib.request, "urlopen", None)
+    monkeypatch.setattr(downloads, "_open", None)
     assert len(CounterFact.load()) == 1

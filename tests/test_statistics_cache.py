@@ -1,7 +1,6 @@
 """Statistics are made once, found again, and never taken for those of another model."""
 
-import io
-
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -37,7 +36,7 @@ def offline(monkeypatch):
 
         return raise_error
 
-    monkeypatch.setattr(default_statistics, "_download", fail("download"))
+    monkeypatch.setattr(default_statistics, "_published", fail("published"))
     monkeypatch.setattr(
         default_statistics, "_articles", fail("wikipedia", default_statistics._NoCorpus)
     )
@@ -118,9 +117,9 @@ def test_the_authors_files_come_before_wikipedia_and_never_with_bos(
     gpt2, folder, offline, monkeypatch
 ):
     monkeypatch.setattr(default_statistics, "short_name", lambda model: "gpt2-xl")
-    for bos, expected in ((False, ["download", "wikipedia"]), (True, ["wikipedia"])):
+    for bos, expected in ((False, ["published", "wikipedia"]), (True, ["wikipedia"])):
         offline.clear()
-        with pytest.raises(ValueError, match="nothing could be downloaded"):
+        with pytest.raises(ValueError, match="no corpus could be read"):
             default_second_moment(gpt2, LAYER, prepend_bos=bos, progress=False)
         assert offline == expected
 
@@ -162,19 +161,32 @@ def test_a_disk_that_is_full_is_no_obstacle(gpt2, folder, monkeypatch, caplog):
     assert list(folder.iterdir()) == []
 
 
-def test_a_download_that_ends_early_is_no_statistics_file(gpt2, folder, monkeypatch, offline):
-    """The authors' server says how long a file is; a shorter one is not kept."""
+def test_the_authors_file_is_used_if_it_is_there_and_never_downloaded(
+    gpt2, folder, offline, monkeypatch, caplog
+):
     monkeypatch.undo()
     monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(folder))
-
-    class Short(io.BytesIO):
-        headers = {"Content-Length": "100"}
-
-    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *a, **k: Short(b"x"))
     monkeypatch.setattr(default_statistics, "short_name", lambda model: "gpt2-xl")
-    with pytest.raises(OSError, match="ended after 1 of 100 bytes"):
-        default_statistics._download(gpt2, LAYER)
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    with pytest.raises(FileNotFoundError, match="without a checksum.*save it as"):
+        default_statistics._published(gpt2, LAYER)
+    path = folder / "gpt2-xl" / f"transformer.h.{LAYER}.mlp.c_proj_float32_mom2_100000.npz"
+    path.parent.mkdir(parents=True)
+    np.savez(path, **{"mom2.mom2": np.eye(128, dtype=np.float32), "mom2.count": 500})
+    found = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    assert (found.n_tokens, found.layer, found.d_mlp) == (500, LAYER, 128)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/etc/passwd", "a/b\\c", "nul\0l", "n" * 5000, "..", "é"]
+)
+def test_no_name_leads_out_of_the_folder_or_is_too_long(gpt2, folder, monkeypatch, name):
+    monkeypatch.setattr(default_statistics.adapter, "model_name", lambda model: name)
+    make = Maker(gpt2)
+    make.cached(corpus=name)
+    make.cached(corpus=name)
+    assert make.calls == 1
+    (path,) = folder.parent.rglob("*.safetensors")
+    assert path.parent == folder and len(path.name) < 255
 
 
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from transformer_lens_rome import files, known_facts
+from transformer_lens_rome import downloads, known_facts
 from transformer_lens_rome.average_trace import CATEGORIES, AverageTrace, average_traces
 from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.known_facts import load_known_facts
@@ -241,7 +241,7 @@ def _serve(monkeypatch, tmp_path, content):
         headers = {"Content-Length": str(len(content))}
 
     monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path))
-    monkeypatch.setattr(files.urllib.request, "urlopen", lambda *a, **k: Answer(content))
+    monkeypatch.setattr(downloads, "_open", lambda request: Answer(content))
 
 
 def test_a_download_is_checked_and_kept(shared, monkeypatch, tmp_path):

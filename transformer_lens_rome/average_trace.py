@@ -73,7 +73,8 @@ class AverageTrace(Result):
     categories: ClassVar[tuple[str, ...]] = CATEGORIES
 
     def __post_init__(self) -> None:
-        if self.scores.shape != self.half_width.shape or len(self.n) != len(CATEGORIES):
+        whole = self.scores.shape == self.half_width.shape and self.scores.numel()
+        if not whole or not len(self.scores) == len(self.n) == len(CATEGORIES):
             raise ValueError(f"axes do not fit: {tuple(self.scores.shape)}")
 
     @property
@@ -143,7 +144,9 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
     """
     if not traces:
         raise ValueError("there are no traces to average")
-    alike = {(t.kind, t.window, t.metric, t.samples.shape[1], t.info["model"]) for t in traces}
+    alike = {
+        (t.kind, t.window, t.metric, t.samples.shape[1], str(t.info.get("model"))) for t in traces
+    }
     if len(alike) > 1:
         raise ValueError(f"traces of different kinds, windows, metrics or models: {sorted(alike)}")
     columns = [_by_category(trace) for trace in traces]

@@ -55,6 +55,9 @@ class CausalTrace(Result):
         n, _, positions = self.samples.shape
         if (n, positions) != (len(self.corrupted_samples), len(self.tokens)):
             raise ValueError(f"axes do not fit: {tuple(self.samples.shape)}")
+        at = self.subject_positions
+        if not at or not self.samples.numel() or not all(0 <= p < positions for p in at):
+            raise ValueError(f"there are no samples, or no subject among {positions} tokens: {at}")
 
     @property
     def scores(self) -> Float[Tensor, "layer pos"]:

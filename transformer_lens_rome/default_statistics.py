@@ -2,12 +2,14 @@
 
 A file in the cache folder (see `files`) is found by model name, layer, BOS rule and corpus, and
 used only if its probe keys are those of the model at hand.
+
+The authors publish no checksums of their statistics, so these are not downloaded: whoever wants
+them puts them where `default_second_moment` says that it looked.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 from transformer_lens_rome import adapter
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.defaults import short_name
-from transformer_lens_rome.files import cache_folder, download
+from transformer_lens_rome.files import cache_folder, safe_name
 from transformer_lens_rome.second_moment import SecondMoment
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,8 @@ def default_second_moment(
 ) -> SecondMoment:
     """C for a layer, from the first of these that can be had.
 
-    Wikipedia in the cache; the authors' files (GPT-2 M/L/XL, GPT-J); the model's own sampled text
-    in the cache; Wikipedia, streamed.
+    Wikipedia in the cache; the authors' file there (GPT-2 M/L/XL, GPT-J); the model's own sampled
+    text in the cache; Wikipedia, streamed.
 
     Raises:
         ValueError: none of these can be had, for instance offline; the message has the remedies.
@@ -47,7 +49,7 @@ def default_second_moment(
         return found
     try:
         if short_name(model) in _PUBLISHED and not prepend_bos:
-            return _download(model, layer)
+            return _published(model, layer)
     except (OSError, ValueError) as error:
         logger.warning("no published statistics for layer %d: %s", layer, _first_line(error))
     if (found := _cached(model, layer, prepend_bos, "sampled")) is not None:
@@ -59,7 +61,7 @@ def default_second_moment(
         logger.warning("no Wikipedia statistics for layer %d: %s", layer, _first_line(error))
     raise ValueError(
         f"no second moment for layer {layer} of {adapter.model_name(model)}: none is in "
-        f"{cache_folder()} and nothing could be downloaded. Pass second_moment=, either "
+        f"{cache_folder()} and no corpus could be read. Pass second_moment=, either "
         "collect_second_moment(model, your_texts, layer) or, with no text at hand, "
         "collect_second_moment(model, sampled_texts(model, 500), layer)"
     )
@@ -86,10 +88,10 @@ def cached_second_moment(
 
 
 def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
-    name = re.sub(r"[^\w.-]+", "_", adapter.model_name(model))
-    width = len(adapter.w_out(model, layer))
+    name, width = safe_name(adapter.model_name(model)), len(adapter.w_out(model, layer))
     bos = "bos" if prepend_bos else "nobos"
-    return cache_folder() / f"{name}-{width}-layer{layer}-{bos}-{corpus}.safetensors"
+    file = f"{name}-{width}-layer{layer}-{bos}-{safe_name(corpus, 40)}.safetensors"
+    return cache_folder() / file
 
 
 def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMoment | None:
@@ -109,14 +111,16 @@ def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMom
     return found
 
 
-def _download(model: Any, layer: int) -> SecondMoment:
-    """The authors' statistics file, 100,000 Wikipedia articles."""
+def _published(model: Any, layer: int) -> SecondMoment:
+    """The authors' statistics file, 100,000 Wikipedia articles, if it was put into the cache."""
     folder, module = _PUBLISHED[short_name(model)]
     name = f"transformer.h.{layer}.mlp.{module}_float32_mom2_100000.npz"
     path = cache_folder() / folder / name
     if not path.is_file():
-        url = f"{_HOST}/{folder}/wikipedia_stats/{name}"
-        download(url, path)
+        raise FileNotFoundError(
+            f"{_HOST}/{folder}/wikipedia_stats/{name} is published without a checksum, so it is "
+            f"not downloaded; save it as {path} to use it"
+        )
     logger.info("second moment of layer %d: %s", layer, path)
     return SecondMoment.from_npz(path)
 

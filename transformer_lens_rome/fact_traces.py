@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.corruption import subject_embedding_std
+from transformer_lens_rome.files import safe_name
 from transformer_lens_rome.known_facts import KnownFact
 from transformer_lens_rome.prompts import Encoder, top_tokens
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
@@ -122,7 +123,7 @@ def _each(
     traces = []
     what = f"tracing {options.get('kind') or options['sever'] + ' severed'}"
     for fact in tqdm(facts, desc=what, disable=not progress):
-        path = None if folder is None else Path(folder) / f"{fact.known_id}.safetensors"
+        path = None if folder is None else Path(folder) / safe_name(f"{fact.known_id}.safetensors")
         if path is not None and path.is_file():
             traces.append(result.load(path))
             _check_same(traces[-1], model, fact, options, path)

@@ -1,27 +1,47 @@
-"""Files: safetensors with JSON metadata, the cache folder, downloads.
+"""Files: safetensors with JSON metadata, the cache folder, names of files, locks.
 
-What is written is written whole or not at all, and a pickle is never read. The cache folder is
-`$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in `$XDG_CACHE_HOME` or `~/.cache`.
+What is written is written whole or not at all, and a pickle is never read. A file is read here and
+not by the safetensors library, which maps it into memory: so its header is judged before anything
+is taken for what it promises, and what was read stays what it was.
+
+The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in
+`$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import math
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-logger = logging.getLogger(__name__)
+from transformer_lens_rome.strict_json import parse
+
+_OWN = "transformer_lens_rome"
+MAX_HEADER = 32 * 2**20
+"""Bytes of a header: a trained editor's lists its facts, and this is room for two million."""
+MAX_TENSORS = 10_000
+"""Tensors in a file; those of an edit of every MLP of a large model are hundreds."""
+MAX_LAYERS = 10_000
+"""Blocks of a model, where a file names one of them."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+_MAX_SIZE = 2**40  # of one axis: products stay far from where whole numbers end
 
 
 def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -31,7 +51,7 @@ def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, A
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(plain, temporary, metadata={"transformer_lens_rome": json.dumps(info)})
+        save_file(plain, temporary, metadata={_OWN: json.dumps(info)})
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -50,20 +70,90 @@ def read_tensors(path: Any, expected_format: str) -> tuple[dict[str, Tensor], di
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
-    try:
-        info = json.loads(metadata.get("transformer_lens_rome", "{}"))
-        found = info.get("format", "safetensors file of another program")
-    except (AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no JSON object that describes it ({error!r})") from error
-    if found != expected_format:
-        raise ValueError(f"{path} is a {found}, not a {expected_format}")
-    return tensors, info
+    with path.open("rb") as file:
+        try:
+            parts, metadata, start = _header(file, path)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
+        try:
+            info = parse(metadata.get(_OWN, "{}"), "its description")
+            found = info.get("format", "safetensors file of another program")
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no JSON object that describes it ({error!r:.400})"
+            ) from error
+        if found != expected_format:
+            raise ValueError(f"{path} is a {str(found):.80}, not a {expected_format}")
+        return {part.name: _read(file, start, part, path) for part in parts}, info
+
+
+class _Part(NamedTuple):
+    """Where a tensor is in a file, and what it is."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _header(file: BinaryIO, path: Path) -> tuple[list[_Part], dict[str, str], int]:
+    """What a file's header says of its tensors, its metadata, and where the tensors begin."""
+    size = path.stat().st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = parse(file.read(length), "its header", longest=MAX_HEADER)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{len(header)} tensors")
+    parts = sorted((_part(*item) for item in header.items()), key=lambda part: part[3:])
+    ends = [0, *(part.end for part in parts)]
+    if [part.begin for part in parts] != ends[:-1] or 8 + length + ends[-1] != size:
+        raise ValueError("its tensors leave gaps, overlap, or do not fill it: is it truncated?")
+    return parts, metadata, 8 + length
+
+
+def _part(name: str, said: Any) -> _Part:
+    """A tensor's entry in the header, if it agrees with itself."""
+    said = said if isinstance(said, dict) else {}
+    dtype = _DTYPES.get(str(said.get("dtype")))
+    shape, offsets = said.get("shape"), said.get("data_offsets")
+    for numbers, most in ((shape, 8), (offsets, 2)):
+        known = isinstance(numbers, list) and len(numbers) <= most
+        if not known or not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in numbers):
+            raise ValueError(f"tensor {name[:60]!r} has no shape or place")
+    if dtype is None or len(offsets) != 2:
+        raise ValueError(f"tensor {name[:60]!r} has no type that is used, or no place")
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise ValueError(f"tensor {name[:60]!r} has another size than its shape {shape}")
+    return _Part(name, dtype, tuple(shape), *offsets)
+
+
+def _read(file: BinaryIO, start: int, part: _Part, path: Path) -> Tensor:
+    """One tensor, in memory of its own."""
+    if part.begin == part.end:
+        return torch.empty(part.shape, dtype=part.dtype)
+    data = bytearray(part.end - part.begin)
+    file.seek(start + part.begin)
+    if file.readinto(data) != len(data):
+        raise ValueError(f"{path} is not a whole safetensors file (it became shorter)")
+    return torch.frombuffer(data, dtype=part.dtype).reshape(part.shape)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: a tensor holds one; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name[:60]} holds NaN or infinity")
 
 
 def cache_folder() -> Path:
@@ -74,79 +164,16 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "transformer_lens_rome"
 
 
-def checked(url: str, size: int, sha256: str) -> Callable[[Path], None]:
-    """A check for `download`: that a file has its published size and sha256."""
+def safe_name(text: str, longest: int = 100) -> str:
+    """A text as one plain name of a file: no separators, no leading dot, and not too long.
 
-    def check(path: Path) -> None:
-        state = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                state.update(block)
-        found = state.hexdigest()
-        if path.stat().st_size != size or found != sha256:
-            raise ValueError(
-                f"{url} gave {path.stat().st_size} bytes with sha256 {found}, not the published "
-                "file; nothing was kept"
-            )
-
-    return check
-
-
-def download(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
-    """Download one file, with a progress bar; it is kept only if it is whole and passes a check.
-
-    A download that broke off goes on where it was at the next call, if the server can do that and
-    a check will tell whether the parts belong together.
-
-    Raises:
-        OSError: it cannot be had, ends early, or another process is downloading it.
-        What the check raises.
+    What had to be cut keeps some digits of its sha256, so that two texts stay two names.
     """
-    logger.info("downloading %s", url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("ab") as file:
-        lock(file, OSError(f"another process is downloading {path.name}; wait for it"))
-        if check is None:
-            file.truncate(0)
-        size = _fetch(url, file)
-        file.flush()
-        if size and (have := part.stat().st_size) != size:
-            if check is None:
-                part.unlink()
-            raise OSError(f"{url} ended after {have} of {size} bytes; call again to go on")
-        try:
-            if check is not None:
-                check(part)
-        except ValueError:
-            part.unlink()
-            raise
-        if os.name != "nt":
-            os.replace(part, path)
-    if os.name == "nt":  # where an open file cannot be moved
-        os.replace(part, path)
-
-
-def _fetch(url: str, file: BinaryIO) -> int:
-    """Append what a file still lacks; its whole size, or 0 if the server does not say."""
-    have = file.seek(0, os.SEEK_END)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        source = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: there is nothing after what we have
-            raise
-        return have
-    with source:
-        if have and source.status != 206:  # the server sends it from the start
-            file.truncate(0)
-            have = 0
-        size = have + int(source.headers.get("Content-Length", 0) or -have)
-        with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=url[-30:]) as bar:
-            while block := source.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-    return size
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".") or "_"
+    if len(name) <= longest:
+        return name
+    digits = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12]
+    return f"{name[: longest - 13]}-{digits}"
 
 
 def lock(file: BinaryIO, refusal: Exception) -> None:

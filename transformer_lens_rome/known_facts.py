@@ -10,10 +10,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformer_lens_rome.files import cache_folder, download
+from transformer_lens_rome.downloads import Published, download
+from transformer_lens_rome.files import cache_folder
+from transformer_lens_rome.strict_json import read_json
+from transformer_lens_rome.typed import fits
 
 URL = "https://rome.baulab.info/data/dsets/known_1000.json"
 _FIELDS = ("known_id", "subject", "attribute", "template", "prediction", "prompt", "relation_id")
+_MOST = 10_000_000  # bytes; it has 0.3 million, and fields may be added
 _SHA256 = "e4e8bd3266817799112b8c15cd84db5f6c5c6043e33459ad9cc506104cede96c"
 
 
@@ -41,31 +45,35 @@ def load_known_facts(path: Any = None) -> list[KnownFact]:
         return _parse(Path(path))
     kept = cache_folder() / "known_1000.json"
     if not kept.is_file():
-        download(URL, kept, _check)
+        download(Published(URL, _MOST, same=_check), kept)
     return _parse(kept)
 
 
 def _parse(path: Path) -> list[KnownFact]:
-    try:
-        records = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(records, list):
-        raise ValueError(f"{path} holds no list of facts")
     facts = []
-    for i, record in enumerate(records):
-        try:
-            facts.append(KnownFact(*(record[name] for name in KnownFact._fields)))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: record {i} lacks {error}") from error
-        if facts[-1].subject not in facts[-1].prompt:
+    for i, record in enumerate(_records(path)):
+        for name in KnownFact._fields:
+            kind = int if name == "known_id" else str
+            if not fits(found := record.get(name), kind):
+                raise ValueError(
+                    f"{path}: record {i}: {name} should be {kind.__name__}, it is {found!r:.60}"
+                )
+        facts.append(KnownFact(*(record[name] for name in KnownFact._fields)))
+        if not facts[-1].subject.strip() or facts[-1].subject not in facts[-1].prompt:
             raise ValueError(f"{path}: record {i}: its subject is not in its prompt")
     return facts
 
 
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = read_json(path)
+    if not fits(records, list[dict]):
+        raise ValueError(f"{path} holds no list of facts")
+    return records
+
+
 def _check(path: Path) -> None:
     """Compare the fields' sha256 with the published file's; added fields do not matter."""
-    records = json.loads(path.read_text())
+    records = _records(path)
     content = [[record.get(name) for name in _FIELDS] for record in records]
     found = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
     if found != _SHA256:

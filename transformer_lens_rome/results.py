@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.typed import make
 
 R = TypeVar("R", bound="Result")
 
@@ -42,6 +43,6 @@ class Result:
             if name != "format"
         }
         try:
-            return cls(**tensors, **plain)
+            return make(cls, {**plain, **tensors})
         except (TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} does not hold a whole {cls.__name__} ({error})") from error

@@ -46,6 +46,7 @@ from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome_config import RomeConfig
 from transformer_lens_rome.sampling import sample_prefixes
 from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.strict_json import check_text
 from transformer_lens_rome.v_star import Batch, optimise, read_keys_and_values
 
 logger = logging.getLogger(__name__)
@@ -137,11 +138,15 @@ def compute_rome_edit(
 
 
 def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
-    if isinstance(prefixes, str) or not prefixes or any("{}" in prefix for prefix in prefixes):
+    several = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    texts = prefixes if several else ()
+    if not texts or not all(isinstance(text, str) and "{}" not in text for text in texts):
         raise ValueError(
             'prefixes is a list of texts to put before the prompt, with "" for the bare prompt '
-            f"(write 'Hello.' for the template 'Hello. {{}}'); got {prefixes!r}"
+            f"(write 'Hello.' for the template 'Hello. {{}}'); got {prefixes!r:.200}"
         )
+    for text in texts:
+        check_text(text)
     if config.key == "released" and prefixes[0] != "":
         raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
 

@@ -6,20 +6,21 @@ The sum is kept, not the mean, so that statistics merge exactly; `collection` fi
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.arrays import read_npz
+from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
+from transformer_lens_rome.typed import make
 
 _FORMAT = "transformer_lens_rome.second_moment.1"
 
@@ -76,21 +77,24 @@ class SecondMoment:
         """Read a statistics file of the paper's authors (`mom2.mom2` is Σ k kᵀ, not its mean).
 
         Their GPT models take no BOS. The layer is read from their file name.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or not statistics.
         """
         path = Path(path)
+        layer = re.search(r"(?:^|\.)(\d{1,4})\.mlp", path.name)
+        found = {"layer": int(layer[1]) if layer else None, "prepend_bos": False}
         try:
-            with np.load(path, allow_pickle=False) as file:
-                total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
-        except FileNotFoundError:
-            raise
-        except (BadZipFile, KeyError, ValueError, OSError, EOFError, AttributeError) as error:
+            total, count = read_npz(path, ["mom2.mom2", "mom2.count"])
+            if count.size != 1 or count.dtype.kind != "i":
+                raise ValueError(f"mom2.count is no whole number, but of shape {count.shape}")
+            found |= {"sum_kk": torch.from_numpy(total), "n_tokens": int(count.item())}
+            return _sound(make(cls, {**found, "source": path.name, **known}))
+        except ValueError as error:
             raise ValueError(
                 f"{path} is not a whole statistics file with mom2.mom2 and mom2.count ({error})"
             ) from error
-        parts = path.name.split(".mlp")[0].split(".")
-        layer = int(parts[-1]) if parts[-1].isdigit() else None
-        found = {"layer": layer, "prepend_bos": False, "source": path.name}
-        return cls(total, count, **(found | known))
 
     @property
     def d_mlp(self) -> int:
@@ -196,7 +200,10 @@ class SecondMoment:
         """
         tensors, info = read_tensors(path, _FORMAT)
         info.pop("format")
-        return cls(**tensors, **info)
+        try:
+            return _sound(make(cls, {**info, **tensors}))
+        except ValueError as error:
+            raise ValueError(f"{path} does not hold whole statistics ({error})") from error
 
     def check_fits(self, model: Any, layer: int, prepend_bos: bool) -> None:
         """Refuse statistics that do not belong to a model's layer, as far as that is known.
@@ -218,6 +225,27 @@ class SecondMoment:
                     f"these statistics ({self.source}) are not from this model: its keys at layer "
                     f"{layer} are others; {remedy}"
                 )
+
+
+def _sound(found: SecondMoment) -> SecondMoment:
+    """Refuse what cannot be a sum of k kᵀ: finite, symmetric, no diagonal below zero.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    total, n = found.sum_kk, found.n_tokens
+    check_finite({"sum_kk": total} | ({} if found.probe is None else {"probe": found.probe}))
+    if not 0 <= n < 2**53 or not 0 <= (found.layer or 0) < MAX_LAYERS or not len(total):
+        raise ValueError(f"n_tokens {n}, layer {found.layer} or width {len(total)} cannot be")
+    diagonal = total.diagonal()
+    if (diagonal < 0).any() or (n == 0 and total.any()):
+        raise ValueError("sum_kk is not a sum of squares: there is less than nothing in it")
+    most = 1e-4 * diagonal.max()
+    for rows in range(0, len(total), 1024):  # without a second matrix of that size
+        part = slice(rows, rows + 1024)
+        if (total[part] - total[:, part].T).abs().max() > most:
+            raise ValueError("sum_kk is not symmetric")
+    return found
 
 
 def _singular(n_tokens: int, d_mlp: int) -> str:

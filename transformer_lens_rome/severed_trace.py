@@ -140,7 +140,7 @@ def average_severed(traces: Sequence[SeveredTrace], *, n_wrong: int = 0) -> Aver
     """
     if not traces:
         raise ValueError("there are no traces to average")
-    alike = {(t.sever, t.ordinary.shape[1], t.info["model"]) for t in traces}
+    alike = {(t.sever, t.ordinary.shape[1], str(t.info.get("model"))) for t in traces}
     if len(alike) > 1:
         raise ValueError(f"traces with different paths cut, or of different models: {alike}")
     ordinary, severed = (torch.stack([t.effects[i] for t in traces]) for i in (0, 1))
@@ -148,7 +148,7 @@ def average_severed(traces: Sequence[SeveredTrace], *, n_wrong: int = 0) -> Aver
 
 
 def _check_axes(ordinary: Tensor, severed: Tensor, n: int) -> None:
-    if ordinary.ndim != 2 or ordinary.shape != severed.shape or len(ordinary) != n:
+    if ordinary.ndim != 2 or ordinary.shape != severed.shape or len(ordinary) != n or not n:
         raise ValueError(f"axes do not fit: {tuple(ordinary.shape)}, {tuple(severed.shape)}")
 
 

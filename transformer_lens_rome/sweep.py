@@ -29,6 +29,8 @@ from transformer_lens_rome.prompts import Encoder, target_log_probs
 from transformer_lens_rome.rome import Rome, RomeConfig
 from transformer_lens_rome.sampling import sample_prefixes
 from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.strict_json import parse, read_bytes
+from transformer_lens_rome.typed import fits
 
 logger = logging.getLogger(__name__)
 
@@ -167,15 +169,39 @@ def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
 
 
 def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """Rows that an earlier run wrote; a last line cut short by a crash does not count."""
+    """Rows that an earlier run wrote; a last line cut short by a crash is taken off.
+
+    Raises:
+        ValueError: a line is not a sweep's; the file stays as it is.
+    """
     if out is None or not Path(out).is_file():
         return {}
-    text = Path(out).read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        Path(out).write_text(whole)
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {(row["layer"], row["case_id"]): row for row in rows}
+    data = read_bytes(out)
+    whole = data[: data.rfind(b"\n") + 1]
+    rows = {}
+    for i, line in enumerate(whole.splitlines()):
+        row = parse(line, f"{out}: line {i + 1}")
+        if not _is_row(row):
+            raise ValueError(f"{out}: line {i + 1} is not a sweep's; give another file")
+        rows[row["layer"], row["case_id"]] = row
+    if not rows and data[:1] not in (b"", b"{"):
+        raise ValueError(f"{out} holds something else than a sweep; give another file")
+    if whole != data:
+        Path(out).write_bytes(whole)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line is what `sweep_layers` writes, as far as scores are made of it."""
+    if not isinstance(row, dict) or not all(type(row.get(n)) is int for n in ("layer", "case_id")):
+        return False
+    for scores in (row.get("before"), row.get("after")):
+        if not isinstance(scores, dict):
+            return False
+        for metric in _PROMPTS:
+            if not fits(scores.get(metric), list[float]) or len(scores[metric]) != 2:
+                return False
+    return True
 
 
 def _append(out: Any, row: dict[str, Any]) -> None:

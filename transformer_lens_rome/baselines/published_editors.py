@@ -159,8 +159,9 @@ def _check_config(path: Any, model: Any, config: Any) -> None:
     if not isinstance(config, _Config):
         return
     own = (adapter.architecture(model)[:4], model.cfg.n_layers, model.cfg.d_model)
-    found = (type(config).__name__[:4], *(config.values.get(n) for n in ("n_layer", "n_embd")))
-    if str(found) != str(own):  # as text, since a file may hold anything
+    sizes = [config.values.get(name) for name in ("n_layer", "n_embd")]
+    sizes = [size if type(size) is int else None for size in sizes]  # a file may hold anything
+    if (found := (type(config).__name__[:4], *sizes)) != own:
         raise ValueError(f"{path} is for another model: {found}, this is {own} (depth, width)")
 
 

@@ -6,25 +6,27 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.training_data import Fact, fact_digest
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
 from transformer_lens_rome.ledger import base_weight
+from transformer_lens_rome.typed import fits
 
 _FORMAT = "transformer_lens_rome.editor.1"
 _NEEDED = {
     "kind": str,
     "counterfact": bool,
     "matrices": list,
-    "hashes": list,
+    "hashes": list[str],
     "d_model": int,
     "model": str,
     "prepend_bos": bool,
-    "train": list,
-    "validation": list,
+    "train": list[str],
+    "validation": list[str],
 }
 
 
@@ -84,6 +86,11 @@ class TrainedEditor:
         Raises:
             ValueError: another model.
         """
+        if (width := self.info["d_model"]) != model.cfg.d_model:
+            raise ValueError(
+                f"this editor was trained for a model of width {width} ({self.info['model']}), "
+                f"this one's is {model.cfg.d_model}; call fit(model, ...) for another"
+            )
         for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
             known = where.layer < model.cfg.n_layers
             weight = base_weight(model, where) if known else None
@@ -107,14 +114,28 @@ class TrainedEditor:
             ValueError: not a whole editor file.
         """
         tensors, info = read_tensors(path, _FORMAT)
-        wrong = [name for name, kind in _NEEDED.items() if not isinstance(info.get(name), kind)]
+        wrong = [name for name, kind in _NEEDED.items() if not fits(info.get(name), kind)]
         if wrong:
             raise ValueError(f"{path} is an incomplete editor file: {wrong} are missing or damaged")
         try:
             editor = cls(tensors, info)
-            whole = all(where.name in adapter.WEIGHTS for where in editor.matrices)
-            if not whole or len(editor.matrices) != len(info["hashes"]):
-                raise ValueError("one hash is needed for each matrix")
+            _check_matrices(editor.matrices, info["hashes"])
+            check_finite(tensors)
+            for name, tensor in tensors.items():  # MEND's sums of squares, and how many there are
+                if name.endswith((".squares", ".n")) and (tensor < 0).any():
+                    raise ValueError(f"{name[:60]} is below zero")
+            tokens = tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
+            if tokens.ndim != 1 or tokens.dtype != torch.long or (tokens.diff() <= 0).any():
+                raise ValueError("condition.tokens are no token ids in order")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is an incomplete editor file ({error!r})") from error
+            raise ValueError(f"{path} is an incomplete editor file ({error!r:.400})") from error
         return editor
+
+
+def _check_matrices(matrices: Sequence[Weight], hashes: Sequence[str]) -> None:
+    """Refuse what are no matrices of a model, or not one with each hash."""
+    for name, layer in matrices:
+        if name not in adapter.WEIGHTS or type(layer) is not int or not 0 <= layer < MAX_LAYERS:
+            raise ValueError(f"{name!r:.40} of layer {layer!r:.40} is no matrix")
+    if not matrices or not len(set(matrices)) == len(matrices) == len(hashes):
+        raise ValueError("one hash is needed for each matrix")

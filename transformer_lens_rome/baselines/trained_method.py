@@ -17,13 +17,14 @@ from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.hypernetwork import Text, gradient_factors, mlp_matrices
 from transformer_lens_rome.baselines.trained_editor import TrainedEditor, trained_on
-from transformer_lens_rome.baselines.training import State, Training, run_info, train
+from transformer_lens_rome.baselines.training import Training, run_info, train
 from transformer_lens_rome.baselines.training_data import (
     Corpus,
     Fact,
     split,
     to_sample,
 )
+from transformer_lens_rome.baselines.training_state import State
 from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
 from transformer_lens_rome.health import target_probabilities
 from transformer_lens_rome.ledger import check_unedited

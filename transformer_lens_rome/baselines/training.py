@@ -12,13 +12,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.adapter import Weight
@@ -29,11 +28,9 @@ from transformer_lens_rome.baselines.hypernetwork import (
     outcome,
 )
 from transformer_lens_rome.baselines.training_data import Corpus, Item
-from transformer_lens_rome.files import read_tensors, write_tensors
+from transformer_lens_rome.baselines.training_state import State
 
 logger = logging.getLogger(__name__)
-
-_FORMAT = "transformer_lens_rome.training.1"
 
 
 @dataclass(frozen=True)
@@ -95,79 +92,6 @@ class Training:
     def released(self) -> Training:
         """The same as the released code runs it: alpha's learning rate is without effect."""
         return replace(self, alpha_lr=None)
-
-
-@dataclass
-class State:
-    """A training run so far.
-
-    Attributes:
-        network: What is trained.
-        adam: Its optimiser.
-        step: Steps made.
-        seconds: Time they took.
-        curve: One entry for each validation, see `validate`.
-        best: The best network's tensors.
-    """
-
-    network: nn.Module
-    adam: torch.optim.Adam
-    step: int = 0
-    seconds: float = 0.0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def new(cls, network: nn.Module, settings: Training) -> State:
-        """A run of no steps; parameters of the name alpha have a learning rate of their own."""
-        named = list(network.named_parameters())
-        groups = [{"params": [p for name, p in named if name != "alpha"], "lr": settings.lr}]
-        if alpha := [p for name, p in named if name == "alpha"]:
-            groups.append(
-                {
-                    "params": alpha,
-                    "lr": settings.lr if settings.alpha_lr is None else settings.alpha_lr,
-                }
-            )
-        return cls(network, torch.optim.Adam(groups))
-
-    @property
-    def best_step(self) -> int:
-        """The step of the best validation, the first of equal ones."""
-        return int(min(self.curve, key=lambda entry: entry["loss"])["step"])
-
-    def save(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Write all that a run needs to go on."""
-        tensors = {f"network.{name}": t for name, t in self.network.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for i, values in self.adam.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": value for name, value in values.items()}
-        own = {"format": _FORMAT, "step": self.step, "seconds": self.seconds, "curve": self.curve}
-        copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        write_tensors(path, copies, {**own, "run": info})
-
-    def load(self, path: Path, info: Mapping[str, Any]) -> None:
-        """Go on where a run was when it was saved.
-
-        Raises:
-            ValueError: the file holds another run.
-        """
-        tensors, found = read_tensors(path, _FORMAT)
-        if found["run"] != info:
-            other = sorted(k for k in info if found["run"].get(k) != info[k])
-            raise ValueError(f"{path} holds another training run ({other}); give another file")
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}, "adam": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.network.load_state_dict(parts["network"])
-        values: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["adam"].items():
-            i, _, rest = name.partition(".")
-            values.setdefault(int(i), {})[rest] = tensor
-        self.adam.load_state_dict({**self.adam.state_dict(), "state": values})
-        self.step, self.seconds, self.curve = found["step"], found["seconds"], found["curve"]
-        self.best = parts["best"]
 
 
 def train(

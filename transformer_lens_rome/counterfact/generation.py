@@ -17,14 +17,17 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformer_lens_rome.arrays import read_npy
 from transformer_lens_rome.counterfact.records import CounterFactRecord
+from transformer_lens_rome.downloads import Published, download
 from transformer_lens_rome.extras import needed
-from transformer_lens_rome.files import cache_folder, checked, download
+from transformer_lens_rome.files import cache_folder
+from transformer_lens_rome.strict_json import check_text, read_json
 
 HOST = "https://rome.baulab.info/data/dsets/"
 PUBLISHED = {
@@ -92,13 +95,14 @@ class TfIdf:
             ValueError: not such files, or they do not belong together.
             OSError: no such file, or no network.
         """
-        import numpy as np
-
-        places = json.loads(_published("tfidf_vocab.json", vocabulary).read_text())
-        weights = np.load(_published("idf.npy", idf), allow_pickle=False).reshape(-1)
-        if not isinstance(places, dict) or sorted(places.values()) != list(range(len(weights))):
-            raise ValueError("the vocabulary and the idf weights do not belong together")
-        return cls({term: float(weights[i]) for term, i in places.items()})
+        path = _published("tfidf_vocab.json", vocabulary)
+        places, weights = read_json(path), read_npy(_published("idf.npy", idf)).reshape(-1).tolist()
+        whole = isinstance(places, dict) and all(type(i) is int for i in places.values())
+        if not whole or sorted(places.values()) != list(range(len(weights))):
+            raise ValueError(f"the vocabulary {path} and the idf weights do not belong together")
+        if not all(0 <= weight < 1000 for weight in weights):  # ln(n) + 1 of n documents
+            raise ValueError(f"{idf or 'idf.npy'} holds weights that no number of documents gives")
+        return cls({term: weights[i] for term, i in places.items()})
 
     @classmethod
     def fit(cls, documents: Iterable[str]) -> TfIdf:
@@ -156,19 +160,12 @@ class References:
             ImportError: the extra that reads it is not installed.
             OSError: no such file, or no network.
         """
-        ijson = needed("ijson", "generation")
         wanted, texts = {key(record) for record in records}, {}
-        path = _published("attribute_snippets.json", snippets)
-        try:
-            with path.open("rb") as file:
-                for item in ijson.items(file, "item"):
-                    name = f"{item['relation_id']}/{item['target_id']}"
-                    if name in wanted:
-                        found = " ".join(sample["text"] for sample in item["samples"])
-                        texts[name] = f"{texts[name]} {found}" if name in texts else found
-        except (ijson.JSONError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a snippets file ({error!r})") from error
-        return cls.of(texts, tfidf or TfIdf.load())
+        for name, found in _snippets(_published("attribute_snippets.json", snippets)):
+            if name in wanted:
+                texts.setdefault(name, []).extend(found)
+        joined = {name: " ".join(found) for name, found in texts.items()}
+        return cls.of(joined, tfidf or TfIdf.load())
 
     @classmethod
     def of(cls, texts: Mapping[str, str], tfidf: TfIdf) -> References:
@@ -189,6 +186,33 @@ class References:
         return self.tfidf.similarity(" ".join(texts), reference)
 
 
+def _snippets(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each item of a snippets file, read as it streams by: its name and its texts."""
+    ijson = needed("ijson", "generation")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with path.open("rb") as file:
+            for item in ijson.items(file, "item"):
+                found = [sample["text"] for sample in item["samples"]]
+                names = (item["relation_id"], item["target_id"])
+                for text in (*names, *found):
+                    if not isinstance(text, str):
+                        raise TypeError(f"{text!r:.60} is no text")
+                    check_text(text)
+                yield "/".join(names), found
+    except (
+        ijson.JSONError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{path} is not a snippets file ({error!r:.300})") from error
+
+
 def key(record: CounterFactRecord) -> str:
     """Under what a record's references stand."""
     return f"{record.relation_id}/{record.target_new_id}"
@@ -200,5 +224,5 @@ def _published(name: str, path: Any) -> Path:
         return Path(path)
     kept = cache_folder() / name
     if not kept.is_file():
-        download(HOST + name, kept, checked(HOST + name, *PUBLISHED[name]))
+        download(Published(HOST + name, *PUBLISHED[name]), kept)
     return kept

@@ -11,15 +11,15 @@ Which one a file has is seen from each record. Text is kept as it is, non-breaki
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, overload
 
+from transformer_lens_rome.downloads import Published, download
 from transformer_lens_rome.edits import EditRequest
-from transformer_lens_rome.files import cache_folder, checked, download
+from transformer_lens_rome.files import cache_folder
+from transformer_lens_rome.strict_json import parse, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class CounterFact(Sequence[CounterFactRecord]):
         if path is None:
             path = cache_folder() / "counterfact.json"
             if not path.is_file():
-                download(URL, path, checked(URL, _SIZE, _SHA256))
+                download(Published(URL, _SIZE, _SHA256), path)
         items, digest = read_items(path)
         records, faults = _parse(items, limit)
         leave_out(path, faults, len(items), strict)
@@ -116,14 +116,11 @@ def read_items(path: Any) -> tuple[list[Any], str]:
     """The items of a JSON file that holds a list, and the file's sha256.
 
     Raises:
-        ValueError: not JSON, or no list.
+        ValueError: not JSON, no list, or larger than any data set.
         OSError: no such file.
     """
-    data = Path(path).read_bytes()
-    try:
-        items = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
+    data = read_bytes(path)
+    items = parse(data, str(path))
     if not isinstance(items, list):
         raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
     return items, hashlib.sha256(data).hexdigest()
@@ -181,9 +178,9 @@ def _published(item: Mapping[str, Any]) -> CounterFactRecord:
         neighborhood_prompts=_texts(item, "neighborhood_prompts"),
         attribute_prompts=_texts(item, "attribute_prompts", required=False),
         generation_prompts=_texts(item, "generation_prompts", required=False),
-        relation_id=str(rewrite.get("relation_id", "")),
-        target_new_id=str(new.get("id", "")),
-        target_true_id=str(true.get("id", "")),
+        relation_id=_name(rewrite, "relation_id"),
+        target_new_id=_name(new, "id", within="target_new"),
+        target_true_id=_name(true, "id", within="target_true"),
     )
 
 
@@ -191,7 +188,9 @@ def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
     prompt, subject = _field(item, "prompt", str), _field(item, "subject", str)
     if "{}" not in prompt:
         if (times := prompt.count(subject) if subject else 0) != 1:
-            raise ValueError(f"subject: {subject!r} stands {times} times in the prompt {prompt!r}")
+            raise ValueError(
+                f"subject: {subject!r:.60} stands {times} times in the prompt {prompt!r:.200}"
+            )
         prompt = prompt.replace(subject, "{}")
     return CounterFactRecord(
         case_id=_case_id(item),
@@ -223,6 +222,11 @@ def _field(item: Mapping[str, Any], name: str, kind: type | Callable, within: st
     if not isinstance(item[name], kind):
         raise ValueError(f"{full}: it is {item[name]!r:.60}, a {type(item[name]).__name__}")
     return item[name]
+
+
+def _name(item: Mapping[str, Any], name: str, within: str = "") -> str:
+    """A short text that may be missing."""
+    return "" if item.get(name) is None else _field(item, name, str, within)
 
 
 def _case_id(item: Mapping[str, Any]) -> int:

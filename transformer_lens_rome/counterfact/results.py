@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,11 @@ PROTOCOLS = {
         "of the true answer to an unrelated question; S: the harmonic mean of the three, with a "
         "bootstrap's interval."
     ),
+}
+_LATEX = {letter: f"\\{letter}" for letter in "_&%#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
 }
 UNEDITED = "unedited.jsonl"
 """The name of the file with the unedited model's scores, beside those of the methods."""
@@ -207,6 +212,8 @@ def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
 def markdown(runs: Sequence[Results]) -> str:
     """A Markdown table: the unedited model, then a row a method, with what the numbers mean."""
     head, rows = cells(runs)
+    for row in rows:  # a name is whatever a file says
+        row[0] = html.escape(" ".join(row[0].split()), quote=False).replace("|", "\\|")
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join([*lines, "", _protocol(runs, head)])
@@ -216,7 +223,7 @@ def latex(runs: Sequence[Results]) -> str:
     """The same as a LaTeX `tabular` with booktabs rules; what the numbers mean is a comment."""
     head, rows = cells(runs)
     for row in rows:
-        row[0] = re.sub(r"([_&%#$])", r"\\\1", row[0])
+        row[0] = "".join(_LATEX.get(letter, letter) for letter in " ".join(row[0].split()))
     lines = [" & ".join(row) + r" \\" for row in (head, *rows)]
     spec = "l" + "r" * (len(head) - 1)
     return "\n".join(

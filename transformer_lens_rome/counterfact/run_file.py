@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformer_lens_rome.counterfact.rows import check_row, check_setting_row
 from transformer_lens_rome.files import lock
+from transformer_lens_rome.strict_json import parse, read_bytes
 
 _FORMAT = "transformer_lens_rome.run.1"
 _HEAD = f'{{"format": "{_FORMAT}"'.encode()
@@ -77,6 +79,7 @@ class RunFile:
         lines, kept = read_lines(data, self.path)
         if lines:
             check_setting(self.path, lines[0], setting)
+            _check_rows(self.path, lines)
         elif not _HEAD.startswith(data[: len(_HEAD)]):
             raise ValueError(f"{self.path} holds something else than a run; give another file")
         self._file.truncate(kept)  # what was cut short, of our own lines only
@@ -93,10 +96,24 @@ def read_run(path: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         ValueError: not a run's file, or a damaged one.
         OSError: no such file.
     """
-    lines, _ = read_lines(Path(path).read_bytes(), Path(path))
+    lines, _ = read_lines(read_bytes(path), Path(path))
     if not lines or lines[0].get("format") != _FORMAT:
         raise ValueError(f"{path} is not a run's file; evaluate_counterfact writes them with out=")
+    _check_rows(Path(path), lines)
     return lines[0], lines[1:]
+
+
+def _check_rows(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Refuse a file with a line that no evaluation writes."""
+    i, protocol = 0, ""
+    try:
+        for i, line in enumerate(lines):
+            if i:
+                check_row(line, protocol)
+            else:
+                protocol = check_setting_row(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: line {i + 1} is damaged ({error})") from error
 
 
 def read_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -106,7 +123,7 @@ def read_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     pieces = data.splitlines(keepends=True)
     for i, piece in enumerate(pieces):
         try:
-            line = json.loads(piece)
+            line = parse(piece, "it")
             if not piece.endswith(b"\n") or not isinstance(line, dict):
                 raise ValueError("it is cut short")
         except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformer_lens_rome.counterfact.records import leave_out, read_items
 from transformer_lens_rome.edits import EditRequest
-from transformer_lens_rome.files import cache_folder, download
+from transformer_lens_rome.files import cache_folder
 
 URL = "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 _FIELDS = ("subject", "src", "rephrase", "loc", "loc_ans")
@@ -57,22 +57,26 @@ class Zsre(Sequence[ZsreRecord]):
 
     @classmethod
     def load(cls, path: Any = None, *, limit: int | None = 10_000, strict: bool = False) -> Zsre:
-        """Read `zsre_mend_eval.json`; without a path it is downloaded once, to the cache folder.
+        """Read `zsre_mend_eval.json`.
 
         Args:
-            path: The file.
+            path: The file; None: the one of that name in the cache folder. It is not downloaded,
+                because no checksum of it is published.
             limit: Look at the first so many records, as the paper at 10,000.
             strict: Refuse a file with a record that cannot be used, such as one whose subject does
                 not stand in its question, or more than once. Such records are else left out.
 
         Raises:
             ValueError: not a zsRE file, or (with `strict`) records that cannot be used.
-            OSError: no such file, or no network.
+            OSError: no such file; the message says where to have it from.
         """
         if path is None:
             path = cache_folder() / "zsre_mend_eval.json"
             if not path.is_file():
-                download(URL, path)
+                raise FileNotFoundError(
+                    f"zsRE is published without a checksum, so it is not downloaded; get {URL} and "
+                    f"give its path, or save it as {path}"
+                )
         items, digest = read_items(path)
         records, faults = [], []
         for i, item in enumerate(items[:limit]):
@@ -103,7 +107,7 @@ def _record(i: int, item: Any) -> ZsreRecord:
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
         raise ValueError(f"answers: it is {answers!r:.60}, not a list of texts")
     if (times := question.count(subject)) != 1:
-        raise ValueError(f"subject: {subject!r} stands {times} times in {question!r}")
+        raise ValueError(f"subject: {subject!r:.60} stands {times} times in {question!r:.200}")
     if not locality.startswith("nq question: "):
         raise ValueError(f"loc: it begins with {locality[:13]!r}, not with 'nq question: '")
     try:
