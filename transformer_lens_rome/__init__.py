@@ -43,3 +43,12 @@ __all__ = [
     "target_log_probs",
     "top_tokens",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, from the metadata that it was installed with."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("transformer-lens-rome")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
