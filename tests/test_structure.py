@@ -48,7 +48,7 @@ RANKS = [
     {"baselines.knowledge_editor", "baselines.mend"},
     {"baselines.published_editors"},
     {"baselines"},
-    {"sweep", "export", "demo"},
+    {"sweep", "export", "demo", "sequential"},
     {"evaluate_command"},
     {"__init__", "__main__"},
 ]

@@ -20,7 +20,9 @@ class EditHealth:
         losses: The objective at every step of the optimisation.
         p_before, p_after: Probability of the target after the bare prompt, on the model itself.
         clamp_hits: Steps after which delta was pulled back to the allowed norm.
-        relative_norm: ||delta W|| / ||W||, Frobenius.
+        relative_norm: ||delta W|| / ||W||, Frobenius, over all weights that change.
+        rounding_error: What rounding to the weights' dtype loses of the change, as a share of it:
+            ||W_after - W_before - delta W|| / ||delta W||.
         k_C_k: k*ᵀ C⁻¹ k*, Eq. 2's denominator.
         key_agreement: Cosine of the bare prompt's key and k*.
         warnings: What a user should look at, in words.
@@ -32,6 +34,7 @@ class EditHealth:
     p_after: float | None = None
     clamp_hits: int = 0
     relative_norm: float | None = None
+    rounding_error: float | None = None
     k_C_k: float | None = None
     key_agreement: float | None = None
     warnings: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from transformer_lens_rome.prompts import Encoder, Row, TargetScore, score_rows
 from transformer_lens_rome.second_moment import SecondMoment, cosine
 from transformer_lens_rome.v_star import Optimised, read_keys_and_values
 
+_ROWS = 1024  # of a matrix, taken to float64 at a time
+
 
 def measure_health(
     model: Any,
@@ -26,41 +29,64 @@ def measure_health(
     second_moment: SecondMoment,
 ) -> EditHealth:
     """Score the target on the bare prompt before and after, and compare the keys involved."""
-    bare, before, after = _target_scores(model, encoder, edit)
-    weight = adapter.w_out(model, edit.layer).detach()
+    bare, before, health = _measured(model, encoder, edit)
     forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]], cut=False)
     bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
     k_mean = k_mean.cpu()
-    health = EditHealth(
+    health = dataclasses.replace(
+        health,
         subject_token=encoder.tokenizer.decode([bare.ids[bare.subject[-1]]]),
         losses=found.losses,
-        p_before=before.log_probs.sum().exp().item(),
-        p_after=after.log_probs.sum().exp().item(),
         clamp_hits=found.clamp_hits,
-        relative_norm=(edit.u.norm() * edit.lam.norm() / weight.float().norm().cpu()).item(),
         k_C_k=(k_mean @ edit.u).item(),
         key_agreement=cosine(bare_key, k_mean),
     )
     warnings = _suspicions(edit, health, bool(before.correct.all()), second_moment)
-    return dataclasses.replace(health, warnings=tuple(warnings))
+    return dataclasses.replace(health, warnings=(*health.warnings, *warnings))
 
 
-def target_probabilities(model: Any, encoder: Encoder, edit: Edit) -> tuple[float, float]:
-    """Probability of the whole target after the bare prompt, before and after an edit."""
-    _, *scores = _target_scores(model, encoder, edit)
-    before, after = (score.log_probs.sum().exp().item() for score in scores)
-    return before, after
+def measured(model: Any, encoder: Encoder, edit: Edit) -> EditHealth:
+    """What can be said of any edit: the target before and after, and the size of the change."""
+    return _measured(model, encoder, edit)[2]
 
 
-def _target_scores(
-    model: Any, encoder: Encoder, edit: Edit
-) -> tuple[Row, TargetScore, TargetScore]:
+def _measured(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
     request = edit.request
     bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
     (before,) = score_rows(model, [bare])
     with applied(model, edit):
         (after,) = score_rows(model, [bare])
-    return bare, before, after
+    relative_norm, rounding_error, warnings = _size(model, edit)
+    health = EditHealth(
+        p_before=before.log_probs.sum().exp().item(),
+        p_after=after.log_probs.sum().exp().item(),
+        relative_norm=relative_norm,
+        rounding_error=rounding_error,
+        warnings=warnings,
+    )
+    return bare, before, health
+
+
+@torch.no_grad()
+def _size(model: Any, edit: Edit) -> tuple[float, float, tuple[str, ...]]:
+    """||delta W|| / ||W|| over all weights that change, the rounding error, and a warning."""
+    weight, change, lost = 0.0, 0.0, 0.0
+    for where, delta in edit.changes().items():
+        whole = adapter.parameter(model, where).detach()
+        parts = zip(whole.split(_ROWS), delta.to(whole.device).split(_ROWS), strict=True)
+        for old, more in ((old, more.double()) for old, more in parts):
+            weight += old.double().square().sum().item()
+            change += more.square().sum().item()
+            after = (old.double() + more).to(old.dtype)
+            lost += (after.double() - old.double() - more).square().sum().item()
+    error = (lost / change) ** 0.5 if change else 0.0
+    warnings = ()
+    if error > 0.1:
+        warnings = (
+            f"rounding to {str(whole.dtype).removeprefix('torch.')} loses {min(error, 1.0):.0%} of "
+            "the change, which is too small for that dtype; load the model in float32",
+        )
+    return (change / weight) ** 0.5 if weight else 0.0, error, warnings
 
 
 def _suspicions(

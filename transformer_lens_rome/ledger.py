@@ -8,7 +8,7 @@ would have given, and undoing all, in any order, gives back the very bytes of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,10 +113,24 @@ class AppliedEdit:
             ValueError: something else changed the weight since. `force=True` writes base and
                 remaining edits anyway, and that other change is lost.
         """
-        with ExitStack() as every:  # a failure of one edit does not keep the others from undoing
-            for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
-                on = [ledger for ledger in ledgers if any(edit is other for other in ledger.active)]
-                every.callback(_remove, self.model, edit, on, force)
+        on = [
+            (edit, [ledger for ledger in ledgers if any(edit is other for other in ledger.active)])
+            for edit, ledgers in zip(self.edits, self.ledgers, strict=True)
+        ]
+        try:
+            _remove(self.model, on, force)
+        except Exception:
+            if len(on) == 1:
+                raise
+            with ExitStack() as every:  # what one of them fails on does not keep the others
+                for one in on:
+                    every.callback(_remove, self.model, [one], force)
+
+    @classmethod
+    def of(cls, model: Any, parts: Sequence[AppliedEdit]) -> AppliedEdit:
+        """Several as one."""
+        edits = tuple(edit for part in parts for edit in part.edits)
+        return cls(model, edits, tuple(ledgers for part in parts for ledgers in part.ledgers))
 
     def __iter__(self) -> Iterator[AppliedEdit]:
         for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
@@ -224,22 +238,29 @@ def without(model: Any, edit: Edit) -> Iterator[Any]:
         yield model
 
 
-def _remove(model: Any, edit: Edit, ledgers: list[_Ledger], force: bool) -> None:
-    """Take an edit off all its weights, or off none of them."""
-    for ledger in ledgers:
+def _remove(model: Any, on: list[tuple[Edit, list[_Ledger]]], force: bool) -> None:
+    """Take edits off all their weights, or off none of them."""
+    gone: dict[int, tuple[_Ledger, set[int]]] = {}
+    for edit, ledgers in on:
+        for ledger in ledgers:
+            gone.setdefault(id(ledger), (ledger, set()))[1].add(id(edit))
+    for ledger, _ in gone.values():
         if _ledger(model, ledger.where) is not ledger:
             raise ValueError(
-                f"the parameter that held this edit of layer {edit.layer} is not in the model any "
-                "more (weight processing, or load_state_dict(assign=True), replaced it); reload "
-                "the model"
+                f"the parameter that held this edit of layer {ledger.where.layer} is not in the "
+                "model any more (weight processing, or load_state_dict(assign=True), replaced it); "
+                "reload the model"
             )
         found = adapter.weight_hash(adapter.parameter(model, ledger.where))
         if found != ledger.written_hash and not force:
             raise ValueError(
                 _changed_by_others(ledger.where, "revert(force=True) discards that change")
             )
-    left = [[other for other in ledger.active if other is not edit] for ledger in ledgers]
-    _write_all(model, list(zip(ledgers, left, strict=True)))
+    left = [
+        (ledger, [edit for edit in ledger.active if id(edit) not in off])
+        for ledger, off in gone.values()
+    ]
+    _write_all(model, left)
 
 
 def _write_all(model: Any, writes: list[tuple[_Ledger, list[Edit]]]) -> None:
@@ -256,9 +277,7 @@ def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
     """Write base + edits into a weight and keep or drop its ledger; on an error nothing changes."""
     weight, where = adapter.parameter(model, ledger.where), ledger.where
     owner = adapter.owner(weight)
-    new = ledger.base.to(weight).clone()
-    for edit in edits:
-        new += edit.change(where).to(new)
+    new = _sum(ledger, weight, edits)
     if not torch.isfinite(new).all():
         raise ValueError(f"the edit would put NaN or infinity into {_named(where)}")
     old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
@@ -273,6 +292,20 @@ def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
     finally:
         if not ledger.active:
             vars(owner).pop("_rome_ledger", None)
+
+
+def _sum(ledger: _Ledger, weight: Tensor, edits: list[Edit]) -> Tensor:
+    """Base + edits, added up in float32 or wider and rounded to the weight's dtype once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    known = len(ledger.active)
+    more = known and edits[:known] == ledger.active and weight.dtype == wide
+    if more and adapter.weight_hash(weight) == ledger.written_hash:
+        total, edits = weight.detach().clone(), edits[known:]  # the sum has come this far
+    else:
+        total = ledger.base.to(weight.device, wide, copy=True)
+    for edit in edits:
+        total += edit.change(ledger.where).to(total)
+    return total.to(weight.dtype)
 
 
 def _named(where: Weight) -> str:

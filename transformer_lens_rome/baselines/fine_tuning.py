@@ -35,8 +35,8 @@ from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.changes import Change
 from transformer_lens_rome.defaults import short_name
-from transformer_lens_rome.edits import DenseEdit, EditHealth, EditRequest
-from transformer_lens_rome.health import target_probabilities
+from transformer_lens_rome.edits import DenseEdit, EditRequest
+from transformer_lens_rome.health import measured
 from transformer_lens_rome.methods import provenance, register_method
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder, target_index
@@ -130,14 +130,7 @@ class FineTuning:
             left=weight.cpu(),
             bias=None if bias is None else bias.cpu(),
         )
-        before, after = target_probabilities(model, encoder, edit)
-        norm = adapter.w_out(model, layer).detach().float().norm()
-        health = EditHealth(
-            losses=tuple(losses),
-            p_before=before,
-            p_after=after,
-            relative_norm=(weight.norm() / norm).item(),
-        )
+        health = dataclasses.replace(measured(model, encoder, edit), losses=tuple(losses))
         return dataclasses.replace(edit, health=health)
 
 

@@ -52,7 +52,7 @@ from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.neuron_attribution import attribution
 from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
-from transformer_lens_rome.health import target_probabilities
+from transformer_lens_rome.health import measured
 from transformer_lens_rome.methods import provenance, register_method
 from transformer_lens_rome.prompts import Encoder
 
@@ -234,12 +234,10 @@ def _indicators(
 
 def _health(model: Any, encoder: Encoder, edit: FactoredEdit) -> EditHealth:
     """What it did to the prompt, and what looks wrong."""
-    before, after = target_probabilities(model, encoder, edit)
-    weights = [adapter.w_out(model, layer).detach() for layer in range(model.cfg.n_layers)]
-    changed = [weights[where.layer].float().norm().item() for where in edit.factors]
-    moved = [(left.norm() * right.norm()).item() for left, right in edit.factors.values()]
-    neurons, total = len(edit.provenance["neurons"]), sum(map(len, weights))
-    warnings = []
+    health = measured(model, encoder, edit)
+    widths = [len(adapter.w_out(model, layer)) for layer in range(model.cfg.n_layers)]
+    neurons, total = len(edit.provenance["neurons"]), sum(widths)
+    warnings = [*health.warnings]
     if not neurons:
         warnings.append(
             "no neuron was found, so nothing changes: none raises the ground truth's probability, "
@@ -250,18 +248,11 @@ def _health(model: Any, encoder: Encoder, edit: FactoredEdit) -> EditHealth:
             f"{neurons} of {total} neurons are rewritten, which may damage other facts; raise "
             "threshold, or give prompts that express the same fact"
         )
-    if after < before:
-        warnings.append(f"the target's probability fell from {before:.3g} to {after:.3g}")
-    return EditHealth(
-        p_before=before,
-        p_after=after,
-        relative_norm=_norm(moved) / _norm(changed) if neurons else 0.0,
-        warnings=tuple(warnings),
-    )
-
-
-def _norm(parts: Sequence[float]) -> float:
-    return sum(part**2 for part in parts) ** 0.5
+    if health.p_after < health.p_before:
+        warnings.append(
+            f"the target's probability fell from {health.p_before:.3g} to {health.p_after:.3g}"
+        )
+    return dataclasses.replace(health, warnings=tuple(warnings))
 
 
 register_method("kn", KnowledgeNeurons)

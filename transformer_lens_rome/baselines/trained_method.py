@@ -25,8 +25,8 @@ from transformer_lens_rome.baselines.training_data import (
     to_sample,
 )
 from transformer_lens_rome.baselines.training_state import State
-from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
-from transformer_lens_rome.health import target_probabilities
+from transformer_lens_rome.edits import EditRequest, FactoredEdit
+from transformer_lens_rome.health import measured
 from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import provenance
 from transformer_lens_rome.prompts import Encoder
@@ -269,15 +269,7 @@ class TrainedMethod(ABC):
             config=method._config(),
             provenance=provenance(model, encoder.prepends_bos),
         )
-        size = sum(change.square().sum() for change in edit.changes().values())
-        norm = sum(weight.float().square().sum().cpu() for weight in weights.values())
-        p_before, p_after = target_probabilities(model, encoder, edit)
-        health = EditHealth(
-            losses=(before,),
-            p_before=p_before,
-            p_after=p_after,
-            relative_norm=(size / norm).sqrt().item(),
-        )
+        health = replace(measured(model, encoder, edit), losses=(before,))
         return replace(edit, health=health)
 
     def _config(self) -> dict[str, Any]:

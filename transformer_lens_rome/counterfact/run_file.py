@@ -26,22 +26,30 @@ class RunFile:
 
     Attributes:
         path: The file.
-        rows: What is in it, by `case_id`.
+        key: The field by which rows are told apart.
+        rows: What is in it, by that field.
     """
 
-    def __init__(self, path: Any, setting: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Any,
+        setting: Mapping[str, Any],
+        made_with: Mapping[str, Any],
+        key: str = "case_id",
+    ) -> None:
         """Open or make the file.
 
         Args:
             path: Where.
             setting: What the rows depend on; a file with another setting is refused.
             made_with: What is good to know besides, such as versions.
+            key: The field by which rows are told apart.
 
         Raises:
             ValueError: the file is of another run, is damaged, or is in another process's hands.
             OSError: it cannot be written.
         """
-        self.path = Path(path)
+        self.path, self.key = Path(path), key
         self.rows: dict[int, dict[str, Any]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
@@ -60,7 +68,7 @@ class RunFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record's row; it is on the disk when this returns."""
         self._write(row)
-        self.rows[row["case_id"]] = dict(row)
+        self.rows[row[self.key]] = dict(row)
 
     def __enter__(self) -> RunFile:
         return self
@@ -86,7 +94,7 @@ class RunFile:
         if not lines:
             self._write({"format": _FORMAT, "setting": setting, "made_with": made_with})
             return
-        self.rows = {row["case_id"]: row for row in lines[1:]}
+        self.rows = {row[self.key]: row for row in lines[1:]}
 
 
 def read_run(path: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
