@@ -29,7 +29,7 @@ RANKS = [
     {"viz", "counterfact.run_file"},
     {"edit_health", "prompts", "recording", "causal_trace", "severed_trace"},
     {"partial_forward", "average_trace"},
-    {"edits", "sampling", "second_moment", "corruption"},
+    {"edits", "perplexity", "sampling", "second_moment", "corruption"},
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
     {"counterfact.zsre", "counterfact.generation"},
     {"methods", "v_star", "default_statistics", "tracing"},

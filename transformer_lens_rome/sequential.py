@@ -7,9 +7,9 @@ of held-out text, in nats a token (its exponential is the perplexity), is compar
     rise by all of them    NLL(after this edit) - NLL(of the unedited model)
 
 A `Guard` says how large each may be. An edit above the first limit is taken off again, and the
-sequence goes on without it; one above the second is taken off again, and the sequence ends. Both
-undo exactly. Single edits that disable a model (Gupta et al. 2024, arXiv:2403.07175) show in the
-first, the slow drift of many sound edits in the second.
+sequence goes on without it; where all together come above the second, the last is taken off, and
+the sequence ends. Both undo exactly. Single edits that disable a model (Gupta et al. 2024,
+arXiv:2403.07175) show in the first, the slow drift of many sound edits in the second.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
@@ -33,7 +33,9 @@ from transformer_lens_rome.edits import EditRequest, load_edit
 from transformer_lens_rome.fingerprint import Fingerprint
 from transformer_lens_rome.ledger import AppliedEdit, apply_edit, check_unedited
 from transformer_lens_rome.methods import EditMethod, described, get_method
-from transformer_lens_rome.prompts import Encoder, Row, score_rows
+from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
+from transformer_lens_rome.prompts import Encoder, Row
+from transformer_lens_rome.typed import make
 
 logger = logging.getLogger(__name__)
 
@@ -156,32 +158,6 @@ def _as_request(request: EditRequest | Mapping[str, Any]) -> EditRequest:
     return request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
 
 
-# ---------------------------------------------------------------- held-out text
-
-
-def held_out_rows(encoder: Encoder, texts: Sequence[str], *, length: int = 128) -> list[Row]:
-    """Texts as rows of at most `length` tokens, of which all but the first are to be predicted."""
-    if isinstance(texts, str):
-        raise ValueError("texts is a list of texts, got one text")
-    start = [] if encoder.bos_id is None else [encoder.bos_id]
-    rows = []
-    for text in texts:
-        ids = encoder.ids(text)
-        for first in range(0, len(ids), length):
-            one = (*start, *ids[first : first + length])
-            if len(one) > 1:
-                rows.append(Row(one, target=tuple(range(1, len(one)))))
-    if not rows:
-        raise ValueError("the held-out texts hold less than two tokens; give a few hundred")
-    return rows
-
-
-def held_out_nll(model: Any, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood of rows' tokens, nats a token; exp of it is the perplexity."""
-    scores = [one.log_probs for row in rows for one in score_rows(model, [row])]
-    return -sum(s.double().sum().item() for s in scores) / sum(map(len, scores))
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -210,7 +186,7 @@ class _Run:
                 if done is not None:
                     kept.append(done)
                     last = step.nll
-                elif self.guard and step.nll and step.nll - first > self.guard.all_edits:
+                elif self.guard and step.nll and step.nll - last <= self.guard.one_edit:
                     stopped = f"request {number}: {step.reason}"
                     break
         except BaseException:
@@ -225,7 +201,7 @@ class _Run:
         """One edit made, or read from the folder, and kept or taken off."""
         known = self.file.rows.get(number) if self.file else None
         if known is not None:
-            step = Step(**{**known, "request": EditRequest(**known["request"])})
+            step = _as_step(known)
             if step.request != request:
                 raise ValueError(f"{self.file.path} holds another request {number}; {_OTHER}")
             return step, self._again(step) if step.kept else None
@@ -275,10 +251,10 @@ def _refusal(guard: Guard | None, nll: float, last: float, first: float) -> str:
     """Why an edit after which the held-out NLL is this is taken off; empty if it is not."""
     if not math.isfinite(nll):
         return f"held-out NLL is {nll}"
-    if guard and nll - first > guard.all_edits:
-        return f"held-out NLL rose by {nll - first:.3f} nats in all, more than {guard.all_edits}"
     if guard and nll - last > guard.one_edit:
         return f"held-out NLL rose by {nll - last:.3f} nats at once, more than {guard.one_edit}"
+    if guard and nll - first > guard.all_edits:
+        return f"held-out NLL rose by {nll - first:.3f} nats in all, more than {guard.all_edits}"
     return ""
 
 
@@ -304,4 +280,21 @@ def _steps_file(
         "texts": hashlib.sha256(ids).hexdigest(),
         "seed": seed,
     }
-    return RunFile(Path(folder) / "steps.jsonl", setting, {}, key="number")
+    return _StepsFile(Path(folder) / "steps.jsonl", setting, {})
+
+
+class _StepsFile(RunFile):
+    """The steps of a sequence on disk."""
+
+    key: ClassVar[str] = "number"
+
+    @staticmethod
+    def checker(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+        """Each line is a `Step`."""
+        return _as_step
+
+
+def _as_step(row: Mapping[str, Any]) -> Step:
+    request = row.get("request")
+    request = make(EditRequest, request) if isinstance(request, Mapping) else request
+    return make(Step, {**row, "request": request})

@@ -25,14 +25,9 @@ from transformer_lens_rome import (
 )
 from transformer_lens_rome.counterfact import CounterFactRecord
 from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
 from transformer_lens_rome.prompts import Encoder, target_log_probs
-from transformer_lens_rome.sequential import (
-    EditSequence,
-    Guard,
-    edit_in_sequence,
-    held_out_nll,
-    held_out_rows,
-)
+from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence
 
 RESULTS = Path(__file__).parents[1] / "results"
 SETTINGS = {"default": (0, RomeConfig()), "released": (5, RomeConfig.released(ridge=1e-6))}

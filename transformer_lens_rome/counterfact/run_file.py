@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens_rome.counterfact.rows import check_row, check_setting_row
 from transformer_lens_rome.files import lock
@@ -26,30 +27,25 @@ class RunFile:
 
     Attributes:
         path: The file.
+        rows: What is in it, by `key`.
         key: The field by which rows are told apart.
-        rows: What is in it, by that field.
     """
 
-    def __init__(
-        self,
-        path: Any,
-        setting: Mapping[str, Any],
-        made_with: Mapping[str, Any],
-        key: str = "case_id",
-    ) -> None:
+    key: ClassVar[str] = "case_id"
+
+    def __init__(self, path: Any, setting: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
         """Open or make the file.
 
         Args:
             path: Where.
             setting: What the rows depend on; a file with another setting is refused.
             made_with: What is good to know besides, such as versions.
-            key: The field by which rows are told apart.
 
         Raises:
             ValueError: the file is of another run, is damaged, or is in another process's hands.
             OSError: it cannot be written.
         """
-        self.path, self.key = Path(path), key
+        self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
@@ -64,6 +60,11 @@ class RunFile:
         except BaseException:
             self._file.close()
             raise
+
+    @staticmethod
+    def checker(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        """What refuses, with a ValueError, a row that such a run does not write."""
+        return partial(check_row, protocol=check_setting_row(first))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record's row; it is on the disk when this returns."""
@@ -87,7 +88,7 @@ class RunFile:
         lines, kept = read_lines(data, self.path)
         if lines:
             check_setting(self.path, lines[0], setting)
-            _check_rows(self.path, lines)
+            _check_rows(self.path, lines, self.checker)
         elif not _HEAD.startswith(data[: len(_HEAD)]):
             raise ValueError(f"{self.path} holds something else than a run; give another file")
         self._file.truncate(kept)  # what was cut short, of our own lines only
@@ -107,19 +108,19 @@ def read_run(path: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     lines, _ = read_lines(read_bytes(path), Path(path))
     if not lines or lines[0].get("format") != _FORMAT:
         raise ValueError(f"{path} is not a run's file; evaluate_counterfact writes them with out=")
-    _check_rows(Path(path), lines)
+    _check_rows(Path(path), lines, RunFile.checker)
     return lines[0], lines[1:]
 
 
-def _check_rows(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Refuse a file with a line that no evaluation writes."""
-    i, protocol = 0, ""
+def _check_rows(
+    path: Path, lines: list[dict[str, Any]], checker: Callable[..., Callable[..., Any]]
+) -> None:
+    """Refuse a file with a line that no such run writes."""
+    i = 0
     try:
-        for i, line in enumerate(lines):
-            if i:
-                check_row(line, protocol)
-            else:
-                protocol = check_setting_row(line)
+        check = checker(lines[0])
+        for i, line in enumerate(lines[1:], 1):
+            check(line)
     except ValueError as error:
         raise ValueError(f"{path}: line {i + 1} is damaged ({error})") from error
 
