@@ -146,7 +146,7 @@ class KnowledgeNeurons:
         """(layer, neuron) of each neuron that carries the fact, refined if there are prompts.
 
         Raises:
-            As `attribute`.
+            ValueError, NotImplementedError: as `attribute`.
         """
         every = dict.fromkeys((request.prompt, *self.prompts))
         asked = [dataclasses.replace(request, prompt=prompt) for prompt in every]
@@ -158,7 +158,7 @@ class KnowledgeNeurons:
         The neurons are in its provenance. Without any, it changes nothing and its health says so.
 
         Raises:
-            As `attribute`.
+            ValueError, NotImplementedError: as `attribute`.
         """
         method = self.prepared(model)
         encoder = Encoder.of(model, method.prepend_bos)
