@@ -3,10 +3,10 @@
     python examples/benchmarks/sequential_edits.py RECORDS TEXT FOLDER default|released [guarded]
 
 RECORDS is CounterFact; 1,000 records of different subjects are written, from the 400th by case_id
-on (none of which a setting was chosen on). TEXT is plain text: C comes from its first 61,440 tokens
+on (no setting was chosen on them). TEXT is plain text: C comes from its first 61,440 tokens
 (WikiText-2), held-out text from what follows. The context prefixes are six of those committed. Each
 edit is kept in FOLDER, from which a run that was stopped goes on; what is measured on the way goes
-to examples/results/sequential/NAME.jsonl. With "guarded", edits that damage the model are taken off
+to examples/results/sequential/: NAME.jsonl at checkpoints, NAME.csv after each edit. With "guarded", edits that damage the model are taken off
 again, and the sequence ends before too much is lost (`transformer_lens_rome.sequential.Guard`).
 """
 
@@ -71,6 +71,7 @@ def main(records_file: str, text_file: str, folder: str, name: str, guarded: str
             row = measured(model, sequence, records[:n], held_out)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        out.with_suffix(".csv").write_text(per_edit(sequence))
         print(json.dumps(row), flush=True)
         if sequence.stopped:
             break
@@ -100,6 +101,15 @@ def moment(model: Any, ids: list[int], layer: int, path: Path) -> SecondMoment:
     return found
 
 
+def per_edit(sequence: EditSequence) -> str:
+    """NLL of the watched text after each edit, whether it was kept, and P(target) just after it."""
+    lines = ["request,kept,nll,p_after", f"0,,{sequence.nll:.4f},"]
+    for step in sequence.steps:
+        numbers = ["" if x is None else f"{x:.4f}" for x in (step.nll, step.p_after)]
+        lines.append(f"{step.number},{step.kept:d},{','.join(numbers)}")
+    return "\n".join(lines) + "\n"
+
+
 def measured(
     model: Any, sequence: EditSequence, records: list[CounterFactRecord], held_out: list[str]
 ) -> dict[str, Any]:
@@ -113,8 +123,6 @@ def measured(
         "kept": len(kept),
         "stopped": sequence.stopped,
         "perplexity": math.exp(held_out_nll(model, held_out_rows(encoder, held_out))),
-        "watched": [step.nll for step in sequence.steps],
-        "watched_before": sequence.nll,
     }
     asked = {
         "ES": [(record.request.text, record) for record in kept],
