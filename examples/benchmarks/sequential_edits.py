@@ -5,9 +5,10 @@
 RECORDS is CounterFact; 1,000 records of different subjects are written, from the 400th by case_id
 on (no setting was chosen on them). TEXT is plain text: C comes from its first 61,440 tokens
 (WikiText-2), held-out text from what follows. The context prefixes are six of those committed. Each
-edit is kept in FOLDER, from which a run that was stopped goes on; what is measured on the way goes
-to examples/results/sequential/: NAME.jsonl at checkpoints, NAME.csv after each edit. With "guarded", edits that damage the model are taken off
-again, and the sequence ends before too much is lost (`transformer_lens_rome.sequential.Guard`).
+edit is kept in FOLDER, from which a run that was stopped goes on. What is measured goes to
+examples/results/sequential/: NAME.jsonl at checkpoints, NAME.csv after each edit. With "guarded",
+edits that damage the model are taken off again, and the sequence ends before too much is lost
+(`transformer_lens_rome.sequential.Guard`).
 """
 
 import json
