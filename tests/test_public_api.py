@@ -39,6 +39,7 @@ MODULES = (
     "methods",
     "patching",
     "sampling",
+    "sequential",
     "viz",
 )
 
