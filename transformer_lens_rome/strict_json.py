@@ -7,12 +7,16 @@ characters (lone surrogates), deep nesting, very long texts, and other encodings
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MAX_DATA = 256 * 2**20
 """Bytes of a JSON file: five times the largest that is published (CounterFact, 45 MB). As Python
 objects JSON can take some 25 times its size."""
+MAX_ITEM = 2**26
+"""Characters of an item of a list that is read item by item."""
 MAX_DEPTH = 32
 """Lists and objects within each other; the deepest of our files has 8."""
 MAX_TEXT = 1_000_000
@@ -68,6 +72,66 @@ def parse(text: str | bytes, name: str, *, longest: int = MAX_TEXT) -> Any:
     return found
 
 
+def read_list(path: Path) -> Iterator[Any]:
+    """The items of a list in a file that is too large to be read at once, each as `parse` gives it.
+
+    Raises:
+        FileNotFoundError: no such file, or no plain one.
+        ValueError: not a list in JSON, or an item that `parse` refuses or of over `MAX_ITEM`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from _items(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a JSON list to be read ({str(error):.300})") from error
+
+
+def _items(file: TextIO) -> Iterator[Any]:
+    """Items from a window on a file, which grows where an item does not end in it."""
+    text, at = _gap(file, "", 0)
+    mark = "["
+    while text.startswith(mark, at):
+        text, at = _gap(file, text, at + 1)
+        if mark == "[" and text.startswith("]", at):
+            break
+        item, text, at = _item(file, text, at)
+        yield item
+        text, at = _gap(file, text, at)
+        mark = ","
+    if not text.startswith("]", at):
+        raise ValueError(f"{text[at : at + 20]!r} stands where {mark!r} or its end should")
+    text, at = _gap(file, text, at + 1)
+    if text[at:]:
+        raise ValueError(f"{text[at : at + 20]!r} stands after its end")
+
+
+def _gap(file: TextIO, text: str, at: int) -> tuple[str, int]:
+    """The window and the place of the next character that is no space."""
+    while (at := _SPACE.match(text, at).end()) == len(text) and (more := file.read(_WINDOW)):
+        text, at = more, 0
+    return text, at
+
+
+def _item(file: TextIO, text: str, at: int) -> tuple[Any, str, int]:
+    """One item, the window, and the place after the item."""
+    while True:
+        try:
+            item, end = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError:
+            item, end = None, len(text)
+        if end > len(text) - _MARGIN:  # a number might go on
+            if len(text) - at > MAX_ITEM:
+                raise ValueError(f"an item of more than {MAX_ITEM:,} characters")
+            if more := file.read(max(_WINDOW, len(text) - at)):
+                text, at = text[at:] + more, 0
+                continue
+            item, end = _DECODER.raw_decode(text, at)
+        _check(item, MAX_TEXT)
+        return item, text, end
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -80,6 +144,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(digits: str) -> int | float:
     short = len(digits) <= 20 and -(2**63) <= int(digits) < 2**64
     return int(digits) if short else float(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
+_SPACE = re.compile(r"[ \t\n\r]*")
+_WINDOW, _MARGIN = 2**20, 8  # characters
 
 
 def _check(found: Any, longest: int) -> None:

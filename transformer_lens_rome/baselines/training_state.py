@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformer_lens_rome.baselines.training import Training
 
 _FORMAT = "transformer_lens_rome.training.1"
-_SQUARES = ("_sq", ".squares", ".n")  # what is never below zero: Adam's, and MEND's statistics
+_POSITIVE = ("_sq", ".step", ".squares", ".n")  # Adam's values and MEND's, never below zero
 
 
 @dataclass
@@ -109,7 +109,7 @@ class State:
             mine, theirs = wanted.get(name), tensors.get(name)
             if mine is None or theirs is None or mine.shape != theirs.shape:
                 raise ValueError(f"{name[:60]} is missing, of another shape, or not known")
-            if mine.dtype != theirs.dtype or (name.endswith(_SQUARES) and (theirs < 0).any()):
+            if mine.dtype != theirs.dtype or (name.endswith(_POSITIVE) and (theirs < 0).any()):
                 raise ValueError(f"{name[:60]} is of another type, or below zero")
             if not mine.is_floating_point() and not torch.equal(mine, theirs.to(mine.device)):
                 raise ValueError(f"{name[:60]} is not what this run's data make it")

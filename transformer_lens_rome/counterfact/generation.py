@@ -27,7 +27,8 @@ from transformer_lens_rome.counterfact.records import CounterFactRecord
 from transformer_lens_rome.downloads import Published, download
 from transformer_lens_rome.extras import needed
 from transformer_lens_rome.files import cache_folder
-from transformer_lens_rome.strict_json import check_text, read_json
+from transformer_lens_rome.strict_json import read_json, read_list
+from transformer_lens_rome.typed import fits
 
 HOST = "https://rome.baulab.info/data/dsets/"
 PUBLISHED = {
@@ -157,7 +158,6 @@ class References:
 
         Raises:
             ValueError: not a snippets file.
-            ImportError: the extra that reads it is not installed.
             OSError: no such file, or no network.
         """
         wanted, texts = {key(record) for record in records}, {}
@@ -187,30 +187,16 @@ class References:
 
 
 def _snippets(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each item of a snippets file, read as it streams by: its name and its texts."""
-    ijson = needed("ijson", "generation")
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with path.open("rb") as file:
-            for item in ijson.items(file, "item"):
-                found = [sample["text"] for sample in item["samples"]]
-                names = (item["relation_id"], item["target_id"])
-                for text in (*names, *found):
-                    if not isinstance(text, str):
-                        raise TypeError(f"{text!r:.60} is no text")
-                    check_text(text)
-                yield "/".join(names), found
-    except (
-        ijson.JSONError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"{path} is not a snippets file ({error!r:.300})") from error
+    """Each item of a snippets file, as it streams by: its name and its texts."""
+    for i, item in enumerate(read_list(path)):
+        try:
+            found = [sample["text"] for sample in item["samples"]]
+            names = [item["relation_id"], item["target_id"]]
+            if not fits([*names, *found], list[str]):
+                raise TypeError("a text or a name is none")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a snippets file (item {i}: {error!r:.200})") from error
+        yield "/".join(names), found
 
 
 def key(record: CounterFactRecord) -> str:

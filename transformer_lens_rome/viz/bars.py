@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_rome.viz.figures import new_figure
+from transformer_lens_rome.viz.figures import new_figure, plain
 
 if TYPE_CHECKING:
     from transformer_lens_rome.counterfact.results import Results
@@ -37,7 +37,7 @@ def plot_results(runs: Sequence[Results]) -> Any:
         if metric in columns[0][1]:
             ax.axhline(columns[0][1][metric].mean, color="#999999", linewidth=0.8, linestyle=":")
         ax.set_title(f"{metric}: {title}", fontsize=10)
-        names = [name for name, _ in columns]
+        names = [plain(name) for name, _ in columns]
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     panels[0].set_ylim(0, 105)
     panels[0].set_ylabel("percent", fontsize=9)

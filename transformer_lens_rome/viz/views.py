@@ -55,8 +55,9 @@ def attention_before_and_after(
     after: Float[Tensor, "head dest src"],
 ) -> View:
     """One layer's attention patterns before and after an edit, and by how much they differ."""
+    shown = [_text(token) for token in tokens]
     sides = [
-        stack(name, component(attention_heads(patterns.float().cpu(), tokens)))
+        stack(name, component(attention_heads(patterns.float().cpu(), shown)))
         for name, patterns in (("before", before), ("after", after))
     ]
     moved = (after - before).abs().max().item()
