@@ -52,6 +52,9 @@ class Point(NamedTuple):
     layer: int = 0
 
 
+_OF_MLP = ("mlp_in", "pre", "pre_linear", "key", "value", "mlp_out")
+
+
 class Weight(NamedTuple):
     """A parameter that edits may change."""
 
@@ -96,10 +99,36 @@ def architecture(model: Any) -> str:
 
 
 def check_evaluating(model: Any) -> None:
-    """Refuse what is not a TransformerLens model, and a model in training mode."""
+    """Refuse what is no TransformerLens model of text, or in training mode.
+
+    Raises:
+        ValueError: not a TransformerLens model, or in training mode.
+        NotImplementedError: it does not read tokens from left to right in one stack of blocks.
+    """
     model_class(model)
+    if reason := _not_left_to_right(model):
+        raise NotImplementedError(
+            f"{architecture(model)} {reason}; editing and tracing are for models that read tokens "
+            "from left to right in one stack of blocks"
+        )
     if model.training:
         raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+
+
+def _not_left_to_right(model: Any) -> str:
+    """What keeps a model from being one stack of blocks that reads text; empty if nothing does."""
+    if getattr(model.cfg, "is_audio_model", False):
+        return "reads audio, not tokens"
+    if getattr(model.cfg, "is_visual_model", False):
+        return "reads images, not tokens"
+    if not hasattr(model, "blocks"):
+        return "has no single stack of blocks (an encoder and a decoder, or stacks in a loop)"
+    both = getattr(model.cfg, "attention_dir", "causal") != "causal"
+    if both or architecture(model).startswith("Bert"):  # 3.x bridges say "causal" of BERT
+        return "attends to later tokens too"
+    if not hasattr(model, "ln_final"):
+        return "has no norm after its last block"
+    return ""
 
 
 def check_editable(model: Any, layers: Sequence[int]) -> None:
@@ -145,7 +174,8 @@ def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or _output_module(model, layer) is None:
         raise NotImplementedError(
             f"{architecture(model)} has no single dense W_out at layer {layer} "
-            f"({type(mlp).__name__}): mixtures of experts and state-space blocks cannot be edited"
+            f"({type(mlp).__name__}): mixtures of experts, state-space blocks and blocks in which "
+            "TransformerLens shows no MLP cannot be edited"
         )
     return weight
 
@@ -214,6 +244,8 @@ def _hook_name(model: Any, point: Point) -> str | None:
 
     `hook_mlp_out` is not the value: models of Gemma's kind fire it after their second norm.
     """
+    if point.name in _OF_MLP and getattr(model.cfg, "attn_only", False):
+        raise NotImplementedError(f"{architecture(model)} has attention only, no MLPs")
     if point.name == "embed":
         return "hook_embed"
     if point.name == "pattern":

@@ -191,8 +191,16 @@ def next_logits(
 def keys_and_values(
     model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Any:
-    """The cache after some left-padded tokens; what is run after it leaves it as it is."""
+    """The cache after some left-padded tokens; what is run after it leaves it as it is.
+
+    Raises:
+        NotImplementedError: there is none, or it holds states that each pass overwrites.
+    """
     _, cache = continue_from(model, tokens, None, mask, NO_ROW)
+    if cache is None:
+        raise NotImplementedError("the model gives no cache of keys and values")
+    if any(hasattr(layer, "update_recurrent_state") for layer in getattr(cache, "layers", ())):
+        raise NotImplementedError("the model's cache holds recurrent states")
     if model_class(model) == "hooked":
         cache.freeze()
     return cache
