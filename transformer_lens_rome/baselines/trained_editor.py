@@ -119,6 +119,8 @@ class TrainedEditor:
             raise ValueError(f"{path} is an incomplete editor file: {wrong} are missing or damaged")
         try:
             editor = cls(tensors, info)
+            if info["kind"] not in ("ke", "mend"):
+                raise ValueError(f"there is no editor of the kind {info['kind']!r:.40}")
             _check_matrices(editor.matrices, info["hashes"])
             check_finite(tensors)
             for name, tensor in tensors.items():  # MEND's sums of squares, and how many there are
