@@ -77,9 +77,16 @@ def test_a_bias_that_cannot_be_changed_leaves_the_weight_alone(gpt2, tokenizer):
     with pytest.raises(ValueError, match="b_out of layer"):
         apply_edit(gpt2, bad)
     assert same(weights(gpt2), before) and active_edits(gpt2, LAYER) == ()
-    with pytest.raises(ValueError, match="changes a b_out of shape"):
-        apply_edit(gpt2, dataclasses.replace(edit, bias=edit.bias[:-1]))
-    assert same(weights(gpt2), before)
+    with pytest.raises(ValueError, match="do not fit together"):
+        dataclasses.replace(edit, bias=edit.bias[:-1])
+
+
+def test_an_edit_too_large_for_memory_is_refused_before_it_is_made(gpt2):
+    """Two vectors of a million numbers are a matrix of four terabytes."""
+    many, edit = torch.ones(1_000_000), random_edit(gpt2)
+    huge = dataclasses.replace(edit, k_star=many, u=many, lam=many, v_star=many)
+    with pytest.raises(ValueError, match=r"changes a W_out of shape \(1000000, 1000000\)"):
+        apply_edit(gpt2, huge, force=True)
 
 
 def test_an_edit_comes_off_all_its_weights_or_none(gpt2):

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("subject")
     edit.add_argument("target")
     edit.add_argument("--ask", action="append", default=[], help="another prompt to compare")
-    edit.add_argument("--statistics", help="a second-moment file (default: found or downloaded)")
+    edit.add_argument("--statistics", help="a second-moment file (default: found or made)")
     edit.add_argument("--released", action="store_true", help="the released code's configuration")
     edit.add_argument("--seed", type=int, default=0)
     edit.add_argument("--save", help="write the edit here (safetensors)")

@@ -69,6 +69,10 @@ class _Edit:
         """The change of one of those parameters."""
         return self.changes()[where]
 
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of every parameter that is changed, without making a change."""
+        raise NotImplementedError
+
     def made_on(self) -> dict[Weight, str]:
         """sha256 of the weights that it was made on."""
         return {Weight("W_out", self.layer): self.model_hash}
@@ -129,6 +133,13 @@ class _Edit:
         return edit
 
 
+def _fit(shapes: bool, edit: _Edit) -> None:
+    """Refuse tensors whose shapes, or dtypes, do not fit together."""
+    if not shapes or len({tensor.dtype for tensor in edit.tensors().values()}) > 1:
+        found = {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
+        raise ValueError(f"the edit's tensors do not fit together: {found}")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankOneEdit(_Edit):
     """W_out + u lamᵀ: the key k_star gets the value v_star (Meng et al. 2022, Eq. 2).
@@ -145,6 +156,14 @@ class RankOneEdit(_Edit):
     u: Float[Tensor, "d_mlp"] = field(repr=False)
     lam: Float[Tensor, "d_model"] = field(repr=False)
     v_star: Float[Tensor, "d_model"] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape, self)
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of W_out."""
+        return {Weight("W_out", self.layer): (len(self.u), len(self.lam))}
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: outer(u, lam)."""
@@ -170,6 +189,20 @@ class DenseEdit(_Edit):
     left: Float[Tensor, "d_mlp rank"] = field(repr=False)
     right: Float[Tensor, "rank d_model"] | None = field(default=None, repr=False)
     bias: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rank, (_, d_model) = self.left.shape[1], self.sizes()[Weight("W_out", self.layer)]
+        whole = self.right is None or len(self.right) == rank
+        _fit(whole and (self.bias is None or self.bias.shape == (d_model,)), self)
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of W_out, and of b_out if it changes."""
+        last = self.left if self.right is None else self.right
+        found = {Weight("W_out", self.layer): (len(self.left), last.shape[1])}
+        return found | (
+            {} if self.bias is None else {Weight("b_out", self.layer): tuple(self.bias.shape)}
+        )
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: left @ right."""
@@ -230,6 +263,10 @@ class FactoredEdit(_Edit):
     def changes(self) -> dict[Weight, Tensor]:
         """The change of every matrix."""
         return {where: self.change(where) for where in self.factors}
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of every matrix."""
+        return {w: (len(left), right.shape[1]) for w, (left, right) in self.factors.items()}
 
     def change(self, where: Weight) -> Float[Tensor, "d_in d_out"]:
         """The change of one matrix: left @ right."""
@@ -326,30 +363,14 @@ def load_edit(path: Any) -> Edit:
         known["request"] = make(EditRequest, info["request"])
         known["health"] = EditHealth.from_dict(info["health"])
         edit = make(kind, {**known, **kind.parts(info, tensors)})
-        _check_shapes(edit)
+        _check_sizes(edit)
         return edit
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is an incomplete edit file ({error!r:.400})") from error
 
 
-def _check_shapes(edit: Edit) -> None:
-    """Refuse tensors that do not fit together, before anything is made of them."""
-    if isinstance(edit, RankOneEdit):
-        d_in, d_out, own = len(edit.u), len(edit.lam), edit.tensors().values()
-        whole = edit.k_star.shape == edit.u.shape and edit.v_star.shape == edit.lam.shape
-        sizes = {Weight("W_out", edit.layer): (d_in, d_out)}
-    elif isinstance(edit, DenseEdit):
-        (d_in, rank), last = edit.left.shape, edit.left if edit.right is None else edit.right
-        own, d_out = [edit.left, last], last.shape[1]
-        whole = (last is edit.left or len(last) == rank) and (
-            edit.bias is None or len(edit.bias) == d_out
-        )
-        sizes = {Weight("W_out", edit.layer): (d_in, d_out)}
-    else:  # which checks the rest when it is made
-        whole, own = True, ()
-        sizes = {w: (len(left), right.shape[1]) for w, (left, right) in edit.factors.items()}
-    if not whole or len({tensor.dtype for tensor in own}) > 1:
-        raise ValueError("its tensors do not fit together")
-    for where, size in sizes.items():
+def _check_sizes(edit: Edit) -> None:
+    """Refuse an edit of matrices that no model has, before any is made."""
+    for where, size in edit.sizes().items():
         if not 0 <= where.layer < MAX_LAYERS or math.prod(size) > MAX_MATRIX:
             raise ValueError(f"no model has a matrix of {size} at layer {where.layer}")

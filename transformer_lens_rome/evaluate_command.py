@@ -31,7 +31,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run.add_argument("model", help="hub name, folder, or 'demo'")
     run.add_argument("method", help="'unedited', 'rome', 'ft', 'ft+l', 'kn', 'ke', 'mend' ...")
     run.add_argument("out", help="file for the rows (.jsonl); a stopped run goes on from it")
-    run.add_argument("--records", help="the data set's file (default: downloaded)")
+    run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
     run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
     run.add_argument("--limit", type=int, help="use the first so many records")
     run.add_argument("--lenient", action="store_true", help="leave out records that are not whole")

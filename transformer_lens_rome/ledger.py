@@ -153,7 +153,7 @@ def revert_all(model: Any, *, force: bool = False) -> None:
 
 def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:
     """The ledgers of the weights that an edit changes, where there are any."""
-    return filter(None, (_ledger(model, where) for where in edit.changes()))
+    return filter(None, (_ledger(model, where) for where in edit.sizes()))
 
 
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
@@ -166,11 +166,11 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     """
     if not isinstance(edit, Edit):
         raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
-    changes, made_on = edit.changes(), edit.made_on()
-    adapter.check_editable(model, sorted({where.layer for where in changes}))
-    ledgers = [_ready(model, where, change, edit) for where, change in changes.items()]
+    sizes, made_on = edit.sizes(), edit.made_on()
+    adapter.check_editable(model, sorted({where.layer for where in sizes}))
+    ledgers = [_ready(model, where, size, edit) for where, size in sizes.items()]
     on = {other.digest for ledger in ledgers for other in ledger.active}
-    if edit.digest in on and any(change.any() for change in changes.values()):
+    if edit.digest in on and any(edit.change(where).any() for where in sizes):
         raise ValueError(
             "this edit is on the model already; apply edit.scale(alpha) for a stronger one"
         )
@@ -186,9 +186,9 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     return AppliedEdit(model, (edit,), (tuple(ledgers),))
 
 
-def _ready(model: Any, where: Weight, change: Tensor, edit: Edit) -> _Ledger:
+def _ready(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> _Ledger:
     """The ledger of a weight that an edit is about to change, a new one if there is none."""
-    weight, shape = adapter.parameter(model, where), tuple(change.shape)
+    weight = adapter.parameter(model, where)
     if weight is None or shape != tuple(weight.shape):
         found = "none" if weight is None else tuple(weight.shape)
         raise ValueError(

@@ -108,7 +108,7 @@ def compute_rome_edit(
         request: An `EditRequest`, a dict in the released ROME format, or a list of them: then each
             edit is made with those before it on the model, and a list of edits is returned.
         layer: The block to edit, from 0. None: the model's default layer.
-        second_moment: C at that layer. None: from the cache, the authors' files or a downloaded
+        second_moment: C at that layer. None: from the cache, the authors' files or a streamed
             corpus, see `default_second_moment`.
         prefixes: Texts put before the prompt, `""` for the bare prompt. None: sampled from the
             model, as in the paper.
