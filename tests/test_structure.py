@@ -28,7 +28,7 @@ RANKS = [
     {"viz.edit_figure", "viz.bars", "counterfact.rows", "known_facts"},
     {"viz", "counterfact.run_file"},
     {"edit_health", "prompts", "recording", "causal_trace", "severed_trace"},
-    {"partial_forward", "average_trace"},
+    {"partial_forward", "average_trace", "edit_base"},
     {"edits", "perplexity", "sampling", "second_moment", "corruption"},
     {"counterfact.results", "collection", "ledger", "defaults", "restoring", "counterfact.records"},
     {"counterfact.zsre", "counterfact.generation"},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,133 +13,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.adapter import Weight, weight_hash
-from transformer_lens_rome.edit_health import EditHealth, said
+from transformer_lens_rome.edit_base import BaseEdit, read_edit
+from transformer_lens_rome.edit_health import EditHealth
 from transformer_lens_rome.edit_request import EditRequest
-from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
-from transformer_lens_rome.typed import make
-from transformer_lens_rome.viz import stack
-from transformer_lens_rome.viz.page import table
 
-_FORMAT = "transformer_lens_rome.edit.1"
-MAX_MATRIX = 2**31
-"""Numbers in an edited matrix: twice those of a model with 405 billion parameters. Without a limit
-two vectors could ask for a matrix that no memory holds."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Edit:
-    """What every edit carries.
-
-    Attributes:
-        layer: The block that it changes, from 0; the first of them where there are several.
-        request: What was asked for.
-        config: The method's settings, as plain values.
-        model_hash: sha256 of the W_out that the edit was made on (`adapter.weight_hash`); of the
-            hashes of all weights that it changes, where that is more than one W_out.
-        health: See `EditHealth`.
-        provenance: Where it came from: model, prefixes, statistics, seed, BOS rule, versions.
-    """
-
-    layer: int
-    request: EditRequest
-    config: Mapping[str, Any] = field(default_factory=dict)
-    model_hash: str = ""
-    health: EditHealth = field(default_factory=EditHealth)
-    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
-            object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
-
-    def _repr_html_(self) -> str:
-        asked = f"{self.request.text} -> {self.request.target_new} (layer {self.layer})"
-        return stack(asked, table(said(self.health)))._repr_html_()
-
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of W_out."""
-        raise NotImplementedError
-
-    def changes(self) -> dict[Weight, Tensor]:
-        """The change of every parameter that is changed."""
-        return {Weight("W_out", self.layer): self.delta()}
-
-    def change(self, where: Weight) -> Tensor:
-        """The change of one of those parameters."""
-        return self.changes()[where]
-
-    def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """The shape of every parameter that is changed, without making a change."""
-        raise NotImplementedError
-
-    def made_on(self) -> dict[Weight, str]:
-        """sha256 of the weights that it was made on."""
-        return {Weight("W_out", self.layer): self.model_hash}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that define the change, by field name."""
-        return {
-            f.name: value
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the layer and the tensors: equal for an edit and its saved and loaded self."""
-        state = hashlib.sha256(str(self.layer).encode())
-        for tensor in self.tensors().values():
-            state.update(weight_hash(tensor).encode())
-        return state.hexdigest()
-
-    def save(self, path: Any) -> None:
-        """Write the edit as safetensors with JSON metadata (kilobytes for a rank-one edit)."""
-        info = {
-            "format": _FORMAT,
-            "kind": type(self).__name__,
-            "layer": self.layer,
-            "model_hash": self.model_hash,
-            "request": dataclasses.asdict(self.request),
-            "config": self.config,
-            "health": self.health.to_dict(),
-            "provenance": self.provenance,
-            **self.extra(),
-        }
-        own = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        write_tensors(path, own, info)  # safetensors refuses tensors that share memory
-
-    def extra(self) -> dict[str, Any]:
-        """What its file says beside what every edit's does."""
-        return {}
-
-    @classmethod
-    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The fields that `tensors` and `extra` wrote."""
-        return dict(tensors)
-
-    @classmethod
-    def load(cls, path: Any) -> Any:
-        """Read an edit that `save` wrote.
-
-        Raises:
-            ValueError: not safetensors, truncated, not an edit, or an edit of another kind.
-        """
-        edit = load_edit(path)
-        if not isinstance(edit, cls):
-            raise ValueError(
-                f"{path} holds a {type(edit).__name__}; read it with {type(edit).__name__}.load"
-            )
-        return edit
-
-
-def _fit(shapes: bool, edit: _Edit) -> None:
-    """Refuse tensors whose shapes, or dtypes, do not fit together."""
-    if not shapes or len({tensor.dtype for tensor in edit.tensors().values()}) > 1:
-        found = {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
-        raise ValueError(f"the edit's tensors do not fit together: {found}")
+__all__ = [
+    "DenseEdit",
+    "Edit",
+    "EditHealth",
+    "EditRequest",
+    "FactoredEdit",
+    "Factors",
+    "RankOneEdit",
+    "load_edit",
+]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RankOneEdit(_Edit):
+class RankOneEdit(BaseEdit):
     """W_out + u lamᵀ: the key k_star gets the value v_star (Meng et al. 2022, Eq. 2).
 
     Attributes:
@@ -159,7 +48,7 @@ class RankOneEdit(_Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape, self)
+        self._check_fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape)
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
         """The shape of W_out."""
@@ -177,7 +66,7 @@ class RankOneEdit(_Edit):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DenseEdit(_Edit):
+class DenseEdit(BaseEdit):
     """Any change of one W_out, as two factors: `left @ right`; and of the bias after it.
 
     Attributes:
@@ -194,7 +83,7 @@ class DenseEdit(_Edit):
         super().__post_init__()
         rank, (_, d_model) = self.left.shape[1], self.sizes()[Weight("W_out", self.layer)]
         whole = self.right is None or len(self.right) == rank
-        _fit(whole and (self.bias is None or self.bias.shape == (d_model,)), self)
+        self._check_fit(whole and (self.bias is None or self.bias.shape == (d_model,)))
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
         """The shape of W_out, and of b_out if it changes."""
@@ -223,7 +112,7 @@ Factors = tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_out"]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FactoredEdit(_Edit):
+class FactoredEdit(BaseEdit):
     """A change of several matrices of several blocks, each as two factors: `left @ right`.
 
     Attributes:
@@ -354,23 +243,8 @@ def load_edit(path: Any) -> Edit:
     Raises:
         ValueError: not safetensors, truncated, no edit, or a part of it is missing.
     """
-    tensors, info = read_tensors(path, _FORMAT)
-    try:
-        kinds = {kind.__name__: kind for kind in (RankOneEdit, DenseEdit, FactoredEdit)}
-        kind = kinds[info["kind"]]
-        check_finite(tensors)
-        known = {name: info[name] for name in ("layer", "model_hash", "config", "provenance")}
-        known["request"] = make(EditRequest, info["request"])
-        known["health"] = EditHealth.from_dict(info["health"])
-        edit = make(kind, {**known, **kind.parts(info, tensors)})
-        _check_sizes(edit)
-        return edit
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is an incomplete edit file ({error!r:.400})") from error
-
-
-def _check_sizes(edit: Edit) -> None:
-    """Refuse an edit of matrices that no model has, before any is made."""
-    for where, size in edit.sizes().items():
-        if not 0 <= where.layer < MAX_LAYERS or math.prod(size) > MAX_MATRIX:
-            raise ValueError(f"no model has a matrix of {size} at layer {where.layer}")
+    tensors, info = read_edit(path)
+    for kind in (RankOneEdit, DenseEdit, FactoredEdit):
+        if info.get("kind") == kind.__name__:
+            return kind.made_of(path, tensors, info)
+    raise ValueError(f"{path} is an incomplete edit file (its kind is {info.get('kind')!r:.40})")
