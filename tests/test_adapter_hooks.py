@@ -5,7 +5,7 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import has_bridge, tiny_bridge, tiny_hf
 
-from transformer_lens_rome import adapter, defaults, passes
+from transformer_lens_rome import adapter, defaults, passes, refusals
 from transformer_lens_rome.adapter import Point
 
 LAYER = 1
@@ -151,32 +151,32 @@ def test_logits_at_is_differentiable(gpt2):
 
 def test_fit_models_are_accepted(gpt2, gemma3):
     for model in (gpt2, gemma3):
-        adapter.check_editable(model, range(model.cfg.n_layers))
+        refusals.check_editable(model, range(model.cfg.n_layers))
 
 
 @pytest.mark.parametrize("layer", [-1, 3, 1.0, "1", None])
 def test_layers_out_of_range_are_refused(gpt2, layer):
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        adapter.check_editable(gpt2, [0, layer])
+        refusals.check_editable(gpt2, [0, layer])
 
 
 def test_training_mode_is_refused(gpt2):
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        adapter.check_editable(gpt2.train(), [LAYER])
-    adapter.check_editable(gpt2.eval(), [LAYER])
+        refusals.check_editable(gpt2.train(), [LAYER])
+    refusals.check_editable(gpt2.eval(), [LAYER])
 
 
 def test_mixtures_of_experts_are_refused_by_name(model_class, tokenizer):
     model = make_model(model_class, "mixtral", tokenizer)
     with pytest.raises(NotImplementedError, match="Mixtral.*mixtures of experts"):
-        adapter.check_editable(model, [LAYER])
+        refusals.check_editable(model, [LAYER])
 
 
 @pytest.mark.parametrize("fake", [{"dtype": torch.int8}, {"device": "meta"}])
 def test_quantised_and_offloaded_weights_are_refused(gpt2, monkeypatch, fake):
     monkeypatch.setattr(adapter, "w_out", lambda model, layer: torch.zeros(128, 32, **fake))
     with pytest.raises(NotImplementedError, match="quantised|offloaded"):
-        adapter.check_editable(gpt2, [LAYER])
+        refusals.check_editable(gpt2, [LAYER])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -184,14 +184,14 @@ def test_a_broken_weight_is_refused(gpt2, bad):
     with torch.no_grad():
         adapter.w_out(gpt2, LAYER)[3, 5] = bad
     with pytest.raises(ValueError, match="layer 1 holds NaN or infinity"):
-        adapter.check_editable(gpt2, [LAYER])
-    adapter.check_editable(gpt2, [0])
+        refusals.check_editable(gpt2, [LAYER])
+    refusals.check_editable(gpt2, [0])
 
 
 def test_what_is_no_transformer_lens_model_is_refused(tokenizer):
     for stranger in (tiny_hf("gpt2", tokenizer), object(), None):
         with pytest.raises(ValueError, match="TransformerBridge.boot_transformers"):
-            adapter.check_editable(stranger, [LAYER])
+            refusals.check_editable(stranger, [LAYER])
 
 
 def test_classes_are_told_apart_subclasses_too(gpt2, model_class):

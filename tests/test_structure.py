@@ -16,6 +16,7 @@ RANKS = [
     {"adapter", "edit_request", "extras", "files", "gguf_tokenizer", "patching", "viz.page"},
     {
         "passes",
+        "refusals",
         "changes",
         "counterfact.metrics",
         "downloads",

@@ -18,7 +18,7 @@ and for the MLP's matrices, always `[d_in, d_out]`, so that `value = key @ W_out
 `pre = mlp_in @ W_in + b_in`, and where gated `pre = mlp_in @ W_gate`, `pre_linear = mlp_in @ W_in`.
 Neither model class is imported: TransformerLens 4 removed one of them, and 2.x lacks the other.
 
-Its other half, `passes`, runs the models.
+Its other half, `passes`, runs the models; `refusals` says which it will not.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ WEIGHTS = ("W_in", "W_gate", "W_out", "b_out")
 Hook = Callable[[Tensor], "Tensor | None"]
 
 
-# ---------------------------------------------------------------- which model, and can it be edited
+# ---------------------------------------------------------------- which model, and its weights
 
 
 def model_class(model: Any) -> Literal["hooked", "bridge"]:
@@ -96,72 +96,6 @@ def architecture(model: Any) -> str:
         model.cfg, "architecture", None
     )
     return str(found or model_name(model))
-
-
-def check_evaluating(model: Any) -> None:
-    """Refuse what is no TransformerLens model of text, or in training mode.
-
-    Raises:
-        ValueError: not a TransformerLens model, or in training mode.
-        NotImplementedError: it does not read tokens from left to right in one stack of blocks.
-    """
-    model_class(model)
-    if reason := _not_left_to_right(model):
-        raise NotImplementedError(
-            f"{architecture(model)} {reason}; editing and tracing are for models that read tokens "
-            "from left to right in one stack of blocks"
-        )
-    if model.training:
-        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
-
-
-def _not_left_to_right(model: Any) -> str:
-    """What keeps a model from being one stack of blocks that reads text; empty if nothing does."""
-    if getattr(model.cfg, "is_audio_model", False):
-        return "reads audio, not tokens"
-    if getattr(model.cfg, "is_visual_model", False):
-        return "reads images, not tokens"
-    if not hasattr(model, "blocks"):
-        return "has no single stack of blocks (an encoder and a decoder, or stacks in a loop)"
-    both = getattr(model.cfg, "attention_dir", "causal") != "causal"
-    if both or architecture(model).startswith("Bert"):  # 3.x bridges say "causal" of BERT
-        return "attends to later tokens too"
-    if not hasattr(model, "ln_final"):
-        return "has no norm after its last block"
-    return ""
-
-
-def check_editable(model: Any, layers: Sequence[int]) -> None:
-    """Refuse, before any work, a model or layer whose W_out cannot be read and written in place.
-
-    Raises:
-        ValueError: not a TransformerLens model, in training mode, or a layer out of range.
-        NotImplementedError: no dense W_out there (mixture of experts, state space), or a weight
-            that is quantised or offloaded.
-    """
-    check_evaluating(model)
-    for layer in layers:
-        if type(layer) is not int or not 0 <= layer < model.cfg.n_layers:
-            raise ValueError(
-                f"layer {layer!r} is out of range; this model has layers 0 to "
-                f"{model.cfg.n_layers - 1} (give a plain int)"
-            )
-        check_weight(w_out(model, layer), Weight("W_out", layer))
-
-
-def check_weight(weight: Tensor, where: Weight) -> None:
-    """Refuse a weight that is quantised, offloaded or broken; raises as `check_editable` does."""
-    name = f"{where.name} of layer {where.layer}"
-    if weight.is_meta:
-        raise NotImplementedError(
-            f"{name} is offloaded (meta device); load the model without offload"
-        )
-    if not weight.is_floating_point():
-        raise NotImplementedError(
-            f"{name} is quantised ({weight.dtype}); load the model in float32, bfloat16 or float16"
-        )
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds NaN or infinity; reload the checkpoint before editing it")
 
 
 def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:

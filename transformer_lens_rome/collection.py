@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.distributed import on_workers
 from transformer_lens_rome.prompts import Encoder, Row, pad
@@ -69,7 +69,7 @@ def collect_second_moment(
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
     layers = list(layer) if isinstance(layer, Sequence) else [layer]
-    adapter.check_editable(model, layers)
+    refusals.check_editable(model, layers)
     encoder = Encoder.of(model, prepend_bos)
     known = {"prepend_bos": encoder.prepends_bos, "source": source}
     plan = _Plan(tuple(layers), dtype, probe_keys(model, layers), known)

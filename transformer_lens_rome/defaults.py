@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Point
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def default_layer(model: Any) -> int:
         logger.info("layer %d, the default of %s", LAYERS[name], name)
         return LAYERS[name]
     third = model.cfg.n_layers // 3
-    adapter.check_editable(model, [third])
+    refusals.check_editable(model, [third])
     layer = model.cfg.n_layers // 18 if norm_follows_mlp(model, third) else third
     logger.warning(
         "no layer is known to be good for %s: using layer %d of %d, from the shape of the model; "

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.edits import Edit, EditHealth
 
@@ -167,7 +167,7 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     if not isinstance(edit, Edit):
         raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
     sizes, made_on = edit.sizes(), edit.made_on()
-    adapter.check_editable(model, sorted({where.layer for where in sizes}))
+    refusals.check_editable(model, sorted({where.layer for where in sizes}))
     ledgers = [_ready(model, where, size, edit) for where, size in sizes.items()]
     on = {other.digest for ledger in ledgers for other in ledger.active}
     if edit.digest in on and any(edit.change(where).any() for where in sizes):
@@ -195,7 +195,7 @@ def _ready(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> _Le
             f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
             f"model has {found}; it was made on {edit.provenance.get('model', 'another model')}"
         )
-    adapter.check_weight(weight, where)
+    refusals.check_weight(weight, where)
     ledger, found = _ledger(model, where), adapter.weight_hash(weight)
     if ledger is None:
         return _Ledger(where, weight.detach().clone(), found, [], found)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import passes, refusals
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.edits import Edit, EditRequest
@@ -152,7 +152,7 @@ def show_edit(
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
     if not isinstance(edit, Edit) or isinstance(prompts, str):
         raise ValueError("show_edit takes one edit, and prompts as a list of texts")
-    adapter.check_editable(model, [edit.layer])
+    refusals.check_editable(model, [edit.layer])
     if not edit.delta().any():
         raise ValueError("this edit changes nothing; there is nothing to show")
     force = force or any(edit.digest == one.digest for one in active_edits(model, edit.layer))

@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter, defaults
+from transformer_lens_rome import adapter, defaults, refusals
 from transformer_lens_rome.default_statistics import default_second_moment
 from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.health import measure_health
@@ -181,7 +181,7 @@ def _resolve(
     """Check what was given and find, and announce, what was not."""
     adapter.model_class(model)
     layer = defaults.default_layer(model) if layer is None else layer
-    adapter.check_editable(model, [layer])
+    refusals.check_editable(model, [layer])
     if prefixes is not None:
         _check_prefixes(prefixes, config)
     if isinstance(second_moment, Mapping):

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.default_statistics import default_second_moment
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.ledger import applied
@@ -80,7 +80,7 @@ def sweep_layers(
     """
     if not records:
         raise ValueError("records is empty; give sweep_layers a few dozen flat CounterFact records")
-    adapter.check_editable(model, layers)
+    refusals.check_editable(model, layers)
     encoder = Encoder.of(model)
     if prefixes is None:
         prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)

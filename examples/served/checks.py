@@ -26,6 +26,7 @@ from transformer_lens_rome import (
     apply_edit,
     compute_rome_edit,
     passes,
+    refusals,
 )
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.changes import Change
@@ -251,7 +252,7 @@ def editable_layers(model: Any) -> tuple[list[int], str]:
     layers, reason = [], ""
     for layer in range(model.cfg.n_layers):
         try:
-            adapter.check_editable(model, [layer])
+            refusals.check_editable(model, [layer])
             layers.append(layer)
         except REFUSALS as error:
             reason = reason or f"{error}"

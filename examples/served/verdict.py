@@ -7,7 +7,7 @@ from typing import Any
 from served import checks, traces
 from served.bridges import NotBootable
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import refusals
 
 KINDS = ("resid", "mlp", "attn")
 
@@ -15,7 +15,7 @@ KINDS = ("resid", "mlp", "attn")
 def verdict(model: Any) -> dict[str, Any]:
     """What the package does with a model: every check's note, and what follows from them."""
     try:
-        adapter.check_evaluating(model)
+        refusals.check_evaluating(model)
     except checks.REFUSALS as error:
         return _refused(model, str(error))
     try:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.changes import Change
 from transformer_lens_rome.defaults import short_name
@@ -103,7 +103,7 @@ class FineTuning:
         if layer is None:
             layer = 0 if self.constrained else LAYERS.get(name, 0)
             logger.info("%s trains layer %d", self.name, layer)
-        adapter.check_editable(model, [layer])
+        refusals.check_editable(model, [layer])
         if self.constrained and eps is None:
             eps = EPS.get(name, 5e-4)
             logger.info("%s keeps every entry within %g", self.name, eps)

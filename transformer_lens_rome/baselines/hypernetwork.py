@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Hook, Point, Weight
 from transformer_lens_rome.edits import Factors
 from transformer_lens_rome.partial_forward import PartialForward
@@ -94,7 +94,7 @@ def mlp_matrices(
     """
     if layers is None:
         layers = range(max(0, model.cfg.n_layers - 3), model.cfg.n_layers)
-    adapter.check_editable(model, list(layers))
+    refusals.check_editable(model, list(layers))
     found = []
     for layer in layers:
         for name in names or ("W_out", "W_in", "W_gate"):

@@ -48,7 +48,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter, passes
+from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.neuron_attribution import attribution
 from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
@@ -115,7 +115,7 @@ class KnowledgeNeurons:
 
     def prepared(self, model: Any, *, seed: int = 0) -> KnowledgeNeurons:
         """The same with the activation found."""
-        adapter.check_editable(model, range(model.cfg.n_layers))
+        refusals.check_editable(model, range(model.cfg.n_layers))
         if self.activation is not None:
             return self
         gated = adapter.parameter(model, Weight("W_gate", 0)) is not None

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.knowledge_editor import KnowledgeEditor
 from transformer_lens_rome.baselines.mend import Mend
@@ -110,14 +110,14 @@ def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None)
 
 def _matrices(model: Any) -> list[Weight]:
     """The edited matrices in the published order; refuses a model whose weights were processed."""
-    adapter.check_evaluating(model)
+    refusals.check_evaluating(model)
     if (order := _ORDER.get(adapter.architecture(model))) is None:
         raise NotImplementedError(
             f"no editors were published for {adapter.architecture(model)}, only for GPT-2 and "
             "GPT-J; train one with fit(model, ...)"
         )
     layers = range(max(0, model.cfg.n_layers - 3), model.cfg.n_layers)
-    adapter.check_editable(model, layers)
+    refusals.check_editable(model, layers)
     last = base_weight(model, Weight("W_out", layers[-1])).float()
     centred = last.mean(1).norm() < 1e-3 * last.std(1).norm()
     if centred or model.cfg.normalization_type == "LNPre":
