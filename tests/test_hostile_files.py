@@ -39,7 +39,7 @@ from transformer_lens_rome.sweep import _read
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 NAMES = """rank_one dense factored statistics npz editor training published counterfact zsre known
-snippets vocabulary idf run unedited sweep trace average request prefixes""".split()
+snippets vocabulary idf run unedited sweep steps trace average request prefixes""".split()
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ from transformer_lens_rome.edits import DenseEdit
 from transformer_lens_rome.files import safe_name
 from transformer_lens_rome.known_facts import load_known_facts
 from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sequential import Guard, Step, _as_step, _StepsFile
 from transformer_lens_rome.strict_json import read_json
 from transformer_lens_rome.sweep import _layer_score, _read
 
@@ -457,6 +458,25 @@ def sweep() -> Format:
     return Format([seed], LINES, _read, lambda rows: rows and _layer_score(0, list(rows.values())))
 
 
+def steps() -> Format:
+    """The steps of a sequence of edits."""
+    step = Step(1, REQUEST, 2.5, True, "", 0.9, 0.1)
+    rows = [
+        step,
+        dataclasses.replace(step, number=2, nll=None, kept=False, reason="no edit: too long"),
+    ]
+    setting = {"model": "tiny", "seed": 0, "guard": dataclasses.asdict(Guard())}
+    first = {"format": "transformer_lens_rome.run.1", "setting": setting, "made_with": {}}
+    lines = [first, *(dataclasses.asdict(row) for row in rows)]
+    seed = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+    def read(path: Path) -> list[Step]:
+        with _StepsFile(path, setting, {}) as file:
+            return [_as_step(row) for row in file.rows.values()]
+
+    return Format([seed], LINES, read, lambda found: [f"{s.number:05d}{s.reason}" for s in found])
+
+
 def trace() -> Format:
     """A causal trace."""
     made = CausalTrace(
@@ -538,6 +558,7 @@ FORMATS = {
         run,
         unedited,
         sweep,
+        steps,
         trace,
         average,
         request,
