@@ -146,6 +146,16 @@ def test_a_request_that_gives_no_edit_is_noted(gpt2):
     assert found.steps[1].reason == "no edit: the target is empty"
 
 
+def test_what_fails_on_the_first_request_is_not_the_request_s_fault(gpt2, base, tmp_path):
+    """Statistics that cannot be solved with, say, would otherwise give a sequence of nothing."""
+    method = Drawn()
+    method._fails[0] = ValueError("C is singular")
+    with pytest.raises(ValueError, match="C is singular"):
+        run(gpt2, method, folder=tmp_path)
+    assert torch.equal(w_out(gpt2, LAYER), base)
+    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 1  # what the run is
+
+
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_any_other_error_leaves_the_model_as_it_was(gpt2, base, error):
     method = Drawn()

@@ -21,6 +21,7 @@ _HEADER = re.compile(
 )
 _MAX_HEADER = 1024
 """Bytes of a header; NumPy's have 118 or 128 for the arrays at hand."""
+_PIECE = 2**20
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -73,7 +74,7 @@ def _array(file: BinaryIO, size: int, name: str) -> np.ndarray:
     header = file.read(length) if length <= _MAX_HEADER else b""
     if (said := _HEADER.fullmatch(header)) is None:
         raise ValueError(
-            f"{name} is not an array of numbers, float or integer, of at most four axes; nothing "
+            f"{name} is not an array of floats or signed integers, of at most four axes; nothing "
             "else is read (an array of objects would need allow_pickle)"
         )
     dtype = np.dtype(said[1].decode())
@@ -83,8 +84,10 @@ def _array(file: BinaryIO, size: int, name: str) -> np.ndarray:
             f"{name}: an array of shape {shape} needs {wanted} bytes, there are "
             f"{size - 10 - length}"
         )
-    data = bytearray(wanted)
-    if file.readinto(data) != wanted:
-        raise ValueError(f"{name} is truncated")
+    data, have = bytearray(wanted), 0
+    while have < wanted:  # in pieces: zipfile holds what it is asked for once more
+        if not (read := file.readinto(memoryview(data)[have : have + _PIECE])):
+            raise ValueError(f"{name} is truncated")
+        have += read
     order = "F" if said[2] == b"True" else "C"
     return np.frombuffer(data, dtype).reshape(shape, order=order)

@@ -8,6 +8,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
@@ -94,6 +95,13 @@ def download(published: Published, path: Path) -> None:
         os.replace(part, path)
 
 
+def _block(source: Any) -> bytes:
+    try:
+        return source.read(1 << 20)
+    except HTTPException as error:  # an answer in chunks that broke off
+        raise OSError(f"the download broke off ({error!r}); call again to go on") from error
+
+
 def _fetch(published: Published, file: BinaryIO) -> int:
     """Append what a file still lacks; its whole size, or 0 if the server does not say."""
     have = file.seek(0, os.SEEK_END)
@@ -112,7 +120,7 @@ def _fetch(published: Published, file: BinaryIO) -> int:
         size = have + int(said) if said.isdecimal() and len(said) < 20 else 0
         name = published.url[-30:]
         with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name) as bar:
-            while block := source.read(1 << 20):
+            while block := _block(source):
                 have += len(block)
                 if have > published.size:
                     raise ValueError(

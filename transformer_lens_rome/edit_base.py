@@ -156,7 +156,8 @@ class BaseEdit:
     def _check_fit(self, shapes: bool) -> None:
         """Refuse tensors whose shapes, as just compared, or dtypes do not fit together."""
         if not shapes or len({tensor.dtype for tensor in self.tensors().values()}) > 1:
-            found = {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+            own = self.tensors().items()
+            found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in own)
             raise ValueError(f"the edit's tensors do not fit together: {found}")
 
 

@@ -21,7 +21,7 @@ class EditHealth:
         p_before, p_after: Probability of the target after the bare prompt, on the model itself.
         clamp_hits: Steps after which delta was pulled back to the allowed norm.
         relative_norm: ||delta W|| / ||W||, Frobenius, over all weights that change.
-        rounding_error: What rounding to the weights' dtype loses of the change, as a share of it:
+        rounding_error: What rounding to the weights' dtype loses of this change, as a share of it:
             ||W_after - W_before - delta W|| / ||delta W||.
         k_C_k: k*ᵀ C⁻¹ k*, Eq. 2's denominator.
         key_agreement: Cosine of the bare prompt's key and k*.

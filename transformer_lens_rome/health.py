@@ -68,17 +68,20 @@ def _measured(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScor
 
 
 @torch.no_grad()
-def _size(model: Any, edit: Edit) -> tuple[float, float, tuple[str, ...]]:
-    """||delta W|| / ||W|| over all weights that change, the rounding error, and a warning."""
+def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
+    """||delta W|| / ||W|| over all weights that change, the rounding error, and a warning.
+
+    Of this edit alone, on the weights as they are now.
+    """
     weight, change, lost = 0.0, 0.0, 0.0
     for where, delta in edit.changes().items():
         whole = adapter.parameter(model, where).detach()
-        parts = zip(whole.split(_ROWS), delta.to(whole.device).split(_ROWS), strict=True)
-        for old, more in ((old, more.double()) for old, more in parts):
-            weight += old.double().square().sum().item()
+        for old, more in zip(whole.split(_ROWS), delta.split(_ROWS), strict=True):
+            wide, more = old.cpu().double(), more.cpu().double()  # not every device has float64
+            weight += wide.square().sum().item()
             change += more.square().sum().item()
-            after = (old.double() + more).to(old.dtype)
-            lost += (after.double() - old.double() - more).square().sum().item()
+            after = (wide + more).to(old.dtype)
+            lost += (after.double() - wide - more).square().sum().item()
     error = (lost / change) ** 0.5 if change else 0.0
     warnings = ()
     if error > 0.1:
@@ -86,7 +89,7 @@ def _size(model: Any, edit: Edit) -> tuple[float, float, tuple[str, ...]]:
             f"rounding to {str(whole.dtype).removeprefix('torch.')} loses {min(error, 1.0):.0%} of "
             "the change, which is too small for that dtype; load the model in float32",
         )
-    return (change / weight) ** 0.5 if weight else 0.0, error, warnings
+    return (change / weight) ** 0.5 if weight else None, error, warnings
 
 
 def _suspicions(

@@ -23,7 +23,7 @@ def check_evaluating(model: Any) -> None:
     if reason := _not_left_to_right(model):
         raise NotImplementedError(
             f"{adapter.architecture(model)} {reason}; editing and tracing are for models that read "
-            "tokens from left to right in one stack of blocks"
+            "tokens from left to right in one stack of blocks with a norm after it"
         )
     if model.training:
         raise ValueError("the model is in training mode (dropout is on); call model.eval() first")

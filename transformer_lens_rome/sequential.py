@@ -31,7 +31,7 @@ from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.counterfact.run_file import RunFile
 from transformer_lens_rome.edits import EditRequest, load_edit
 from transformer_lens_rome.fingerprint import Fingerprint
-from transformer_lens_rome.ledger import AppliedEdit, apply_edit, check_unedited
+from transformer_lens_rome.ledger import AppliedEdit, apply_edit, check_unedited, revert_all
 from transformer_lens_rome.methods import EditMethod, described, get_method
 from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
 from transformer_lens_rome.prompts import Encoder, Row
@@ -128,16 +128,17 @@ def edit_in_sequence(
         requests: What to write.
         method: A method or its registered name.
         texts: Held-out texts, on which damage is measured: a few hundred tokens are enough.
-        guard: The limits. None: measure only, keep every edit.
-        folder: Gets every edit as it is made, and `steps.jsonl`. A sequence that was stopped, or
+        guard: The limits. None: every edit is kept after which the NLL is a number.
+        folder: Gets every edit as it is made, and `steps.jsonl`. A sequence that was killed, or is
             given more requests, goes on where it was.
         seed: For what a method draws.
         prepend_bos: Overrides the checkpoint's own rule, for the held-out texts.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no requests, texts with less than two tokens, edits on the model, or a folder
-            of another sequence. The model is then as it was.
+        ValueError: no requests, texts with less than two tokens, edits on the model, a folder of
+            another sequence, or what the method says of the first request: of a later one it is
+            noted, and the next is tried. The model is then as it was.
     """
     requests = [_as_request(request) for request in requests]
     if not requests:
@@ -186,11 +187,11 @@ class _Run:
                 if done is not None:
                     kept.append(done)
                     last = step.nll
-                elif self.guard and step.nll and step.nll - last <= self.guard.one_edit:
+                elif self.guard and step.nll is not None and step.nll - last <= self.guard.one_edit:
                     stopped = f"request {number}: {step.reason}"
                     break
         except BaseException:
-            AppliedEdit.of(self.model, kept).revert()
+            revert_all(self.model)  # there were no others on it
             raise
         together = AppliedEdit.of(self.model, kept)
         return EditSequence(self.model, first, tuple(steps), together, stopped)
@@ -207,7 +208,10 @@ class _Run:
             return step, self._again(step) if step.kept else None
         try:
             edit = self.method.compute(self.model, request, seed=self.seed)
-        except ValueError as error:  # a request that cannot be made an edit; the next one may
+        except ValueError as error:  # of the request, unless it is the first: the next one may do
+            if number == 1:
+                raise
+            logger.warning("request %d gives no edit: %s", number, error)
             return self._noted(Step(number, request, None, False, f"no edit: {error}")), None
         done = apply_edit(self.model, edit)
         with ExitStack() as undo:
