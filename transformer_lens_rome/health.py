@@ -82,7 +82,9 @@ def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]
             change += more.square().sum().item()
             after = (wide + more).to(old.dtype)
             lost += (after.double() - wide - more).square().sum().item()
-    error = (lost / change) ** 0.5 if change else 0.0
+    if not change:
+        return 0.0, 0.0, ()
+    error = (lost / change) ** 0.5
     warnings = ()
     if error > 0.1:
         warnings = (
