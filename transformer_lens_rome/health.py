@@ -106,7 +106,7 @@ def _suspicions(
             f"the target's probability is {health.p_after:.3f} after the edit (it was "
             f"{health.p_before:.3f}); try another layer, a larger clamp or more steps"
         )
-    if health.relative_norm > 0.5:
+    if (health.relative_norm or 0.0) > 0.5:
         found.append(
             f"the change is {health.relative_norm:.2f} times the weight's norm and may damage "
             "other facts; collect a larger second moment or pass a ridge"
