@@ -58,7 +58,7 @@ def main(records_file: str, text_file: str, folder: str, name: str, guarded: str
     out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     for n in CHECKPOINTS:
-        if any(row["requests"] == n for row in done):
+        if any(row["requests"] == n or row["stopped"] for row in done):
             continue
         sequence = edit_in_sequence(
             model,
