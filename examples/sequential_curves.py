@@ -37,6 +37,8 @@ for name, (label, color, line) in styles.items():
     right.plot(at, [row["ES"] for row in rows], marker="o", markersize=3, **style)
 left.set(xlabel="request", ylabel="perplexity", yscale="log", title="held-out text")
 right.set(xlabel="request", ylabel="ES, %", ylim=(0, 103), title="all facts written so far")
+left.set_yticks([150, 200, 300, 500, 800], labels=["150", "200", "300", "500", "800"])
+left.tick_params(axis="y", which="minor", left=False, labelleft=False)
 left.legend(frameon=False)
 for ax in (left, right):
     ax.spines[["top", "right"]].set_visible(False)
