@@ -7,13 +7,12 @@ from all 61,440 tokens, and the largest share |k · u| / |k* · u| of the change
 of the neighbouring prompt; means over records, BOS left out. No edit is made.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from transformer_lens_rome import EditRequest, SecondMoment, collect_second_moment
+from transformer_lens_rome import CounterFact, SecondMoment, collect_second_moment
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
 from transformer_lens_rome.passes import read
@@ -33,10 +32,10 @@ def subjects(model, records) -> list[tuple[dict, dict]]:
     """For each record, k* (of the bare prompt) and its neighbouring prompt's keys, by layer."""
     encoder, found = Encoder.of(model), []
     for record in records:
-        request = EditRequest.from_dict(record)
+        request = record.request
         row = encoder.templated_row(request.prompt, request.subject)
         own = {n: k[row.subject[-1] - 1] for n, k in keys(model, row).items()}
-        found.append((own, keys(model, encoder.row(record["locality_prompt"]))))
+        found.append((own, keys(model, encoder.row(record.neighborhood_prompts[0]))))
     return found
 
 
@@ -56,7 +55,7 @@ def show(layer: int, name: str, moment: SecondMoment, ridge: float, found, refer
 
 def main(records_file: str, text_file: str) -> None:
     """Print the table."""
-    records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])
+    records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)
     model = load_demo_model()
     ids = Encoder.of(model).ids(Path(text_file).read_text())
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]

@@ -2,8 +2,8 @@
 
     python examples/held_out.py RECORDS.json TEXT.txt [default | released]
 
-RECORDS are flat CounterFact records, of which the first 50 by case_id are used (the settings were
-chosen on records 200 to 319); TEXT is where the second moment comes from. The context prefixes
+RECORDS is CounterFact, of which the first 50 by case_id are used (the settings were chosen on
+records 200 to 319); TEXT is where the second moment comes from. The context prefixes
 were sampled once from the model and are kept beside the rows. Rows go to examples/results/ as they
 come, and a run that was stopped goes on where it was.
 """
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from transformer_lens_rome import RomeConfig, collect_second_moment, sweep_layers
+from transformer_lens_rome import CounterFact, RomeConfig, collect_second_moment, sweep_layers
 from transformer_lens_rome.demo import load_demo_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,7 +22,7 @@ SETTINGS = {"default": (0, RomeConfig()), "released": (5, RomeConfig.released(ri
 
 def main(records_file: str, text_file: str, *names: str) -> None:
     """Score both settings, or one of them."""
-    records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])[:50]
+    records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)[:50]
     model = load_demo_model()
     ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]

@@ -8,13 +8,12 @@ in absolute value, over the tokens of the neighbouring prompt, and of the ratio 
 own maximum; BOS left out. No edit is made.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from transformer_lens_rome import EditRequest, SecondMoment, collect_second_moment
+from transformer_lens_rome import CounterFact, SecondMoment, collect_second_moment
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.passes import read
@@ -31,7 +30,7 @@ def keys(model, row) -> dict[int, torch.Tensor]:
 
 def main(records_file: str, text_file: str) -> None:
     """Print the table."""
-    records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])
+    records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)
     model = load_demo_model()
     encoder = Encoder.of(model)
     ids = encoder.ids(Path(text_file).read_text())
@@ -39,11 +38,11 @@ def main(records_file: str, text_file: str) -> None:
     text = collect_second_moment(model, rows, LAYERS, max_tokens=61_440)
     ratios = {}
     for record in records[200:212]:
-        request = EditRequest.from_dict(record)
+        request = record.request
         row = encoder.templated_row(request.prompt, request.subject)
         edited = keys(model, row)
-        near = keys(model, encoder.row(record["locality_prompt"]))
-        same = keys(model, encoder.row(record["rephrase_prompt"]))
+        near = keys(model, encoder.row(record.neighborhood_prompts[0]))
+        same = keys(model, encoder.row(record.paraphrase_prompts[0]))
         for layer in LAYERS:
             k_star = edited[layer][row.subject[-1] - 1]
             for name, C in (("I", SecondMoment.identity(2048)), ("C", text[layer])):

@@ -2,8 +2,8 @@
 
     python examples/sweep_gemma.py RECORDS.json TEXT.txt [part of a setting's name]
 
-RECORDS are flat CounterFact records, of which 16 are used (positions 200 to 215 by case_id); TEXT
-is where the second moment comes from. Three prefixes instead of the default 21 make it quicker.
+RECORDS is CounterFact, of which 16 records are used (positions 200 to 215 by case_id); TEXT is
+where the second moment comes from. Three prefixes instead of the default 21 make it quicker.
 Rows go to examples/results/sweep/ as they come, and a run that was stopped goes on where it was.
 Prints the table of examples/guide/which_layer.md.
 """
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 
-from transformer_lens_rome import RomeConfig, SecondMoment, collect_second_moment, sweep_layers
+from transformer_lens_rome import (
+    CounterFact,
+    RomeConfig,
+    SecondMoment,
+    collect_second_moment,
+    sweep_layers,
+)
 from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
 
 RESULTS = Path(__file__).parent / "results" / "sweep"
@@ -43,7 +49,7 @@ def statistics(model, corpus: str, text_file: str) -> dict[int, SecondMoment]:
 
 def main(records_file: str, text_file: str, part: str = "") -> None:
     """Run the settings and print a table of their scores."""
-    records = sorted(json.loads(Path(records_file).read_text()), key=lambda r: r["case_id"])
+    records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)
     model = load_demo_model()
     prefixes = json.loads((RESULTS.parent / "prefixes.json").read_text())[::10]
     moments: dict[str, dict[int, SecondMoment]] = {}

@@ -7,12 +7,19 @@ from dataclasses import replace
 
 import pytest
 import tiny_models
+import torch
 from safetensors.torch import load_file
 
-from transformer_lens_rome import EditRequest, RankOneEdit, SecondMoment, get_method
+from transformer_lens_rome import (
+    EditRequest,
+    RankOneEdit,
+    SecondMoment,
+    get_method,
+    target_log_probs,
+)
 from transformer_lens_rome.__main__ import main
 from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.demo import load_model
+from transformer_lens_rome.demo import load_model, wrap
 
 needs_bridge = pytest.mark.skipif(
     not tiny_models.has_bridge(), reason="a folder is loaded as a bridge, which this version lacks"
@@ -34,6 +41,26 @@ def statistics(checkpoint, tmp_path_factory):
     arguments = ["statistics", str(checkpoint), str(path), "--layer", "1", "--max-tokens", "1000"]
     assert main([*arguments, "--json"]) == 0
     return path
+
+
+def test_tokens_and_weights_meet_where_there_is_a_gpu(model_class, tokenizer, monkeypatch):
+    """TransformerLens would take the GPU for tokens, and leave a given model's weights behind."""
+    hf = tiny_models.tiny_hf("gpt2", tokenizer)
+    hf.config._name_or_path = "gpt2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if model_class == "hooked":
+        from transformer_lens import HookedTransformer
+
+        given = []
+        load = lambda *args, **options: given.append(options) or torch.nn.Identity()  # noqa: E731
+        monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", load)
+        wrap("gpt2", hf, tokenizer, model_class)
+        assert given[0]["device"] == "cpu"
+    else:
+        with torch.random.fork_rng(devices=[]):
+            model = wrap("gpt2", hf, tokenizer, model_class)
+        assert str(model.cfg.device) == "cpu"
+        assert target_log_probs(model, ["Rome is in"], ["Italy"])[0].isfinite().all()
 
 
 @needs_bridge

@@ -193,6 +193,15 @@ def test_a_failed_edit_is_counted_and_the_run_goes_on(gpt2):
     assert len(found.failed) == 4 and "| RandomEdits | 0 | 4 |" in found.table()
 
 
+def test_a_model_that_cannot_be_edited_ends_the_run(gpt2, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise NotImplementedError("the value is not key @ W_out + b_out")
+
+    monkeypatch.setattr(RandomEdits, "compute", refuse)
+    with pytest.raises(NotImplementedError, match="the value is not"):
+        evaluate(gpt2, out=tmp_path / "run.jsonl")
+
+
 def test_a_prompt_that_is_too_long_fails_its_record_only(gpt2):
     long = record(20, "Cuba", paraphrase_prompts=("Cuba is in " * 200,))
     found = evaluate(gpt2, records=[*RECORDS, long])

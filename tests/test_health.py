@@ -16,7 +16,7 @@ from rome_setting import (
     small_edit,
 )
 
-from transformer_lens_rome import RomeConfig, applied, target_log_probs
+from transformer_lens_rome import RomeConfig, SecondMoment, applied, target_log_probs
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.edits import EditHealth
 from transformer_lens_rome.health import _suspicions
@@ -103,3 +103,15 @@ def test_each_suspicion_has_its_warning_and_no_other(gpt2, changes, agreement, k
     found = _suspicions(edit, dataclasses.replace(SOUND, **changes), known, moment)
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "warned"), [(12, True), (130, True), (128, False), (256, False)]
+)
+def test_few_tokens_are_warned_of_and_the_identity_is_not(gpt2, tokens, warned):
+    """128 dimensions; the identity counts as one token for each."""
+    unit = torch.eye(128)[0]
+    edit = dataclasses.replace(small_edit(gpt2), k_star=unit, u=unit)
+    moment = SecondMoment.from_moment(torch.eye(128), tokens)
+    found = _suspicions(edit, SOUND, False, moment)
+    assert [f"only {tokens} tokens" in text for text in found] == [True] * warned

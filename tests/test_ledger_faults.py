@@ -79,3 +79,17 @@ def test_all_edits_go_also_those_nobody_holds(gpt2):
     revert_all(gpt2)
     for layer, base in enumerate(bases):
         assert torch.equal(w_out(gpt2, layer), base) and active_edits(gpt2, layer) == ()
+
+
+def test_what_one_weight_fails_on_does_not_keep_the_others(gpt2):
+    bases = [w_out(gpt2, layer).detach().clone() for layer in range(3)]
+    for layer in range(3):
+        apply_edit(gpt2, random_edit(gpt2, layer=layer))
+    with torch.no_grad():
+        w_out(gpt2, 1)[0, 0] += 1
+    with pytest.raises(ValueError, match="W_out of layer 1"):
+        revert_all(gpt2)
+    assert [len(active_edits(gpt2, layer)) for layer in range(3)] == [0, 1, 0]
+    assert torch.equal(w_out(gpt2, 0), bases[0]) and torch.equal(w_out(gpt2, 2), bases[2])
+    revert_all(gpt2, force=True)
+    assert torch.equal(w_out(gpt2, 1), bases[1])

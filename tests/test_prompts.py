@@ -98,6 +98,19 @@ def test_bos_switched_on_after_loading_does_not_count(tokenizer, bos_tokenizer):
         assert Encoder.of(Shell(again)).prepends_bos == adds
 
 
+def test_a_tokenizer_without_files_is_warned_of(tokenizer, caplog):
+    lost = AutoTokenizer.from_pretrained(tokenizer.name_or_path, add_bos_token=True)
+    lost.name_or_path = "nowhere"
+    with caplog.at_level("WARNING"):
+        Encoder.of(Shell(lost))
+    assert "'nowhere' has no files of its own" in caplog.text and "prepend_bos=" in caplog.text
+
+
+def test_an_empty_target_is_refused(gpt2):
+    with pytest.raises(ValueError, match="the target after 'Rome is' is empty"):
+        target_log_probs(gpt2, ["Rome is"], [" "])
+
+
 def test_bos_shifts_positions_by_one(model_class, bos_tokenizer):
     model = make_model(model_class, "gpt2", bos_tokenizer)
     bare, with_bos = (

@@ -144,6 +144,19 @@ def test_merged_is_collected_together(gpt2):
             a.merge(other)
 
 
+def test_halves_that_cannot_be_compared_do_not_lose_the_whole(gpt2, caplog):
+    """The same few texts over and over are many tokens, but few keys."""
+    found = collect(gpt2, TEXTS * 40)
+    assert found.half_agreement is None and "nothing to compare with" in caplog.text
+    assert found.n_tokens == 40 * collect(gpt2).n_tokens
+
+
+def test_rows_without_room_for_text_are_refused(model_class, bos_tokenizer):
+    model = make_model(model_class, "gpt2", bos_tokenizer)
+    with pytest.raises(ValueError, match="max_length=1 leaves no room"):
+        collect(model, max_length=1)
+
+
 def test_no_text_is_an_error(gpt2):
     for texts in ([], [""]):
         with pytest.raises(ValueError, match="some text"):

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES
+from rome_setting import random_edit
 from tiny_models import has_bridge
 
-from transformer_lens_rome import adapter, passes, restoring
+from transformer_lens_rome import adapter, apply_edit, passes, restoring, revert_all
+from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.changes import Change
+from transformer_lens_rome.ledger import active_edits
 from transformer_lens_rome.partial_forward import PartialForward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -133,6 +137,37 @@ def test_models_with_recurrent_states_are_never_cut(build, converts):
     with pytest.raises(NotImplementedError, match="recurrent states"):
         passes.keys_and_values(model, tokens, torch.ones_like(tokens))
     assert PartialForward(model, 0, tokens.tolist(), [2, 3]).recording is None
+
+
+@pytest.mark.skipif(not has_bridge(), reason="needs TransformerBridge")
+def test_edits_come_off_a_model_with_blocks_that_cannot_be_edited(build, converts):
+    converts("bridge", "JambaForCausalLM")
+    model = build("bridge", "JambaForCausalLM")
+    bases = {layer: w_out(model, layer).detach().clone() for layer in (0, 2)}
+    for layer in bases:
+        apply_edit(model, random_edit(model, layer=layer))
+    with pytest.raises(NotImplementedError, match="no single dense W_out"):
+        w_out(model, 1)
+    assert [len(active_edits(model, layer)) for layer in range(3)] == [1, 0, 1]
+    revert_all(model)
+    assert all(torch.equal(w_out(model, layer), base) for layer, base in bases.items())
+
+
+@pytest.mark.skipif(not has_bridge(), reason="needs TransformerBridge")
+def test_a_bias_for_each_head_is_not_taken_for_one_of_each_row(build, converts):
+    """MPT's has one entry a head, which as many rows could share."""
+    converts("bridge", "MPTForCausalLM")
+    model = build("bridge", "MPTForCausalLM")
+    rows = [[3 * i + j for j in range(5)] for i in range(model.cfg.n_heads)]
+    each, forward = torch.arange(len(rows)), PartialForward(model, 0, rows, [2] * len(rows))
+    assert forward.recording is not None
+    changes = [
+        [Change(adapter.Point("value", layer), each, torch.full_like(each, 2), torch.zeros_like)]
+        for layer in (0, 1)
+    ]
+    last = torch.full_like(each, 4)
+    single = torch.stack([forward.logits(one, each, last) for one in changes])
+    assert torch.allclose(forward.variants(changes, each, last), single, atol=1e-4)
 
 
 # ---------------------------------------------------------------- the checks notice faults

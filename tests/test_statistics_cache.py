@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from rome_setting import random_edit
 from safetensors import SafetensorError
 
-from transformer_lens_rome import default_statistics, files
+from transformer_lens_rome import applied, default_statistics, files
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import (
     cached_second_moment,
@@ -76,6 +77,14 @@ def test_another_model_of_the_same_name_gets_its_own(gpt2, model_class, tokenize
     assert not torch.allclose(mine.C, theirs.C, atol=1e-2)
     make.cached()
     assert make.calls == 2  # the file is the other model's by now
+
+
+def test_statistics_of_an_edited_model_are_not_kept(gpt2, folder, caplog):
+    make = Maker(gpt2)
+    with applied(gpt2, random_edit(gpt2, layer=0)), caplog.at_level("WARNING"):
+        edited = make.cached()
+    assert "edited model are not kept" in caplog.text and not folder.exists()
+    assert not torch.equal(make.cached().sum_kk, edited.sum_kk) and make.calls == 2
 
 
 def test_a_broken_file_is_not_used(gpt2, folder, caplog):

@@ -5,7 +5,14 @@ import json
 import pytest
 from rome_setting import CONFIG, PREFIXES, random_moment
 
-from transformer_lens_rome import applied, compute_rome_edit, sweep, sweep_layers, target_log_probs
+from transformer_lens_rome import (
+    CounterFact,
+    applied,
+    compute_rome_edit,
+    sweep,
+    sweep_layers,
+    target_log_probs,
+)
 from transformer_lens_rome.adapter import w_out, weight_hash
 
 RECORDS = [
@@ -82,6 +89,33 @@ def test_scores_are_those_of_the_edits_made_one_by_one(gpt2, tmp_path):
         assert score.NS == sweep._percent([row["after"] for row in mine])["NS"]
 
 
+def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
+    published = [
+        {
+            "case_id": record["case_id"],
+            "requested_rewrite": {
+                "prompt": "{} is located in the city of",
+                "subject": record["subject"],
+                "target_new": {"str": record["target_new"]},
+                "target_true": {"str": record["ground_truth"]},
+            },
+            "paraphrase_prompts": [record["rephrase_prompt"], "not scored"],
+            "neighborhood_prompts": [record["locality_prompt"], "not scored"],
+        }
+        for record in RECORDS
+    ]
+    (tmp_path / "records.json").write_text(json.dumps(published))
+    loaded = CounterFact.load(tmp_path / "records.json")
+    run(gpt2, layers=[0], out=tmp_path / "rows.jsonl")
+    run(gpt2, loaded, layers=[0], out=tmp_path / "loaded.jsonl")
+    both = [(tmp_path / name).read_text().splitlines() for name in ("rows.jsonl", "loaded.jsonl")]
+    for flat, full in zip(*([json.loads(line) for line in lines] for lines in both), strict=True):
+        flat["seconds"] = full["seconds"]
+        assert flat == full
+    with pytest.raises(ValueError, match="rephrase_prompt: it is missing"):
+        run(gpt2, [{k: v for k, v in RECORDS[0].items() if k != "rephrase_prompt"}])
+
+
 def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch):
     out = tmp_path / "new" / "rows.jsonl"
     whole = run(gpt2, out=out)
@@ -112,6 +146,13 @@ def test_rows_of_another_setting_are_not_taken(gpt2, tmp_path, other):
     run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
     with pytest.raises(ValueError, match="give another file"):
         run(gpt2, out=tmp_path / "rows.jsonl", layers=[1], **other)
+
+
+def test_rows_of_other_records_are_not_taken(gpt2, tmp_path):
+    run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
+    others = [record | {"target_new": "Cairo"} for record in RECORDS]
+    with pytest.raises(ValueError, match="other records"):
+        run(gpt2, others, out=tmp_path / "rows.jsonl", layers=[1])
 
 
 def test_an_error_in_the_middle_keeps_what_was_done_and_the_model(gpt2, tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--model-class", choices=("bridge", "hooked"), default=demo.default_class())
+    shared.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
     shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
 
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     """Edit a fact in the bundled model, save and reload the edit, undo it."""
     started = time.perf_counter()
-    model = demo.load_demo_model(options.model_class)
+    model = demo.load_demo_model(options.model_class, device=options.device)
     loaded = time.perf_counter()
     layer = default_layer(model) if options.layer is None else options.layer
     moment = demo.sampled_second_moment(model, layer, progress=not options.json)
@@ -125,7 +126,7 @@ def run_edit(options: argparse.Namespace) -> dict[str, Any]:
             "a HookedTransformer keeps no Hugging Face model to export; use --model-class bridge, "
             "or export_hf(model, folder, hf_model=...) in Python"
         )
-    model = demo.load_model(options.model, options.model_class)
+    model = demo.load_model(options.model, options.model_class, device=options.device)
     moment = SecondMoment.load(options.statistics) if options.statistics else None
     ask = [("asked", prompt) for prompt in options.ask]
     return _edit(model, request, options.layer, moment, ask, options, options.save)
@@ -133,7 +134,7 @@ def run_edit(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
     """Collect the second moment of one layer and write it to a file."""
-    model = demo.load_model(options.model, options.model_class)
+    model = demo.load_model(options.model, options.model_class, device=options.device)
     layer = default_layer(model) if options.layer is None else options.layer
     if options.text:
         texts, source = [Path(options.text).read_text()], Path(options.text).name
@@ -151,7 +152,7 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_trace(options: argparse.Namespace) -> dict[str, Any]:
     """Trace one fact; save it as data or as a page."""
-    model = demo.load_model(options.model, options.model_class)
+    model = demo.load_model(options.model, options.model_class, device=options.device)
     trace = causal_trace(
         model,
         options.prompt,

@@ -74,6 +74,8 @@ def collect_second_moment(
     known = {"prepend_bos": encoder.prepends_bos, "source": source}
     plan = _Plan(tuple(layers), dtype, probe_keys(model, layers), known)
     length = min(max_length, model.cfg.n_ctx or max_length)
+    if length <= encoder.prepends_bos:
+        raise ValueError(f"max_length={max_length} leaves no room for text")
     batches = _batches(enumerate(_pieces(texts, encoder, length, max_tokens)), batch_size)
     several = workers > 1 or ray_address is not None
     with tqdm(total=max_tokens, unit="tok", desc="second moment", disable=not progress) as bar:
@@ -198,8 +200,14 @@ def _join_halves(a: SecondMoment, b: SecondMoment) -> SecondMoment:
         raise ValueError("the texts held no tokens; give collect_second_moment some text")
     if min(a.n_tokens, b.n_tokens) >= both.d_mlp:
         keys = both.probe.reshape(-1, both.d_mlp)
-        pairs = [(a.solve(k, ridge=1e-6), b.solve(k, ridge=1e-6)) for k in keys]
-        both.half_agreement = sum(cosine(x, y) for x, y in pairs) / len(pairs)
+        try:
+            pairs = [(a.solve(k, ridge=1e-6), b.solve(k, ridge=1e-6)) for k in keys]
+            both.half_agreement = sum(cosine(x, y) for x, y in pairs) / len(pairs)
+        except ValueError:
+            logger.warning(
+                "half agreement at layer %s: half of the text gives nothing to compare with",
+                both.layer,
+            )
     if both.n_tokens < 2 * both.d_mlp:
         logger.warning(
             "the second moment of layer %s has %d tokens for d_mlp=%d; several times as many make "

@@ -19,6 +19,7 @@ from transformer_lens_rome import adapter
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.defaults import short_name
 from transformer_lens_rome.files import cache_folder, safe_name
+from transformer_lens_rome.ledger import edited_weights
 from transformer_lens_rome.second_moment import SecondMoment
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,11 @@ def cached_second_moment(
     found = _cached(model, layer, prepend_bos, corpus)
     if found is None:
         found = make()
+        if edited_weights(model):
+            logger.warning(
+                "statistics of an edited model are not kept; the next call makes them anew"
+            )
+            return found
         path = _path(model, layer, prepend_bos, corpus)
         try:
             found.save(path)

@@ -38,38 +38,50 @@ ASK = [
 ]
 
 
-def load_demo_model(model_class: ModelClass | None = None) -> Any:
-    """Gemma-3-270M in float32 on the CPU, without weight processing and without the network.
+def load_demo_model(model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
+    """Gemma-3-270M in float32, without weight processing and without the network.
 
     Args:
         model_class: "bridge" for a TransformerBridge (TransformerLens 3.8 and later), "hooked" for
             a HookedTransformer (before 4); None for the bridge where there is one.
+        device: Where it runs, such as "cuda".
 
     Raises:
         ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
     """
     with torch.random.fork_rng(devices=[]):  # loaders draw weights before they read them
-        return wrap(NAME, *load_demo_hf(), model_class)
+        return wrap(NAME, *load_demo_hf(), model_class, device)
 
 
-def load_model(name: str, model_class: ModelClass | None = None) -> Any:
+def load_model(name: str, model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
     """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
     if name == "demo":
-        return load_demo_model(model_class)
+        return load_demo_model(model_class, device=device)
     import transformers
 
     with torch.random.fork_rng(devices=[]):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         hf = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-        return wrap(name, hf, tokenizer, model_class)
+        return wrap(name, hf, tokenizer, model_class, device)
 
 
-def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass | None = None) -> Any:
-    """A Hugging Face model as a TransformerLens model of either class, in eval mode."""
+def wrap(
+    name: str,
+    hf: Any,
+    tokenizer: Any,
+    model_class: ModelClass | None = None,
+    device: Any = "cpu",
+) -> Any:
+    """A Hugging Face model as a TransformerLens model of either class, in eval mode.
+
+    The device is said to both: left alone, TransformerLens takes a GPU where there is one, for the
+    tokens, but lets the weights of a model that it is given lie where they are.
+    """
+    hf, options = hf.to(device), {"tokenizer": tokenizer, "device": str(device)}
     if (model_class or default_class()) == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
-        return TransformerBridge.boot_transformers(name, hf_model=hf, tokenizer=tokenizer).eval()
+        return TransformerBridge.boot_transformers(name, hf_model=hf, **options).eval()
     if Path(name).is_dir():
         raise ValueError(
             f"a HookedTransformer is loaded by a name that TransformerLens knows, not from {name}; "
@@ -78,7 +90,7 @@ def wrap(name: str, hf: Any, tokenizer: Any, model_class: ModelClass | None = No
     from transformer_lens import HookedTransformer
 
     return HookedTransformer.from_pretrained_no_processing(
-        name, hf_model=hf, tokenizer=tokenizer, dtype=hf.dtype
+        name, hf_model=hf, dtype=hf.dtype, **options
     ).eval()
 
 

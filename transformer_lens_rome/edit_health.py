@@ -23,8 +23,8 @@ class EditHealth:
         relative_norm: ||delta W|| / ||W||, Frobenius, over all weights that change.
         rounding_error: What rounding to the weights' dtype loses of this change, as a share of it:
             ||W_after - W_before - delta W|| / ||delta W||.
-        k_C_k: k*ᵀ C⁻¹ k*, Eq. 2's denominator.
-        key_agreement: Cosine of the bare prompt's key and k*.
+        k_C_k: k̄ᵀ C⁻¹ k̄ with the mean key k̄ over prefixes: Eq. 2's denominator where k* is k̄.
+        key_agreement: Cosine of the bare prompt's key and k̄.
         warnings: What a user should look at, in words.
     """
 

@@ -72,7 +72,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.dataset == "zsre":
         limit = 10_000 if options.limit is None else options.limit
         asked = Zsre.load(options.records, limit=limit, strict=strict)
-        model = demo.load_model(options.model, options.model_class)
+        model = demo.load_model(options.model, options.model_class, device=options.device)
         results = evaluate_zsre(model, asked, method, **shared)
     else:
         asked = CounterFact.load(options.records, limit=options.limit, strict=strict)
@@ -80,7 +80,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         if options.snippets:
             path = None if options.snippets == "download" else options.snippets
             references = References.extract(asked, path)
-        model = demo.load_model(options.model, options.model_class)
+        model = demo.load_model(options.model, options.model_class, device=options.device)
         generation = {"generate": options.generate, "references": references}
         results = evaluate_counterfact(model, asked, method, **shared, **generation)
     failed = {str(case): reason for case, reason in results.failed.items()}

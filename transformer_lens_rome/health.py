@@ -128,11 +128,15 @@ def _suspicions(
             f"the second moment has not converged (half-sample agreement {agreement:.2f}); "
             f"collect more than its {second_moment.n_tokens} tokens"
         )
-    elif (
-        agreement is None and second_moment.d_mlp < second_moment.n_tokens < 2 * second_moment.d_mlp
-    ):
+    elif agreement is None and _is_short(second_moment):
         found.append(
             f"the second moment has only {second_moment.n_tokens} tokens for its width of "
             f"{second_moment.d_mlp}; collect several times as many"
         )
     return found
+
+
+def _is_short(second_moment: SecondMoment) -> bool:
+    """Fewer than two tokens a dimension; the identity, which counts as one for each, is not."""
+    tokens, width = second_moment.n_tokens, second_moment.d_mlp
+    return tokens < 2 * width and tokens != width

@@ -8,7 +8,7 @@ would have given, and undoing all, in any order, gives back the very bytes of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,17 +38,25 @@ def _ledger(model: Any, where: Weight) -> _Ledger | None:
     return None if weight is None else getattr(adapter.owner(weight), "_rome_ledger", None)
 
 
+def _every_ledger(model: Any) -> list[_Ledger]:
+    found = (getattr(parameter, "_rome_ledger", None) for parameter in model.parameters())
+    return [ledger for ledger in found if ledger is not None]
+
+
+def _on(ledgers: Iterable[_Ledger]) -> tuple[Edit, ...]:
+    """The edits on some weights, each of them once."""
+    found = {id(edit): edit for ledger in ledgers for edit in ledger.active}
+    return tuple(found.values())
+
+
 def active_edits(model: Any, layer: int) -> tuple[Edit, ...]:
     """The edits that are on a layer's MLP now, in the order they were applied to each weight."""
-    every = [ledger for name in adapter.WEIGHTS if (ledger := _ledger(model, Weight(name, layer)))]
-    found = {id(edit): edit for ledger in every for edit in ledger.active}
-    return tuple(found.values())
+    return _on(ledger for ledger in _every_ledger(model) if ledger.where.layer == layer)
 
 
 def edited_weights(model: Any) -> list[Weight]:
     """The weights that have edits on them now."""
-    found = [getattr(parameter, "_rome_ledger", None) for parameter in model.parameters()]
-    return [ledger.where for ledger in found if ledger is not None]
+    return [ledger.where for ledger in _every_ledger(model)]
 
 
 def check_unedited(model: Any) -> None:
@@ -144,11 +152,14 @@ class AppliedEdit:
 
 
 def revert_all(model: Any, *, force: bool = False) -> None:
-    """Take every edit off a model, also those whose `AppliedEdit` is lost."""
-    for layer in range(model.cfg.n_layers):
-        edits = active_edits(model, layer)
-        ledgers = tuple(tuple(_ledgers(model, edit)) for edit in edits)
-        AppliedEdit(model, edits, ledgers).revert(force=force)
+    """Take every edit off a model, also those whose `AppliedEdit` is lost.
+
+    Raises:
+        ValueError: something else changed an edited weight since; those on other weights are off.
+    """
+    edits = _on(_every_ledger(model))
+    ledgers = tuple(tuple(_ledgers(model, edit)) for edit in edits)
+    AppliedEdit(model, edits, ledgers).revert(force=force)
 
 
 def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:

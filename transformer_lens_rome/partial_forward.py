@@ -243,10 +243,12 @@ def _can_be_cut(model: Any) -> bool:
 def _can_be_stacked(model: Any, rows: int) -> bool:
     """Whether variants run as one batch give what each gives by itself.
 
-    One row is a case of its own: then nothing tells what has one entry a row.
+    One row is a case of its own: then nothing tells what has one entry a row. So is each number
+    that divides the heads': what has one entry a head looks as if it had some for each row.
     """
-    what = "variants one by one" if rows > 1 else "variants of one row one by one"
-    return _tried(model, what, lambda: _error_of_stacking(model, min(rows, 3)))
+    own = model.cfg.n_heads % rows == 0
+    what = f"variants of {rows} rows one by one" if own else "variants one by one"
+    return _tried(model, what, lambda: _error_of_stacking(model, rows if own else min(rows, 3)))
 
 
 def _tried(model: Any, instead: str, error: Callable[[], float]) -> bool:
@@ -257,6 +259,8 @@ def _tried(model: Any, instead: str, error: Callable[[], float]) -> bool:
             with torch.no_grad():
                 found = error()
             reason = f"results differ by {found:.1e}" if found else ""
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise  # which says nothing of the model
         except Exception as fault:  # hosts without caches, masks or positions fail in many ways
             reason = f"{type(fault).__name__}: {fault}"
         if reason:

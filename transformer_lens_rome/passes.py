@@ -72,9 +72,7 @@ def logits_at(
         return unembed(model, final[rows.to(final.device), positions.to(final.device)])
     with _unembed_only(model, rows, positions):
         logits = final_residual(model, tokens)
-    if logits.shape[:2] != (len(rows), 1):
-        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
-    return logits[:, 0]
+    return _chosen(model, logits, rows)
 
 
 def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
@@ -176,6 +174,13 @@ def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]
         handle.remove()
 
 
+def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_vocab"]:
+    """What `_unembed_only` left of a pass's logits."""
+    if logits.shape[:2] != (len(rows), 1):
+        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
+    return logits[:, 0]
+
+
 # ---------------------------------------------------------------- continued from a cache
 
 
@@ -228,7 +233,7 @@ def continue_from(
                 use_cache=True,
                 return_type="logits_and_cache",
             )
-        return logits[:, 0], cache
+        return _chosen(model, logits, rows), cache
     if cache is None:
         cache = _empty_hooked_cache(model, len(tokens))
     # the cache remembers the mask of what it holds; without a mask, a start token that is also the

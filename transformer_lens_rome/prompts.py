@@ -97,6 +97,8 @@ class Encoder:
         self, text: str, subject: tuple[int, int] | None = None, target: str | None = None
     ) -> Row:
         """Tokenise a text, with its subject at `text[start:end]` and a target to follow it."""
+        if target is not None and not target.strip():
+            raise ValueError(f"the target after {text!r} is empty")
         gap = "" if text[-1:].isspace() else " "
         full = text if target is None else f"{text}{gap}{target.lstrip()}"
         encoded = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -145,8 +147,9 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.info(
-                "tokenizer %s has no files of its own, so BOS is as it has it now (%s)",
+            logger.warning(
+                "tokenizer %r has no files of its own, so BOS is as it has it now, which "
+                "TransformerLens may have changed; prepend_bos= overrides it (%s)",
                 tokenizer.name_or_path,
                 str(error).splitlines()[:1],
             )

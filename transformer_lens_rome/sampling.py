@@ -128,6 +128,8 @@ def sample_continuations(
 ) -> list[str]:
     """Texts of `length` tokens (BOS not counted), each of which begins with its prompt.
 
+    Of a prompt of more tokens than that, no more than the shortest prompt's length is sure to stay.
+
     All run as one batch: where a shorter prompt is continued already, a longer one still gives its
     own tokens. Special tokens are never drawn, so no text ends early.
 

@@ -22,8 +22,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from transformer_lens_rome import adapter, refusals
+from transformer_lens_rome.counterfact.records import CounterFactRecord, as_record
 from transformer_lens_rome.default_statistics import default_second_moment
-from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.prompts import Encoder, target_log_probs
 from transformer_lens_rome.rome import Rome, RomeConfig
@@ -33,6 +33,8 @@ from transformer_lens_rome.strict_json import parse, read_bytes
 from transformer_lens_rome.typed import fits
 
 logger = logging.getLogger(__name__)
+
+_METRICS = ("ES", "PS", "NS")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class LayerScore:
 
 def sweep_layers(
     model: Any,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[CounterFactRecord | Mapping[str, Any]],
     layers: Sequence[int],
     *,
     second_moments: Mapping[int, SecondMoment] | None = None,
@@ -64,8 +66,8 @@ def sweep_layers(
 
     Args:
         model: A HookedTransformer or TransformerBridge in eval mode.
-        records: Flat CounterFact records: `case_id, prompt, subject, target_new, ground_truth,
-            rephrase_prompt, locality_prompt`.
+        records: From `CounterFact.load`, or as dictionaries of either of its schemas; of each, the
+            first paraphrase and the first neighbour are scored.
         layers: Layers to try, from 0.
         second_moments: C by layer, as `collect_second_moment(model, texts, layers)` gives it.
         prefixes: As in `compute_rome_edit`.
@@ -76,11 +78,13 @@ def sweep_layers(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no records, a layer out of range, or `out` holds rows of another setting.
+        ValueError: no records, one that is not whole, a layer out of range, or `out` holds rows of
+            another setting.
     """
     if not records:
-        raise ValueError("records is empty; give sweep_layers a few dozen flat CounterFact records")
+        raise ValueError("records is empty; give sweep_layers a few dozen CounterFact records")
     refusals.check_editable(model, layers)
+    records = [as_record(record) for record in records]
     encoder = Encoder.of(model)
     if prefixes is None:
         prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
@@ -96,17 +100,19 @@ def sweep_layers(
         setting = _setting(model, method, seed)
         rows = []
         for record in tqdm(records, desc=f"edits at layer {layer}", disable=not progress):
-            case = record["case_id"]
+            case = record.case_id
             if case not in before:
                 before[case] = _score(model, encoder, record)
             if (row := done.get((layer, case))) is None:
                 row = _test_edit(model, encoder, record, method, seed)
                 row = {"layer": layer, "case_id": case, "before": before[case]} | row | setting
                 _append(out, row)
-            elif any(row.get(name) != value for name, value in setting.items()):
+            elif any(row.get(name) != value for name, value in setting.items()) or not (
+                _alike(row["before"], before[case])
+            ):
                 raise ValueError(
-                    f"{out} holds edits at layer {layer} of another model, configuration, seed, "
-                    "prefixes or statistics; give another file"
+                    f"{out} holds edits at layer {layer} of another model, other records, another "
+                    "configuration, seed, prefixes or statistics; give another file"
                 )
             rows.append(row)
         scores.append(_layer_score(layer, rows))
@@ -126,12 +132,17 @@ def _setting(model: Any, method: Rome, seed: int) -> dict[str, Any]:
     return json.loads(json.dumps(setting))
 
 
+def _alike(mine: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> bool:
+    """Whether scores are those of one record on one model; devices differ by far less."""
+    return all(abs(a - b) < 0.1 for m in _METRICS for a, b in zip(mine[m], others[m], strict=True))
+
+
 def _test_edit(
-    model: Any, encoder: Encoder, record: Mapping[str, Any], method: Rome, seed: int
+    model: Any, encoder: Encoder, record: CounterFactRecord, method: Rome, seed: int
 ) -> dict[str, Any]:
     """One edit: mean log-probabilities [new, true] of each prompt after it."""
     started = time.perf_counter()
-    edit = method.compute(model, EditRequest.from_dict(record), seed=seed)
+    edit = method.compute(model, record.request, seed=seed)
     seconds = time.perf_counter() - started
     with applied(model, edit):
         after = _score(model, encoder, record)
@@ -148,14 +159,14 @@ def _layer_score(layer: int, rows: Sequence[Mapping[str, Any]]) -> LayerScore:
     return LayerScore(layer, len(rows), **after, before=before)
 
 
-_PROMPTS = {"ES": "prompt", "PS": "rephrase_prompt", "NS": "locality_prompt"}
-
-
-def _score(model: Any, encoder: Encoder, record: Mapping[str, Any]) -> dict[str, list[float]]:
-    prompts = [record[field] for field in _PROMPTS.values() for _ in range(2)]
-    targets = [record["target_new"], record["ground_truth"]] * len(_PROMPTS)
+def _score(model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str, list[float]]:
+    """Mean log-probabilities [new, true] after each of the three prompts."""
+    request = record.request
+    asked = [request.text, record.paraphrase_prompts[0], record.neighborhood_prompts[0]]
+    prompts = [prompt for prompt in asked for _ in range(2)]
+    targets = [request.target_new, request.target_true] * len(asked)
     means = [s.mean().item() for s in target_log_probs(model, prompts, targets, encoder=encoder)]
-    return {metric: means[2 * i : 2 * i + 2] for i, metric in enumerate(_PROMPTS)}
+    return {metric: means[2 * i : 2 * i + 2] for i, metric in enumerate(_METRICS)}
 
 
 def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
@@ -164,7 +175,7 @@ def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     def wins(metric: str, new: float, true: float) -> bool:
         return true > new if metric == "NS" else new > true
 
-    found = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _PROMPTS}
+    found = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _METRICS}
     return found | {"S": harmonic_mean(list(found.values()))}
 
 
@@ -198,7 +209,7 @@ def _is_row(row: Any) -> bool:
     for scores in (row.get("before"), row.get("after")):
         if not isinstance(scores, dict):
             return False
-        for metric in _PROMPTS:
+        for metric in _METRICS:
             if not fits(scores.get(metric), list[float]) or len(scores[metric]) != 2:
                 return False
     return True

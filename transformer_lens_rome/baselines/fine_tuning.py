@@ -65,7 +65,7 @@ class FineTuning:
         stop_loss: Stop as soon as the loss is below this, in nats.
         objective: "last_token" scores every target token after the bare prompt, as released;
             "teacher_forced" each after those before it.
-        bias: Train b_out too, where the model has one, as released.
+        bias: Train b_out too, as released, where the model has one that is not all zeros.
         prepend_bos: Overrides the checkpoint's own rule.
         progress: Show a progress bar.
     """

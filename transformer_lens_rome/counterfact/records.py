@@ -147,7 +147,7 @@ def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord]
         if limit is not None and len(records) >= limit:
             break
         try:
-            record = _record(item)
+            record = as_record(item)
             if (first := places.setdefault(record.case_id, i)) != i:
                 raise ValueError(f"case_id: {record.case_id} is record {first}'s already")
             records.append(record)
@@ -156,8 +156,14 @@ def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord]
     return records, faults
 
 
-def _record(item: Any) -> CounterFactRecord:
-    """One record of either schema; a ValueError names the field at fault."""
+def as_record(item: Any) -> CounterFactRecord:
+    """One record, as it is or from a dictionary of either schema.
+
+    Raises:
+        ValueError: it is not whole; the message names the field at fault.
+    """
+    if isinstance(item, CounterFactRecord):
+        return item
     if not isinstance(item, Mapping):
         raise ValueError(f"it is a {type(item).__name__}, not an object")
     return _published(item) if "requested_rewrite" in item else _flat(item)

@@ -167,6 +167,7 @@ def score_edited(
 
     Raises:
         RuntimeError: the model is not what it was afterwards, or the device failed.
+        NotImplementedError: the method cannot edit this model.
     """
     what, before = f"record {record.case_id}", writes(model)
     started = time.perf_counter()
@@ -175,6 +176,8 @@ def score_edited(
         seconds = time.perf_counter() - started
         with applied(model, edit):
             found = scoring(model, encoder, record)
+    except NotImplementedError:
+        raise  # of the model, so of every record
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if _is_the_devices(error):
             raise
