@@ -30,6 +30,8 @@ for name, (label, color, line) in styles.items():
         [int(row["request"]) for row in steps],
         [math.exp(float(row["nll"])) for row in steps],
         linewidth=1,
+        marker="x" if "guarded" in name else "",
+        markevery=[-1],  # where the guard ended the sequence
         **style,
     )
     rows = [json.loads(text) for text in (results / f"{name}.jsonl").read_text().splitlines()]
