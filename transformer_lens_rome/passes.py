@@ -11,7 +11,7 @@ the left, behind a mask, so that in every row they follow without a gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,7 +225,8 @@ def continue_from(
     tokens, new = tokens.to(model.cfg.device), tokens.shape[1]
     mask = None if mask is None else mask.to(tokens.device)
     if model_class(model) == "bridge":
-        with _unembed_only(model, rows, torch.full_like(rows, new - 1)):
+        last = torch.full_like(rows, new - 1)
+        with _unembed_only(model, rows, last), cache_by_both_names(model.blocks):
             logits, cache = model(
                 tokens,
                 attention_mask=mask,
@@ -242,6 +243,28 @@ def continue_from(
     last = model.cfg.n_layers
     final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
     return unembed(model, final[rows.to(final.device), -1]), cache
+
+
+@contextmanager
+def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
+    """While this is open, attention gets the cache as `past_key_values` too.
+
+    So TransformerLens 4.3's bridges know it; transformers 5.24 hands it on as `cache`. Without it
+    they would take the first of some new tokens for the first of the text, and say nothing.
+    """
+
+    def name(_module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if (cache := kwargs.get("cache")) is None:
+            return None
+        return args, {"past_key_values": cache, **kwargs}
+
+    attention = [block.attn for block in blocks if hasattr(block, "attn")]
+    handles = [part.register_forward_pre_hook(name, with_kwargs=True) for part in attention]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _empty_hooked_cache(model: Any, batch: int) -> Any:

@@ -61,7 +61,8 @@ class Recording(NamedTuple):
             if variants:
                 given = cache if variants == 1 else _copy_of(self.cache, layer, variants)
                 args, kwargs = self._arguments(call, given, variants)
-                output = call.block(residual, *args, **kwargs)
+                with passes.cache_by_both_names([call.block]):
+                    output = call.block(residual, *args, **kwargs)
                 residual = output[0] if isinstance(output, tuple) else output
         return residual
 
