@@ -1,12 +1,17 @@
 """Text that a model writes itself: reproducible, drawn from its own distribution, safe to use."""
 
+import logging
+
 import pytest
 import torch
 from conftest import make_model
 
+from transformer_lens_rome import passes
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import (
     PREFIX_LENGTHS,
+    greedy_continuation,
+    sample_continuations,
     sample_prefixes,
     sample_tokens,
     sampled_texts,
@@ -130,3 +135,53 @@ def test_sampling_leaves_the_model_as_it_was(model):
     sample_prefixes(model)
     assert torch.equal(full_logits(model, tokens), before)
     assert not model.training
+
+
+# ---------------------------------------------------------------- without a cache
+
+
+def written(model):
+    """What each of the functions writes."""
+    tokens = sample_tokens(model, 4, 12, generator=seeded(5))
+    prompts = ["The old man", "The old man and the sea were"]
+    return (
+        tokens.tolist(),
+        sample_continuations(model, prompts, 20),
+        greedy_continuation(model, "A"),
+    )
+
+
+def _forgets(model, new, cache, real=passes.next_logits):
+    """Each piece is taken for a text of its own, as where nothing tells blocks of the cache."""
+    return real(model, new, None)[0], None
+
+
+def _breaks(*_):
+    raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
+
+
+@pytest.mark.parametrize(("fault", "words"), ((_forgets, "differ"), (_breaks, "past_key_values")))
+def test_where_caches_do_not_hold_texts_are_the_same(model, monkeypatch, caplog, fault, words):
+    expected = written(model)
+    assert model.__dict__.pop("_rome_trials")["text is written by whole passes"]
+    monkeypatch.setattr(passes, "next_logits", fault)
+    with caplog.at_level(logging.WARNING):
+        assert written(model) == expected
+    (record,) = caplog.records  # tried and said once
+    assert words in record.message and "whole passes" in record.message
+
+
+def test_a_users_hook_sees_every_position_of_a_text(gpt2):
+    def turn(state, hook):
+        state = state.clone()
+        state[:, 3:4] = -state[:, 3:4]  # of the text's fourth token, wherever a pass begins
+        return state
+
+    plain = sample_tokens(gpt2, 6, 20, top_k=1)
+    with gpt2.hooks(fwd_hooks=[("blocks.0.hook_resid_post", turn)]):
+        tokens = sample_tokens(gpt2, 6, 20, top_k=1)
+        logits = full_logits(gpt2, tokens)[:, :-1]
+    logits[..., Encoder.of(gpt2).tokenizer.all_special_ids] = -torch.inf
+    assert torch.equal(logits.argmax(-1), tokens[:, 1:])
+    assert not torch.equal(plain, tokens)
+    assert torch.equal(plain, sample_tokens(gpt2, 6, 20, top_k=1))

@@ -23,6 +23,7 @@ RANKS = [
         "distributed",
         "fingerprint",
         "results",
+        "trials",
         "viz.views",
         "viz.figures",
     },

@@ -42,6 +42,7 @@ from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.changes import Change, Noise, embedded, replace
 from transformer_lens_rome.recording import Recording, record
+from transformer_lens_rome.trials import difference, has_users_hooks, holds
 
 logger = logging.getLogger(__name__)
 
@@ -226,10 +227,7 @@ def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence
     if max(starts) + remainder > (model.cfg.n_ctx or torch.inf):
         logger.info("whole passes: the rows, aligned, are longer than the model's context")
         return False
-    if adapter.has_hooks(model):
-        logger.info("whole passes: the model has hooks, which may count positions")
-        return False
-    return True
+    return not has_users_hooks(model)
 
 
 # ---------------------------------------------------------------- does it hold for this model?
@@ -237,7 +235,7 @@ def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence
 
 def _can_be_cut(model: Any) -> bool:
     """Whether partial passes give what whole ones give."""
-    return _tried(model, "whole passes", lambda: _error_of_cutting(model))
+    return holds(model, "whole passes", lambda: _error_of_cutting(model))
 
 
 def _can_be_stacked(model: Any, rows: int) -> bool:
@@ -248,25 +246,7 @@ def _can_be_stacked(model: Any, rows: int) -> bool:
     """
     own = model.cfg.n_heads % rows == 0
     what = f"variants of {rows} rows one by one" if own else "variants one by one"
-    return _tried(model, what, lambda: _error_of_stacking(model, rows if own else min(rows, 3)))
-
-
-def _tried(model: Any, instead: str, error: Callable[[], float]) -> bool:
-    """Whether something holds for a model: tried once, noted on the model, said if it fails."""
-    trials = model.__dict__.setdefault("_rome_trials", {})
-    if instead not in trials:
-        try:
-            with torch.no_grad():
-                found = error()
-            reason = f"results differ by {found:.1e}" if found else ""
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            raise  # which says nothing of the model
-        except Exception as fault:  # hosts without caches, masks or positions fail in many ways
-            reason = f"{type(fault).__name__}: {fault}"
-        if reason:
-            logger.warning("%s for %s, slower: %s", instead, adapter.architecture(model), reason)
-        trials[instead] = not reason
-    return trials[instead]
+    return holds(model, what, lambda: _error_of_stacking(model, rows if own else min(rows, 3)))
 
 
 def _error_of_cutting(model: Any) -> float:
@@ -281,7 +261,7 @@ def _error_of_cutting(model: Any) -> float:
         PartialForward(model, layer, rows, starts, cut=cut).logits([change], torch.arange(3), last)
         for cut in (True, False)
     )
-    return _error(part, whole)
+    return difference(part, whole)
 
 
 def _error_of_stacking(model: Any, n: int) -> float:
@@ -294,10 +274,4 @@ def _error_of_stacking(model: Any, n: int) -> float:
     ]
     forward = PartialForward(model, 0, rows, start.tolist(), cut=True)
     single = [forward.stacked([changes], each, start + n - 1) for changes in variants]
-    return _error(forward.stacked(variants, each, start + n - 1), torch.cat(single))
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest entry; 0 if rounding explains it."""
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    return 0.0 if error < max(1e-3, 16 * torch.finfo(expected.dtype).eps) else error
+    return difference(forward.stacked(variants, each, start + n - 1), torch.cat(single))

@@ -18,9 +18,56 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome import passes
 from transformer_lens_rome.prompts import Encoder, pad
+from transformer_lens_rome.trials import difference, has_users_hooks, holds
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
 """The released code's (length in tokens, number of texts) pairs; the length counts the start."""
+
+
+class _GrowingText:
+    """Texts that a model is writing, and what it says next.
+
+    Earlier tokens are kept as keys and values where that gives what whole passes give. Where it
+    does not, and while hooks of the user's own, which may count positions, are on the model, each
+    step is a whole pass.
+
+    Attributes:
+        model: A HookedTransformer or TransformerBridge.
+        cached: Whether earlier tokens are kept as keys and values.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cached = not has_users_hooks(model) and _can_be_cached(model)
+        self._cache: Any = None
+        self._tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def logits_after(self, new: Int[Tensor, "n new"]) -> Float[Tensor, "n d_vocab"]:
+        """Append some tokens to each text; next-token logits after them."""
+        if self.cached:
+            logits, self._cache = passes.next_logits(self.model, new, self._cache)
+            return logits
+        self._tokens = new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
+        return _logits_after(self.model, self._tokens)
+
+
+def _logits_after(model: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n d_vocab"]:
+    each = torch.arange(len(tokens))
+    return passes.logits_at(model, tokens, each, torch.full_like(each, tokens.shape[1] - 1))
+
+
+def _can_be_cached(model: Any) -> bool:
+    """Whether tokens that follow on cached ones give what whole passes give."""
+    return holds(model, "text is written by whole passes", lambda: _error_of_caching(model))
+
+
+def _error_of_caching(model: Any) -> float:
+    """By how much the logits after two short texts differ when they are read in pieces."""
+    tokens, cache = (7 * torch.arange(18).unflatten(0, (2, 9)) + 1) % model.cfg.d_vocab, None
+    for new in tokens.split((5, 3, 1), dim=1):
+        found, cache = passes.next_logits(model, new, cache)
+    return difference(found, _logits_after(model, tokens))
 
 
 def sample_tokens(
@@ -38,10 +85,9 @@ def sample_tokens(
     generator = generator or torch.Generator().manual_seed(0)
     special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
     tokens = torch.full((n, 1), encoder.start_id)
-    new, cache = tokens, None
+    new, text = tokens, _GrowingText(model)
     for _ in tqdm(range(length - 1), desc="sampling text", disable=not progress):
-        logits, cache = passes.next_logits(model, new, cache)
-        logits = logits.float().cpu()
+        logits = text.logits_after(new).float().cpu()
         logits[:, special] = -torch.inf
         if top_k is None:
             new = _draw(logits, generator)
@@ -143,11 +189,10 @@ def sample_continuations(
     if not all(row.ids for row in rows):
         raise ValueError("a prompt holds no token to go on from; give some text")
     given, own = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
-    new, cache = given[:, : int(own.min())], None
-    tokens = new
+    tokens = new = given[:, : int(own.min())]
+    text = _GrowingText(model)
     while tokens.shape[1] < length + encoder.prepends_bos:
-        logits, cache = passes.next_logits(model, new, cache)
-        logits = logits.float().cpu()
+        logits = text.logits_after(new).float().cpu()
         logits[:, special] = -torch.inf
         best = logits.topk(top_k)
         new = best.indices.gather(1, _draw(best.values, generator))
@@ -163,9 +208,8 @@ def greedy_continuation(
 ) -> str:
     """The text that the model continues a prompt with, always taking the most probable token."""
     encoder = encoder or Encoder.of(model)
-    new, cache, found = torch.tensor([encoder.row(prompt).ids]), None, []
+    new, text, found = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model), []
     for _ in range(n_tokens):
-        logits, cache = passes.next_logits(model, new, cache)
-        new = logits.argmax(-1, keepdim=True).cpu()
+        new = text.logits_after(new).argmax(-1, keepdim=True).cpu()
         found.append(new.item())
     return encoder.tokenizer.decode(found, skip_special_tokens=True)
