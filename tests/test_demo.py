@@ -1,0 +1,43 @@
+"""The bundled model is unpacked once, and again only where its copy is not what it should be."""
+
+import pytest
+import torch
+import transformers
+
+from transformer_lens_rome import demo
+from transformer_lens_rome.adapter import w_out
+
+
+class Unpacked(Exception):
+    pass
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Nothing is unpacked; the folder that should be is in an exception."""
+
+    def unpack(path, folder):
+        raise Unpacked(folder)
+
+    monkeypatch.setattr(demo, "_unpack", unpack)
+
+
+@pytest.mark.parametrize("held", [None, b"", b"not the weights"])
+def test_what_is_missing_or_damaged_is_unpacked(asked, held, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "demo_weights", lambda: None)
+    folder = tmp_path / "gemma-3-270m" / f"transformers-{transformers.__version__}"
+    if held is not None:
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "model.safetensors").write_bytes(held)
+    with pytest.raises(Unpacked) as found:
+        demo.load_demo_hf()
+    assert found.value.args == (folder,)
+
+
+@pytest.mark.real_model
+def test_what_is_there_is_not_unpacked_again(gemma, asked):
+    model, tokenizer = demo.load_demo_hf()
+    for layer in (0, 17):
+        assert torch.equal(model.model.layers[layer].mlp.down_proj.weight.T, w_out(gemma, layer))
+    assert tokenizer("The Space Needle")["input_ids"] == [2, 818, 13510, 154649]
