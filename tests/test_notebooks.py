@@ -33,8 +33,8 @@ def test_it_is_committed_as_it_ran(name):
 def test_it_runs(name, gemma_moment):  # in the cache: no notebook samples anew
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     nbclient = pytest.importorskip("nbclient", reason="the notebook extra is not installed")
-    if MAJOR < (3 if name == "plugin_in_your_workflow" else 4):
-        pytest.skip("to save time it is run on newer versions of TransformerLens only")
+    if MAJOR != (3 if name == "plugin_in_your_workflow" else 4):  # 3.9 has both model classes
+        pytest.skip("to save time each is run on one version of TransformerLens only")
     notebook = read(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
