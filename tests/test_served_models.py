@@ -14,7 +14,7 @@ from conftest import CLASSES
 from rome_setting import random_edit
 from tiny_models import has_bridge
 
-from transformer_lens_rome import adapter, apply_edit, passes, restoring, revert_all
+from transformer_lens_rome import adapter, apply_edit, passes, restoring, revert_all, sampling
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.changes import Change
 from transformer_lens_rome.ledger import active_edits
@@ -192,11 +192,18 @@ def _wrong_state(patch):
     patch.setitem(restoring._POINTS, "mlp", "attn_out")
 
 
+def _forgetful_text(patch, plain=passes.next_logits):
+    """A cache that is lost at every step, and taken on trust."""
+    patch.setattr(sampling, "_can_be_cached", lambda model: True)
+    patch.setattr(passes, "next_logits", lambda model, new, cache: (plain(model, new)[0], None))
+
+
 FAULTS = {
     "orientation": _wrong_bias,
     "rome": _wrong_point,
     "algebra": _wrong_layer,
     "tracing mlp": _wrong_state,
+    "text": _forgetful_text,
 }
 
 

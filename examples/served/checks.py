@@ -32,6 +32,7 @@ from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.changes import Change
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sampling import sample_tokens
 
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris")
 PREFIXES = ("", "The old man said.")
@@ -202,6 +203,18 @@ def partial_pass_is_the_whole(model: Any, layer: int) -> str:
 
 
 @torch.no_grad()
+def text_is_what_plain_passes_go_on_with(model: Any, layer: int) -> str:
+    """Each token that the model writes is the likeliest after a plain pass of all before it."""
+    tokens = sample_tokens(model, 2, 8, top_k=1)
+    logits = logits_of(model, tokens)[:, :-1].float()
+    logits[..., Encoder.of(model).tokenizer.all_special_ids] = -torch.inf
+    written = logits.gather(-1, tokens[:, 1:, None])[..., 0]
+    agree("what is written, against the likeliest", written, logits.amax(-1), 1e-3)
+    cached = [held for trial, held in model._rome_trials.items() if trial.startswith("text")]
+    return "cached" if cached == [True] else "whole passes"
+
+
+@torch.no_grad()
 def undo_gives_the_same_bytes(model: Any, layer: int) -> str:
     """Every parameter's bytes after `revert`, and after an exception while the edit was on."""
     weight, before = adapter.w_out(model, layer), fingerprint(model)
@@ -234,7 +247,7 @@ def refuses_in_words(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def said(name: str = "transformer_lens_rome.partial_forward") -> Iterator[list[str]]:
+def said(name: str = "transformer_lens_rome.trials") -> Iterator[list[str]]:
     """What a module logs meanwhile."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)

@@ -37,6 +37,7 @@ def verdict(model: Any) -> dict[str, Any]:
     with checks.said() as messages:
         found = {name: checks.attempt(check, model, given) for name, check, given in each}
         found["passes"] = checks.attempt(checks.partial_pass_is_the_whole, model, layer)
+        found["text"] = checks.attempt(checks.text_is_what_plain_passes_go_on_with, model, layer)
         traced, wrong = _traced(model)
     failed = {name: note for name, (good, note) in found.items() if not good} | wrong
     return {
