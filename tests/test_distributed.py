@@ -43,13 +43,14 @@ def model_class():
     return CLASSES[0]
 
 
-@pytest.fixture
-def ray(monkeypatch):
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default they wait for everyone else
+@pytest.fixture(scope="module")
+def ray():
     found = pytest.importorskip("ray", reason="the distributed extra is not installed")
     found.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with distributed._cluster(found, 2, None):
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # by default they wait for everyone else
+        with distributed._cluster(found, 2, None):
+            yield found
     found.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
