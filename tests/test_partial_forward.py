@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import tiny_models
@@ -251,6 +252,12 @@ def test_an_exception_inside_leaves_no_hook(gpt2):
     with pytest.raises(ZeroDivisionError):
         forward.logits([Change(Point("value", 1), where, torch.tensor([3]), fail)], where, at)
     assert torch.equal(forward.logits([], where, at), before)
+
+
+def test_what_transformers_says_to_transformer_lens_is_not_shown(gpt2):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # 5.24 warns of the cache's old name
+        outcome(gpt2, Point("value", 1), random_rows((12, 9)), (7, 2), cut=True)
 
 
 @pytest.mark.parametrize("starts", ((0, 4), (-1, 0), (3, 9)))

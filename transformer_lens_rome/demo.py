@@ -132,10 +132,13 @@ def _unpack(path: Path, folder: Path) -> None:
         path.parent, gguf_file=path.name, dtype=torch.float32, **options
     )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    model.save_pretrained(part / "model")
-    gguf_tokenizer(path).save_pretrained(part / "tokenizer")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        model.save_pretrained(part / "model")
+        gguf_tokenizer(path).save_pretrained(part / "tokenizer")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def demo_weights() -> Path:

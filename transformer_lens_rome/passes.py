@@ -227,13 +227,7 @@ def continue_from(
     mask = None if mask is None else mask.to(tokens.device)
     if model_class(model) == "bridge":
         last = torch.full_like(rows, new - 1)
-        with (
-            _unembed_only(model, rows, last),
-            cache_by_both_names(model.blocks),
-            warnings.catch_warnings(),
-        ):
-            # which is TransformerLens's name for it, not the user's
-            warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+        with _unembed_only(model, rows, last), cache_by_both_names(model.blocks):
             logits, cache = model(
                 tokens,
                 attention_mask=mask,
@@ -257,7 +251,8 @@ def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
     """While this is open, attention gets the cache as `past_key_values` too.
 
     So TransformerLens 4.3's bridges know it; transformers 5.24 hands it on as `cache`. Without it
-    they would take the first of some new tokens for the first of the text, and say nothing.
+    they would take the first of some new tokens for the first of the text, and say nothing. What
+    transformers says of the old name is for TransformerLens, and not shown to the user.
     """
 
     def name(_module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
@@ -268,7 +263,9 @@ def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
     attention = [block.attn for block in blocks if hasattr(block, "attn")]
     handles = [part.register_forward_pre_hook(name, with_kwargs=True) for part in attention]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(Both )?`past_key_values`", FutureWarning)
+            yield
     finally:
         for handle in handles:
             handle.remove()
