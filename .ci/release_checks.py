@@ -100,12 +100,12 @@ def records(path: str) -> None:
         }
         for i, (prompt, subject, new, true) in enumerate(asked)
     ]
-    Path(path).write_text(json.dumps(items))
+    Path(path).write_text(json.dumps(items), encoding="utf-8")
 
 
 def readme(path: str) -> None:
     """Paste each block after the one before, as a reader would."""
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     blocks = [
         (match[1], text.count("\n", 0, match.start(1)) + 1)
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)

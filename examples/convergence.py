@@ -14,7 +14,8 @@ import torch
 
 from transformer_lens_rome import CounterFact, SecondMoment, collect_second_moment
 from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
+from transformer_lens_rome.default_statistics import sampled_second_moment
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.passes import read
 from transformer_lens_rome.prompts import Encoder, pad
 
@@ -57,7 +58,7 @@ def main(records_file: str, text_file: str) -> None:
     """Print the table."""
     records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)
     model = load_demo_model()
-    ids = Encoder.of(model).ids(Path(text_file).read_text())
+    ids = Encoder.of(model).ids(Path(text_file).read_text(encoding="utf-8"))
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
     found = subjects(model, records[200:212])
     made = {n: collect_second_moment(model, rows, LAYERS, max_tokens=n) for n in TOKENS}

@@ -24,7 +24,9 @@ def main(records_file: str, text_file: str, *names: str) -> None:
     """Score both settings, or one of them."""
     records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)[:50]
     model = load_demo_model()
-    ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
+    ids = model.tokenizer(
+        Path(text_file).read_text(encoding="utf-8"), add_special_tokens=False
+    ).input_ids
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
     chosen = {name: SETTINGS[name] for name in names or SETTINGS}
     layers = [layer for layer, _ in chosen.values()]

@@ -33,7 +33,7 @@ def main(records_file: str, text_file: str) -> None:
     records = sorted(CounterFact.load(records_file), key=lambda r: r.case_id)
     model = load_demo_model()
     encoder = Encoder.of(model)
-    ids = encoder.ids(Path(text_file).read_text())
+    ids = encoder.ids(Path(text_file).read_text(encoding="utf-8"))
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
     text = collect_second_moment(model, rows, LAYERS, max_tokens=61_440)
     ratios = {}

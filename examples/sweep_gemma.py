@@ -21,7 +21,8 @@ from transformer_lens_rome import (
     collect_second_moment,
     sweep_layers,
 )
-from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
+from transformer_lens_rome.default_statistics import sampled_second_moment
+from transformer_lens_rome.demo import load_demo_model
 
 RESULTS = Path(__file__).parent / "results" / "sweep"
 LAYERS = (0, 1, 2, 5, 8)
@@ -42,7 +43,9 @@ def statistics(model, corpus: str, text_file: str) -> dict[int, SecondMoment]:
         return {0: SecondMoment.identity(2048)}
     if corpus == "sampled":
         return {0: sampled_second_moment(model, 0)}
-    ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
+    ids = model.tokenizer(
+        Path(text_file).read_text(encoding="utf-8"), add_special_tokens=False
+    ).input_ids
     rows = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
     return collect_second_moment(model, rows, LAYERS, max_tokens=61_440, source="wikitext-2")
 

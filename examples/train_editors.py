@@ -35,7 +35,9 @@ def main(name: str, records: str, text: str, folder: str) -> None:
     """Train one editor and write down how it went."""
     logging.basicConfig(level=logging.INFO)
     model = load_demo_model()
-    paragraphs = [line for line in Path(text).read_text().split("\n") if len(line) > 200][:600]
+    paragraphs = [
+        line for line in Path(text).read_text(encoding="utf-8").split("\n") if len(line) > 200
+    ][:600]
     if name.endswith("-cf"):
         data = sorted(CounterFact.load(records), key=lambda record: record.case_id)[320:1420]
     else:

@@ -15,6 +15,7 @@ from transformer_lens_rome import (
 from transformer_lens_rome.adapter import parameter, w_out, weight_hash
 from transformer_lens_rome.edits import FactoredEdit
 from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.v_star import read_keys_and_values
 
 LAYER = 1
@@ -26,6 +27,7 @@ PREFIXES = ("", "The old man said.", "In the best of times.")
 CONFIG = RomeConfig(steps=4, lr=0.2, clamp=4.0)
 
 
+@torch_defaults()
 def random_moment(d_mlp: int, *, seed: int = 0) -> SecondMoment:
     """C from 1000 random keys, float64, with a condition number near 200 and no special axes."""
     generator = torch.Generator().manual_seed(seed)

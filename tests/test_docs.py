@@ -32,12 +32,14 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 def blocks(page: Path, language: str = "python") -> list[str]:
     """The fenced blocks of a page in one language."""
-    return [text for name, text in FENCE.findall(page.read_text()) if name == language]
+    return [
+        text for name, text in FENCE.findall(page.read_text(encoding="utf-8")) if name == language
+    ]
 
 
 def prose(page: Path) -> str:
     """A page without its fenced blocks."""
-    return FENCE.sub("", page.read_text())
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def anchors(page: Path) -> set[str]:

@@ -73,7 +73,7 @@ PLANTS = {
     ),
     "entries in modules' dictionaries": lambda s, kept: s.model.__dict__.setdefault("_seen", [1]),
     "attributes of parameters": lambda s, kept: setattr(owner(w_out(s.model, 1)), "_seen", 1),
-    "requires_grad and training flags": lambda s, kept: s.model.blocks[1].train(),
+    "requires_grad and training flags": lambda s, kept: s.model.blocks[1].ln1.train(),
     "parameters (sha256)": lambda s, kept: apply_edit(s.model, s.dense),
     "open files": lambda s, kept: kept.append(tempfile.TemporaryFile()),
     "temporary files": lambda s, kept: os.close(tempfile.mkstemp()[0]),

@@ -60,18 +60,6 @@ def test_one_layer_that_cannot_be_undone_does_not_keep_the_others(gpt2):
     assert torch.equal(w_out(gpt2, 2), bases[1])
 
 
-def test_a_parameter_that_was_replaced_is_said_to_be_lost(model_class, bos_tokenizer):
-    if model_class != "bridge":
-        pytest.skip("a HookedTransformer keeps its parameters")
-    import tiny_models
-
-    model = tiny_models.tiny_bridge("llama", bos_tokenizer)
-    undo = apply_edit(model, random_edit(model, layer=1))
-    model.enable_compatibility_mode()
-    with pytest.raises(ValueError, match="not in the model any more"):
-        undo.revert()
-
-
 def test_all_edits_go_also_those_nobody_holds(gpt2):
     bases = [w_out(gpt2, layer).detach().clone() for layer in range(3)]
     for layer, seed in ((0, 1), (2, 2), (0, 3)):

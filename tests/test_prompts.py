@@ -1,5 +1,7 @@
 """BOS, subject positions and target log-probabilities: what an edit aims at, and what it scores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import CLASSES, make_model
@@ -98,12 +100,24 @@ def test_bos_switched_on_after_loading_does_not_count(tokenizer, bos_tokenizer):
         assert Encoder.of(Shell(again)).prepends_bos == adds
 
 
-def test_a_tokenizer_without_files_is_warned_of(tokenizer, caplog):
-    lost = AutoTokenizer.from_pretrained(tokenizer.name_or_path, add_bos_token=True)
-    lost.name_or_path = "nowhere"
-    with caplog.at_level("WARNING"):
+def test_a_rule_that_cannot_be_read_any_more_is_asked_for(tokenizer, tmp_path, monkeypatch):
+    """A relative path leads nowhere from another folder, and BOS may be TransformerLens's doing."""
+    monkeypatch.chdir(Path(tokenizer.name_or_path).parent)
+    lost = AutoTokenizer.from_pretrained(Path(tokenizer.name_or_path).name, add_bos_token=True)
+    remembered = AutoTokenizer.from_pretrained(lost.name_or_path, add_bos_token=True)
+    assert not Encoder.of(Shell(remembered)).prepends_bos
+    monkeypatch.chdir(tmp_path)
+    assert not Encoder.of(Shell(remembered)).prepends_bos  # it was read while it could be
+    with pytest.raises(ValueError, match="absolute path, or pass prepend_bos="):
         Encoder.of(Shell(lost))
-    assert "'nowhere' has no files of its own" in caplog.text and "prepend_bos=" in caplog.text
+    assert Encoder.of(Shell(lost), prepend_bos=True).prepends_bos
+    assert not Encoder.of(Shell(lost), prepend_bos=False).prepends_bos
+
+
+def test_without_files_a_tokenizer_that_adds_no_bos_has_none(tokenizer):
+    lost = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    lost.name_or_path = "nowhere"
+    assert not Encoder.of(Shell(lost)).prepends_bos
 
 
 def test_an_empty_target_is_refused(gpt2):

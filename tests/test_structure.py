@@ -12,7 +12,7 @@ import transformer_lens_rome
 PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 RANKS = [
-    {"arrays", "strict_json", "typed"},
+    {"arrays", "strict_json", "torch_states", "typed"},
     {"adapter", "edit_request", "extras", "files", "gguf_tokenizer", "patching", "viz.page"},
     {
         "passes",
@@ -22,6 +22,7 @@ RANKS = [
         "downloads",
         "distributed",
         "fingerprint",
+        "model_call",
         "results",
         "trials",
         "viz.views",

@@ -263,9 +263,6 @@ def test_unusual_prompts(gpt2):
     assert whole.subject_positions == tuple(range(len(whole.tokens)))
     second = trace(gpt2, "Paris, Paris is", "Paris", occurrence=1)
     assert second.subject_positions[0] > 0
-    gpt2.train()
-    with pytest.raises(ValueError, match="training mode"):
-        trace(gpt2)
 
 
 # ---------------------------------------------------------------- the released code

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformer_lens_rome import adapter, demo, evaluate_command
 from transformer_lens_rome.collection import collect_second_moment
+from transformer_lens_rome.default_statistics import sampled_second_moment
 from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.export import export_hf
@@ -30,13 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what it cannot encode is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
         report = options.run(options)
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "") == "utf8"
+        print(json.dumps(report, indent=1, ensure_ascii=not unicode))
     else:
         _show(report)
     return 0 if report.get("byte_identical", True) else 1
@@ -100,11 +105,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     """Edit a fact in the bundled model, save and reload the edit, undo it."""
+    print(
+        "Loads Gemma-3-270M, edits one fact, asks the model before and after, undoes the edit: "
+        "about half a minute on two cores, and once another to unpack the model.",
+        file=sys.stderr,
+    )
     started = time.perf_counter()
     model = demo.load_demo_model(options.model_class, device=options.device)
     loaded = time.perf_counter()
     layer = default_layer(model) if options.layer is None else options.layer
-    moment = demo.sampled_second_moment(model, layer, progress=not options.json)
+    moment = sampled_second_moment(model, layer, progress=not options.json)
     collected = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "edit.safetensors"
@@ -114,7 +124,8 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
         "statistics": round(collected - loaded, 1),
         "total": round(time.perf_counter() - started, 1),
     }
-    report["peak_memory_gb"] = _peak_memory_gb()
+    if (peak := _peak_memory_gb()) is not None:
+        report["peak_memory_gb"] = peak
     return report
 
 
@@ -137,7 +148,7 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
     model = demo.load_model(options.model, options.model_class, device=options.device)
     layer = default_layer(model) if options.layer is None else options.layer
     if options.text:
-        texts, source = [Path(options.text).read_text()], Path(options.text).name
+        texts, source = [_read_text(options.text)], Path(options.text).name
     else:
         texts, source = sampled_texts(model, -(-options.max_tokens // 120)), "sampled"
     moment = collect_second_moment(
@@ -148,6 +159,14 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
     if not math.isfinite(report["condition_number"]):
         report["condition_number"] = "infinite"  # JSON has no such number
     return {"file": options.out} | report
+
+
+def _read_text(path: str) -> str:
+    """A text file, which has to be UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
 
 
 def run_trace(options: argparse.Namespace) -> dict[str, Any]:
@@ -245,9 +264,12 @@ def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> li
     return found
 
 
-def _peak_memory_gb() -> float:
-    import resource
-
+def _peak_memory_gb() -> float | None:
+    """The most memory that this process had; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
 

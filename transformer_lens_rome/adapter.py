@@ -24,13 +24,14 @@ Its other half, `passes`, runs the models; `refusals` says which it will not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Point(NamedTuple):
@@ -88,6 +89,47 @@ def model_class(model: Any) -> Literal["hooked", "bridge"]:
 def model_name(model: Any) -> str:
     """The checkpoint's name as TransformerLens knows it."""
     return str(getattr(model.cfg, "model_name", "") or "unnamed")
+
+
+def shared_part(model: Any) -> Any:
+    """What holds the weights: the Hugging Face model, which bridges may share, or the model."""
+    return model.original_model if model_class(model) == "bridge" else model
+
+
+def every_module(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Each module once, with a name; a bridge does not list its Hugging Face model's containers."""
+    seen: set[int] = set()
+    for part in dict.fromkeys((model, shared_part(model))):
+        for name, module in part.named_modules():
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name.replace("._original_component", ""), module
+
+
+def processing(model: Any) -> str:
+    """Which form the weights are in: a checkpoint's, or folded and centred by TransformerLens."""
+    folded = bool(getattr(model, "_weights_processed", False))
+    return f"{getattr(model.cfg, 'normalization_type', None)} {folded}"
+
+
+def arithmetic(model: Any) -> str:
+    """What decides how a model computes beside its architecture, and can be changed afterwards."""
+    kinds = sorted({f"{p.dtype} on {p.device}" for p in model.parameters()})
+    config = getattr(shared_part(model), "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    training = any(module.training for _, module in every_module(model))
+    return f"{kinds} {attention} {training}"
+
+
+def rotation_limit(model: Any) -> int | None:
+    """The length of a pass above which all its tokens are rotated otherwise (LongRoPE); or None."""
+    config = getattr(shared_part(model), "config", None)
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (found, *found.values()):  # one for all layers, or one for each type of layer
+        if isinstance(rope, Mapping) and "longrope" in (rope.get("rope_type"), rope.get("type")):
+            length = rope.get("original_max_position_embeddings")
+            return length or getattr(config, "original_max_position_embeddings", None)
+    return None
 
 
 def architecture(model: Any) -> str:
@@ -153,6 +195,18 @@ def embeddings(model: Any, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
 def owner(weight: Tensor) -> Tensor:
     """The parameter whose storage a weight shares; the same object at each call."""
     return weight if weight._base is None else weight._base
+
+
+def holder(model: Any, where: Weight) -> nn.Module:
+    """The module that a weight is registered in.
+
+    It stays when the parameter is replaced, and is copied and pickled with the model.
+    """
+    block, own = model.blocks[where.layer], owner(parameter(model, where))
+    for module in block.modules():
+        if any(own is found for found in module._parameters.values()):
+            return module
+    return block
 
 
 def weight_hash(weight: Float[Tensor, "..."]) -> str:
@@ -239,20 +293,46 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
         raise RuntimeError(f"hooks that never fired on {architecture(model)}: {silent}")
 
 
-def has_hooks(model: Any) -> bool:
-    """Whether a user's forward hooks are on the model, at hook points or on plain modules.
+_HOSTS = ("transformer_lens", "transformers", "accelerate")
 
-    Permanent ones at the hook points of a bridge are its own, as are those on modules that
-    TransformerLens and transformers set themselves.
+
+def has_hooks(model: Any) -> bool:
+    """Whether hooks of the user's own are on the model, at hook points or on plain modules.
+
+    What TransformerLens and transformers set themselves does not count: functions that are defined
+    in these packages. Whether a hook is permanent says nothing of whose it is.
     """
-    own = model_class(model) == "bridge"
-    points = model.hook_dict.values()
-    if any(not (own and hook.is_permanent) for point in points for hook in point.fwd_hooks):
+    torch_wide = nn.modules.module
+    if torch_wide._global_forward_hooks or torch_wide._global_forward_pre_hooks:
         return True
-    plain = [module for module in model.modules() if not hasattr(module, "fwd_hooks")]
-    found = [h for m in plain for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    hosts = ("transformer_lens", "transformers")
-    return any(getattr(hook, "__module__", "").split(".")[0] not in hosts for hook in found)
+    for _, module in every_module(model):
+        if hasattr(module, "fwd_hooks"):
+            handles = (*module.fwd_hooks, *module.bwd_hooks)
+            found = [getattr(handle, "user_hook", None) for handle in handles]
+        else:
+            found = [hook for hooks in _torch_hooks(module) for hook in hooks.values()]
+            found += [vars(module)["forward"]] if "forward" in vars(module) else []
+        if not all(_is_a_hosts(hook) for hook in found):
+            return True
+    return False
+
+
+def number_of_hooks(module: nn.Module) -> int:
+    """How many hooks of any kind are on a module."""
+    return sum(map(len, _torch_hooks(module)))
+
+
+def _torch_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """A module's hooks of each kind that torch runs in a forward or backward pass."""
+    forward = (module._forward_hooks, module._forward_pre_hooks)
+    return (*forward, module._backward_hooks, module._backward_pre_hooks)
+
+
+def _is_a_hosts(hook: Any) -> bool:
+    """Whether a function is defined in a package that this one runs on."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).split(".")[0] in _HOSTS
 
 
 @contextmanager

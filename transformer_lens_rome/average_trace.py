@@ -25,6 +25,7 @@ from torch import Tensor
 
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.viz import View, plot_averages
 from transformer_lens_rome.viz.page import COLOURS, heat_map
 
@@ -136,6 +137,7 @@ class AverageTrace(Result):
         return self.show()._repr_html_()
 
 
+@torch_defaults()
 def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> AverageTrace:
     """Average traces of one kind, window, metric and model over facts.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transformer_lens_rome.patching import patching_result
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.viz import View, plot_trace, stack, tokens_by_layer
 from transformer_lens_rome.viz.page import COLOURS, heat_map, token_labels
 
@@ -84,6 +85,7 @@ class CausalTrace(Result):
         """Position of the last subject token."""
         return self.subject_positions[-1]
 
+    @torch_defaults()
     def to_dataframe(self) -> Any:
         """One row a cell, as a pandas DataFrame: layer, position, token, score and its error."""
         import pandas as pd

@@ -8,6 +8,7 @@ one (the released code drops what does not fit instead).
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,12 +19,14 @@ from tqdm.auto import tqdm
 from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.distributed import on_workers
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, Row, pad
 from transformer_lens_rome.second_moment import SecondMoment, cosine, probe_keys
 
 logger = logging.getLogger(__name__)
 
 
+@model_call
 def collect_second_moment(
     model: Any,
     texts: Iterable[str | Sequence[int]],
@@ -64,7 +67,7 @@ def collect_second_moment(
         NotImplementedError: a model that cannot be edited.
         ImportError: `workers` without Ray.
     """
-    if isinstance(texts, str):
+    if isinstance(texts, (str, bytes)):
         raise ValueError("texts is a single text; pass a list of texts: [text]")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
@@ -153,11 +156,11 @@ def _pieces(
     texts: Iterable[str | Sequence[int]], encoder: Encoder, length: int, max_tokens: int
 ) -> Iterator[Row]:
     """Texts cut to rows of at most `length` tokens, `max_tokens` in all."""
-    bos = () if encoder.bos_id is None else (encoder.bos_id,)
+    bos = encoder.bos_before([])
     left = max_tokens
     for text in texts:
-        ids = encoder.ids(text) if isinstance(text, str) else [int(i) for i in text]
-        ids = ids[1:] if ids and ids[0] == encoder.bos_id else ids
+        ids = encoder.ids(text) if isinstance(text, str) else _token_ids(text, encoder)
+        ids = ids[len(bos) - len(encoder.bos_before(ids)) :]  # without one of its own
         step = length - len(bos)
         for first in range(0, len(ids), step):
             row = (*bos, *ids[first : first + step])[:left]
@@ -165,6 +168,22 @@ def _pieces(
             left -= len(row)
             if left == 0:
                 return
+
+
+def _token_ids(text: Any, encoder: Encoder) -> list[int]:
+    """Token ids that were given in place of a text."""
+    whole = len(encoder.tokenizer)
+    if not isinstance(text, (bytes, bytearray, Mapping)):
+        try:
+            ids = [operator.index(i) for i in text]
+        except TypeError:
+            ids = [-1]
+        if all(0 <= i < whole for i in ids):
+            return ids
+    raise ValueError(
+        f"a text is a string, or a sequence of token ids from 0 to {whole - 1}; got {text!r:.60}. "
+        "Decode bytes, and read files, before you pass them"
+    )
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:
@@ -185,13 +204,15 @@ def _add(
     halves: Sequence[Mapping[int, SecondMoment]],
 ) -> None:
     """Run one batch; even pieces of text go to the first half, odd ones to the second."""
-    rows = [row for _, row in batch]
-    keys = passes.read(model, pad(rows), [Point("key", n) for n in layers])
-    for point, found in keys.items():
-        for half in (0, 1):
-            mine = [found[i, : len(r.ids)] for i, (n, r) in enumerate(batch) if n % 2 == half]
-            if mine:
-                halves[half][point.layer].update(torch.cat(mine))
+    for some in passes.apart(model, [len(row.ids) for _, row in batch]):
+        rows = [batch[i] for i in some]
+        tokens = pad([row for _, row in rows])
+        keys = passes.read(model, tokens, [Point("key", n) for n in layers])
+        for point, found in keys.items():
+            for half in (0, 1):
+                mine = [found[i, : len(r.ids)] for i, (n, r) in enumerate(rows) if n % 2 == half]
+                if mine:
+                    halves[half][point.layer].update(torch.cat(mine))
 
 
 def _join_halves(a: SecondMoment, b: SecondMoment) -> SecondMoment:

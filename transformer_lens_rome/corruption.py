@@ -24,6 +24,7 @@ from torch import Tensor
 
 from transformer_lens_rome import passes
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 
 NoiseSource = Callable[[int, int, int, torch.Generator], Tensor]
@@ -96,6 +97,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+@model_call
 def subject_embedding_std(
     model: Any, subjects: Sequence[str], *, encoder: Encoder | None = None
 ) -> float:
@@ -108,6 +110,7 @@ def subject_embedding_std(
     return embeddings_of(model, subjects, encoder=encoder).std().item()
 
 
+@model_call
 def embedding_moments(
     model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
@@ -116,6 +119,7 @@ def embedding_moments(
     return embeddings.mean(0), torch.cov(embeddings.T)
 
 
+@model_call
 def embeddings_of(
     model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> Float[Tensor, "token d_model"]:

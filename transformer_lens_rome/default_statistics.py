@@ -1,4 +1,8 @@
-"""Where C comes from when nobody gives one: the cache, the authors' files, or a public corpus.
+"""Where C comes from when nobody gives one: text that ships, the cache, a published file, a corpus.
+
+For a bundled model the package has text that this model wrote (`sampled/`, by
+`examples/sample_text.py`), from which C is collected in seconds. It is used only if the model at
+hand has the keys of the model that wrote it.
 
 A file in the cache folder (see `files`) is found by model name, layer, BOS rule and corpus, and
 used only if its probe keys are those of the model at hand.
@@ -12,15 +16,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from transformer_lens_rome import adapter
 from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.defaults import short_name
+from transformer_lens_rome.defaults import default_layer, short_name
 from transformer_lens_rome.files import cache_folder, safe_name
 from transformer_lens_rome.ledger import edited_weights
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.model_call import model_call
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sampling import sampled_texts
+from transformer_lens_rome.second_moment import SecondMoment, probe_keys
+from transformer_lens_rome.strict_json import parse
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +48,20 @@ CORPUS = ("wikimedia/wikipedia", "20231101.en")
 """The corpus that is streamed with `datasets` where nothing else is at hand."""
 
 
+@model_call
 def default_second_moment(
     model: Any, layer: int, *, prepend_bos: bool, progress: bool = True
 ) -> SecondMoment:
     """C for a layer, from the first of these that can be had.
 
-    Wikipedia in the cache; the authors' file there (GPT-2 M/L/XL, GPT-J); the model's own sampled
-    text in the cache; Wikipedia, streamed.
+    The model's own text, if it ships with this package; Wikipedia in the cache; the authors' file
+    there (GPT-2 M/L/XL, GPT-J); the model's own sampled text in the cache; Wikipedia, streamed.
 
     Raises:
         ValueError: none of these can be had, for instance offline; the message has the remedies.
     """
+    if bundled_texts(model):
+        return sampled_second_moment(model, layer, prepend_bos=prepend_bos, progress=progress)
     if (found := _cached(model, layer, prepend_bos, "wikipedia")) is not None:
         return found
     try:
@@ -68,6 +84,67 @@ def default_second_moment(
     )
 
 
+@model_call
+def sampled_second_moment(
+    model: Any,
+    layer: int | None = None,
+    *,
+    max_tokens: int | None = None,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> SecondMoment:
+    """C from text that the model writes itself; made once, then kept in the cache folder.
+
+    `layer=None` is the model's default layer, `max_tokens=None` four tokens for each dimension of a
+    key. Made with the default, `rome_edit` finds these statistics by itself later. Text that ships
+    with this package is taken where it is enough; sampling it takes minutes on a CPU.
+    """
+    layer = default_layer(model) if layer is None else layer
+    prepend_bos = Encoder.of(model, prepend_bos).prepends_bos
+    enough = 4 * len(adapter.w_out(model, layer))
+    budget = enough if max_tokens is None else max_tokens
+    corpus = "sampled" if max_tokens is None else f"sampled-{max_tokens}"
+
+    def make() -> SecondMoment:
+        texts = bundled_texts(model) if budget <= enough else ()
+        if not texts:
+            texts = sampled_texts(model, -(-budget // 120), progress=progress)
+        return collect_second_moment(
+            model,
+            texts,
+            layer,
+            max_tokens=budget,
+            prepend_bos=prepend_bos,
+            source="sampled",
+            progress=progress,
+        )
+
+    return cached_second_moment(model, layer, prepend_bos, corpus, make)
+
+
+def bundled_texts(model: Any) -> tuple[str, ...]:
+    """Text that ships with this package for a model, if the model is the one that wrote it.
+
+    That is judged by the norms of a few keys of its first block, which edits leave as they are.
+    """
+    name = f"{safe_name(adapter.model_name(model))}.json"
+    file = resources.files("transformer_lens_rome") / "sampled" / name
+    if not file.is_file():
+        return ()
+    found = parse(file.read_bytes(), name)
+    expected = torch.tensor(found["key_norms"])
+    if ((key_norms(model) - expected).abs() > 0.05 * expected).any():
+        logger.warning("text of %s is not used: this model has other keys", found["model"])
+        return ()
+    return tuple(found["texts"])
+
+
+def key_norms(model: Any) -> Float[Tensor, "token"]:
+    """Norms of the keys that a fixed handful of tokens have in the first block."""
+    return probe_keys(model, [0])[0].unflatten(0, (8, -1)).norm(dim=1)
+
+
+@model_call
 def cached_second_moment(
     model: Any,
     layer: int,

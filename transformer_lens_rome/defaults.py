@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformer_lens_rome import adapter, passes, refusals
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.model_call import model_call
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def short_name(model: Any) -> str:
     return adapter.model_name(model).split("/")[-1].lower()
 
 
+@model_call
 def default_layer(model: Any) -> int:
     """The layer to edit: from the table, else from the model's shape.
 
@@ -60,6 +62,7 @@ def default_layer(model: Any) -> int:
     return layer
 
 
+@model_call
 def default_clamp(model: Any, layer: int) -> float:
     """How far the value may move, in units of its norm.
 
@@ -77,6 +80,7 @@ def released_clamp(model: Any) -> float:
     return CLAMPS.get(short_name(model), 4.0)
 
 
+@model_call
 @torch.no_grad()
 def norm_follows_mlp(model: Any, layer: int) -> bool:
     """Whether the block normalises the MLP's output before adding it (Gemma 2 and 3, OLMo 2).

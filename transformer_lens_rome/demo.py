@@ -15,17 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.default_statistics import cached_second_moment
-from transformer_lens_rome.defaults import default_layer
 from transformer_lens_rome.downloads import sha256
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.files import cache_folder, safe_name
 from transformer_lens_rome.gguf_tokenizer import gguf_tokenizer
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import sampled_texts
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.torch_states import torch_defaults
 
 ModelClass = Literal["bridge", "hooked"]
 
@@ -43,6 +37,7 @@ ASK = [
 ]
 
 
+@torch_defaults()
 def load_demo_model(model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
     """Gemma-3-270M in float32, without weight processing and without the network.
 
@@ -58,6 +53,7 @@ def load_demo_model(model_class: ModelClass | None = None, *, device: Any = "cpu
         return wrap(NAME, *load_demo_hf(), model_class, device)
 
 
+@torch_defaults()
 def load_model(name: str, model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
     """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
     if name == "demo":
@@ -70,6 +66,7 @@ def load_model(name: str, model_class: ModelClass | None = None, *, device: Any 
         return wrap(name, hf, tokenizer, model_class, device)
 
 
+@torch_defaults()
 def wrap(
     name: str,
     hf: Any,
@@ -104,6 +101,7 @@ def default_class() -> ModelClass:
     return "bridge" if find_spec("transformer_lens.model_bridge") else "hooked"
 
 
+@torch_defaults()
 def load_demo_hf() -> tuple[Any, Any]:
     """The demo model and its tokenizer as Hugging Face objects.
 
@@ -168,26 +166,3 @@ def demo_weights() -> Path:
             )
         part.replace(path)
     return path
-
-
-def sampled_second_moment(
-    model: Any, layer: int | None = None, *, max_tokens: int | None = None, progress: bool = True
-) -> SecondMoment:
-    """C from text that the model writes itself; made once, then kept in the cache folder.
-
-    `layer=None` is the model's default layer, `max_tokens=None` four tokens for each dimension of a
-    key. Made with the default, `rome_edit` finds these statistics by itself later.
-    """
-    layer = default_layer(model) if layer is None else layer
-    corpus = "sampled" if max_tokens is None else f"sampled-{max_tokens}"
-    budget = 4 * len(w_out(model, layer)) if max_tokens is None else max_tokens
-
-    def make() -> SecondMoment:
-        length = 128
-        texts = sampled_texts(model, -(-budget // (length - 8)), length=length, progress=progress)
-        return collect_second_moment(
-            model, texts, layer, max_tokens=budget, source="sampled", progress=progress
-        )
-
-    prepend_bos = Encoder.of(model).prepends_bos
-    return cached_second_moment(model, layer, prepend_bos, corpus, make)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens_rome.strict_json import check_text
+from transformer_lens_rome.strict_json import check_text, stripped
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class EditRequest:
     Attributes:
         prompt: Text with exactly one `{}`, where the subject goes.
         subject: The subject, as it should stand in the prompt.
-        target_new: The new continuation; it follows the prompt after one space.
+        target_new: The new continuation; it follows the prompt after one space. White space around
+            it is taken off, here and in `target_true`.
         target_true: The old one, if known; methods may use it, ROME does not.
     """
 
@@ -41,7 +42,10 @@ class EditRequest:
             raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
         if "{}" in self.subject:
             raise ValueError(f"the subject {self.subject!r:.200} holds '{{}}'; give plain text")
-        if not self.target_new.strip():
+        for name in ("target_new", "target_true"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, stripped(text))
+        if not self.target_new:
             raise ValueError("target_new is empty; give the text that should follow the prompt")
 
     @property

@@ -16,6 +16,7 @@ from transformer_lens_rome.adapter import Weight, weight_hash
 from transformer_lens_rome.edit_base import BaseEdit, read_edit
 from transformer_lens_rome.edit_health import EditHealth
 from transformer_lens_rome.edit_request import EditRequest
+from transformer_lens_rome.torch_states import torch_defaults
 
 __all__ = [
     "DenseEdit",
@@ -54,10 +55,12 @@ class RankOneEdit(BaseEdit):
         """The shape of W_out."""
         return {Weight("W_out", self.layer): (len(self.u), len(self.lam))}
 
+    @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: outer(u, lam)."""
         return torch.outer(self.u, self.lam)
 
+    @torch_defaults()
     def scale(self, alpha: float) -> RankOneEdit:
         """The same edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
         v_star = self.v_star + (alpha - 1) * (self.k_star @ self.u) * self.lam
@@ -93,6 +96,7 @@ class DenseEdit(BaseEdit):
             {} if self.bias is None else {Weight("b_out", self.layer): tuple(self.bias.shape)}
         )
 
+    @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out: left @ right."""
         return self.left if self.right is None else self.left @ self.right
@@ -102,6 +106,7 @@ class DenseEdit(BaseEdit):
         own = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
         return super().changes() | own
 
+    @torch_defaults()
     def scale(self, alpha: float) -> DenseEdit:
         """The same edit, alpha times as strong."""
         bias = None if self.bias is None else alpha * self.bias
@@ -157,6 +162,7 @@ class FactoredEdit(BaseEdit):
         """The shape of every matrix."""
         return {w: (len(left), right.shape[1]) for w, (left, right) in self.factors.items()}
 
+    @torch_defaults()
     def change(self, where: Weight) -> Float[Tensor, "d_in d_out"]:
         """The change of one matrix: left @ right."""
         left, right = self.factors[where]
@@ -166,6 +172,7 @@ class FactoredEdit(BaseEdit):
         """sha256 of the matrices that it was made on."""
         return dict(self.hashes)
 
+    @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out, if that of one layer is all that changes.
 
@@ -196,6 +203,7 @@ class FactoredEdit(BaseEdit):
             state.update(f"{name} {weight_hash(tensor)}".encode())
         return state.hexdigest()
 
+    @torch_defaults()
     def scale(self, alpha: float) -> FactoredEdit:
         """The same edit, alpha times as strong."""
         factors = {where: (left, alpha * right) for where, (left, right) in self.factors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,15 @@ from torch import Tensor
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.ledger import base_weight, edited_weights
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import checkpoint_tokenizer
 
 
+@model_call
 def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     """Write weights, configuration and tokenizer that `AutoModelForCausalLM` loads.
+
+    The tokenizer is the checkpoint's, with the tokens and the chat template that were added since.
 
     Args:
         model: The model with its edits on.
@@ -48,8 +53,37 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     source.save_pretrained(folder, state_dict=whole)
     if getattr(model, "tokenizer", None) is not None:
-        checkpoint_tokenizer(model.tokenizer).save_pretrained(folder)
+        _tokenizer(model.tokenizer).save_pretrained(folder)
     return folder
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    """The checkpoint's tokenizer, with the tokens and the chat template that were added since.
+
+    Not the model's own: TransformerLens loads that one anew, with BOS switched on.
+    """
+    own = checkpoint_tokenizer(tokenizer)
+    if own is tokenizer:
+        return tokenizer
+    own = copy.deepcopy(own)
+    known = own.added_tokens_decoder
+    new = {i: t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in known}
+    for token in new.values():
+        own.add_tokens([token], special_tokens=token.special)
+    added = {str(token) for token in new.values()}
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str) and token in added:
+            setattr(own, name, token)
+    own.chat_template = tokenizer.chat_template
+    text = "".join(["A text with every token that was added: ", *sorted(added)])
+    if own(text, add_special_tokens=False).input_ids != (
+        tokenizer(text, add_special_tokens=False).input_ids
+    ):
+        raise ValueError(
+            "the tokenizer gives other ids than its files do, even with the added tokens in place; "
+            "save it yourself with model.tokenizer.save_pretrained(folder)"
+        )
+    return own
 
 
 def _differs(model: Any, where: Weight) -> bool:

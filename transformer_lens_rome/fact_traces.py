@@ -14,6 +14,7 @@ from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.corruption import subject_embedding_std
 from transformer_lens_rome.files import safe_name
 from transformer_lens_rome.known_facts import KnownFact
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, top_tokens
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
 from transformer_lens_rome.tracing import causal_trace, severed_trace
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", CausalTrace, SeveredTrace)
 
 
+@model_call
 def facts_known_to(
     model: Any, facts: Iterable[KnownFact], *, limit: int | None = None, progress: bool = True
 ) -> tuple[list[KnownFact], int]:
@@ -47,6 +49,7 @@ def facts_known_to(
     return known, wrong
 
 
+@model_call
 def trace_facts(
     model: Any,
     facts: Sequence[KnownFact],
@@ -83,6 +86,7 @@ def trace_facts(
     return _each(model, facts, make, CausalTrace, {**own, **shared}, folder, progress)
 
 
+@model_call
 def sever_facts(
     model: Any,
     facts: Sequence[KnownFact],

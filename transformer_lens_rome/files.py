@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformer_lens_rome.strict_json import parse
+from transformer_lens_rome.torch_states import torch_defaults
 
 _OWN = "transformer_lens_rome"
 MAX_HEADER = 32 * 2**20
@@ -60,6 +61,7 @@ def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, A
         raise
 
 
+@torch_defaults()
 def read_tensors(path: Any, expected_format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 

@@ -1,9 +1,13 @@
 """Put edits on a model, and take them off again to the byte.
 
 A weight is always its base plus its active edits, in the order they were applied. The first edit
-applied to a weight keeps a copy of its bytes in a ledger, on the parameter itself; each apply or
-undo writes base and active edits anew. So undoing one of several leaves what the others alone
-would have given, and undoing all, in any order, gives back the very bytes of the base.
+applied to a weight keeps a copy of its bytes in a ledger; each apply or undo writes base and active
+edits anew. So undoing one of several leaves what the others alone would have given, and undoing
+all, in any order, gives back the very bytes of the base.
+
+The ledger is kept on the module that holds the parameter. So it is there in copies of an edited
+model and after pickling, and it stays when the parameter object is replaced; whether the weight is
+still what the ledger says is judged by its bytes.
 """
 
 from __future__ import annotations
@@ -20,27 +24,35 @@ from torch import Tensor
 from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.edits import Edit, EditHealth
+from transformer_lens_rome.model_call import alone_on, model_call
+from transformer_lens_rome.torch_states import torch_defaults
 
 
 @dataclass(eq=False)
 class _Ledger:
-    """A weight's base bytes, the edits on it, and the hash of what they wrote together."""
+    """A weight's base bytes, the edits on it, and the hash of what they wrote together.
+
+    Attributes:
+        processing: The form of the model's weights, in which alone the base bytes make sense.
+    """
 
     where: Weight
     base: Float[Tensor, "..."]
     base_hash: str
     active: list[Edit]
     written_hash: str
+    processing: str
 
 
 def _ledger(model: Any, where: Weight) -> _Ledger | None:
-    weight = adapter.parameter(model, where)
-    return None if weight is None else getattr(adapter.owner(weight), "_rome_ledger", None)
+    if adapter.parameter(model, where) is None:
+        return None
+    return vars(adapter.holder(model, where)).get("_rome_ledgers", {}).get(where.name)
 
 
 def _every_ledger(model: Any) -> list[_Ledger]:
-    found = (getattr(parameter, "_rome_ledger", None) for parameter in model.parameters())
-    return [ledger for ledger in found if ledger is not None]
+    modules = (module for _, module in adapter.every_module(model))
+    return [one for m in modules for one in vars(m).get("_rome_ledgers", {}).values()]
 
 
 def _on(ledgers: Iterable[_Ledger]) -> tuple[Edit, ...]:
@@ -119,8 +131,13 @@ class AppliedEdit:
 
         Raises:
             ValueError: something else changed the weight since. `force=True` writes base and
-                remaining edits anyway, and that other change is lost.
+                remaining edits anyway, and that other change is lost; but not if the model's
+                weights were processed since, as then the base bytes belong to another model.
         """
+        with alone_on(self.model), torch_defaults():
+            self._revert(force)
+
+    def _revert(self, force: bool) -> None:
         on = [
             (edit, [ledger for ledger in ledgers if any(edit is other for other in ledger.active)])
             for edit, ledgers in zip(self.edits, self.ledgers, strict=True)
@@ -151,11 +168,13 @@ class AppliedEdit:
         self.revert()
 
 
+@model_call
 def revert_all(model: Any, *, force: bool = False) -> None:
     """Take every edit off a model, also those whose `AppliedEdit` is lost.
 
     Raises:
-        ValueError: something else changed an edited weight since; those on other weights are off.
+        ValueError: something else changed an edited weight since, see `AppliedEdit.revert`; the
+            edits on other weights are off.
     """
     edits = _on(_every_ledger(model))
     ledgers = tuple(tuple(_ledgers(model, edit)) for edit in edits)
@@ -167,6 +186,7 @@ def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:
     return filter(None, (_ledger(model, where) for where in edit.sizes()))
 
 
+@model_call
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     """Add an edit to every weight that it changes, in place.
 
@@ -208,8 +228,9 @@ def _ready(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> _Le
         )
     refusals.check_weight(weight, where)
     ledger, found = _ledger(model, where), adapter.weight_hash(weight)
-    if ledger is None:
-        return _Ledger(where, weight.detach().clone(), found, [], found)
+    if ledger is None or found == ledger.base_hash != ledger.written_hash:  # others took edits off
+        form = adapter.processing(model)
+        return _Ledger(where, weight.detach().clone(), found, [], found, form)
     if found != ledger.written_hash:
         raise ValueError(_changed_by_others(where, "revert the edits on it with force=True"))
     return ledger
@@ -255,23 +276,34 @@ def _remove(model: Any, on: list[tuple[Edit, list[_Ledger]]], force: bool) -> No
     for edit, ledgers in on:
         for ledger in ledgers:
             gone.setdefault(id(ledger), (ledger, set()))[1].add(id(edit))
-    for ledger, _ in gone.values():
-        if _ledger(model, ledger.where) is not ledger:
-            raise ValueError(
-                f"the parameter that held this edit of layer {ledger.where.layer} is not in the "
-                "model any more (weight processing, or load_state_dict(assign=True), replaced it); "
-                "reload the model"
-            )
-        found = adapter.weight_hash(adapter.parameter(model, ledger.where))
-        if found != ledger.written_hash and not force:
-            raise ValueError(
-                _changed_by_others(ledger.where, "revert(force=True) discards that change")
-            )
-    left = [
-        (ledger, [edit for edit in ledger.active if id(edit) not in off])
-        for ledger, off in gone.values()
-    ]
+    left = []
+    for ledger, off in gone.values():
+        there = _removable(model, ledger, force)
+        left.append((ledger, [e for e in ledger.active if there and id(e) not in off]))
     _write_all(model, left)
+
+
+def _removable(model: Any, ledger: _Ledger, force: bool) -> bool:
+    """Whether edits are still in a weight; refuses to write over what its ledger does not know."""
+    if _ledger(model, ledger.where) is not ledger:
+        raise ValueError(
+            f"the module that held this edit of layer {ledger.where.layer} is not in the model any "
+            "more; reload the model"
+        )
+    found = adapter.weight_hash(adapter.parameter(model, ledger.where))
+    if found in (ledger.written_hash, ledger.base_hash):  # base: a checkpoint was loaded over it
+        return found == ledger.written_hash
+    if adapter.processing(model) != ledger.processing:
+        raise ValueError(
+            "the model's weights were processed (enable_compatibility_mode, process_weights_) with "
+            f"an edit of {_named(ledger.where)} on, which cannot be taken off any more; reload the "
+            "model, and process it before it is edited"
+        )
+    if not force:
+        raise ValueError(
+            _changed_by_others(ledger.where, "revert(force=True) discards that change")
+        )
+    return True
 
 
 def _write_all(model: Any, writes: list[tuple[_Ledger, list[Edit]]]) -> None:
@@ -287,22 +319,28 @@ def _write_all(model: Any, writes: list[tuple[_Ledger, list[Edit]]]) -> None:
 def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
     """Write base + edits into a weight and keep or drop its ledger; on an error nothing changes."""
     weight, where = adapter.parameter(model, ledger.where), ledger.where
-    owner = adapter.owner(weight)
+    ledgers = vars(adapter.holder(model, where)).setdefault("_rome_ledgers", {})
     new = _sum(ledger, weight, edits)
     if not torch.isfinite(new).all():
         raise ValueError(f"the edit would put NaN or infinity into {_named(where)}")
     old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
     try:
         ledger.active, ledger.written_hash = edits, adapter.weight_hash(new)
-        owner._rome_ledger = ledger
+        ledgers[where.name] = ledger
         weight.copy_(new)
+        if not torch.equal(adapter.parameter(model, where), new):
+            raise NotImplementedError(
+                f"{_named(where)} does not keep what is written into it, as it is computed from "
+                "something else (torch.nn.utils.parametrize, prune); make it a plain parameter"
+            )
     except BaseException:
         ledger.active, ledger.written_hash = state
         weight.copy_(old)
         raise
     finally:
+        torch.clear_autocast_cache()  # an autocast that is on outside holds a copy of the weight
         if not ledger.active:
-            vars(owner).pop("_rome_ledger", None)
+            ledgers.pop(where.name, None)
 
 
 def _sum(ledger: _Ledger, weight: Tensor, edits: list[Edit]) -> Tensor:

@@ -15,6 +15,7 @@ from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.edits import Edit, EditRequest
 from transformer_lens_rome.ledger import AppliedEdit, active_edits, applied, without
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, target_log_probs
 from transformer_lens_rome.tracing import causal_trace
 from transformer_lens_rome.viz import (
@@ -117,6 +118,7 @@ class EditReport:
         return self._static()._repr_html_()
 
 
+@model_call
 def show_edit(
     model: Any,
     edit: Edit | AppliedEdit,

@@ -19,7 +19,7 @@ on each model, on a few tokens. Where it does not, every pass is a whole one, an
 
 - models without key-value caches, or whose caches are not exact;
 - models that scale or project their logits outside `ln_final` and `unembed` (OPT-350M, Cohere);
-- rows that together need more columns than the model's context;
+- rows that together need more columns than the model's context, or are above its rotation limit;
 - models with hooks of the user's own, which may count positions.
 
 Several sets of changes run as one batch; in BLOOM sets for a single row run one by one.
@@ -84,6 +84,12 @@ class PartialForward:
         """
         if any(not 0 <= start < len(ids) for ids, start in zip(rows, starts, strict=True)):
             raise ValueError("every start must be a position of its row")
+        if len(passes.apart(model, [len(ids) for ids in rows])) > 1:
+            raise ValueError(
+                f"some of these texts are longer than {adapter.rotation_limit(model)} tokens and "
+                "some are not, and this model rotates them differently (LongRoPE), so they do not "
+                "fit into one pass; give prefixes and prompts on one side of that limit"
+            )
         self.model = model
         if cut is None:
             cut = _rows_can_be_cut(model, rows, starts) and _can_be_cut(model)
@@ -224,6 +230,10 @@ def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
 def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
     """Whether the rows fit when aligned, and no hook of the user's counts their positions."""
     remainder = max(len(ids) - start for ids, start in zip(rows, starts))
+    longest = max(map(len, rows))
+    if longest > (adapter.rotation_limit(model) or longest):
+        logger.info("whole passes: a part of a text would be rotated otherwise than the whole")
+        return False
     if max(starts) + remainder > (model.cfg.n_ctx or torch.inf):
         logger.info("whole passes: the rows, aligned, are longer than the model's context")
         return False

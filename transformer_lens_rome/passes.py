@@ -81,16 +81,37 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
     Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
     """
-    if tokens.shape[1] > (model.cfg.n_ctx or tokens.shape[1]):
-        raise ValueError(
-            f"a text of {tokens.shape[1]} tokens is longer than the model's context of "
-            f"{model.cfg.n_ctx}; shorten the prompt or its prefix"
-        )
+    check_context(model, tokens.shape[1])
     tokens = tokens.to(model.cfg.device)
     mask = torch.ones_like(tokens)
     if model_class(model) == "hooked":
         return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
     return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
+
+
+def check_context(model: Any, length: int) -> None:
+    """Refuse a text that is longer than the model's context.
+
+    Raises:
+        ValueError: it is.
+    """
+    if length > (model.cfg.n_ctx or length):
+        raise ValueError(
+            f"a text of {length} tokens is longer than the model's context of {model.cfg.n_ctx}; "
+            "shorten the prompt or its prefix"
+        )
+
+
+def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts that may share a pass: all of them, but for models with LongRoPE.
+
+    There the longest text of a pass decides how all of them are rotated, so texts on either side of
+    the model's limit run apart.
+    """
+    limit = adapter.rotation_limit(model) or max(lengths)
+    short = [i for i, length in enumerate(lengths) if length <= limit]
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    return [some for some in (short, long) if some]
 
 
 # ---------------------------------------------------------------- the end of a pass

@@ -12,12 +12,12 @@ def held_out_rows(encoder: Encoder, texts: Sequence[str], *, length: int = 128) 
     """Texts as rows of at most `length` tokens, of which all but the first are to be predicted."""
     if isinstance(texts, str):
         raise ValueError("texts is a list of texts, got one text")
-    start = [] if encoder.bos_id is None else [encoder.bos_id]
     rows = []
     for text in texts:
         ids = encoder.ids(text)
         for first in range(0, len(ids), length):
-            one = (*start, *ids[first : first + length])
+            piece = ids[first : first + length]
+            one = (*encoder.bos_before(piece), *piece)
             if len(one) > 1:
                 rows.append(Row(one, target=tuple(range(1, len(one)))))
     if not rows:

@@ -2,19 +2,24 @@
 
 BOS: a prompt starts with the BOS token exactly when the checkpoint's own tokenizer adds one (Gemma
 and Llama do; GPT-2 and GPT-J do not, as in the paper). TransformerLens reloads tokenizers with BOS
-switched on, so the answer is read from the tokenizer's own files. `prepend_bos=` overrides it.
+switched on, so the answer is read from the tokenizer's own files. `prepend_bos=` overrides it. A
+text that begins with BOS already, as chat templates write it, gets no second one.
+
+Prefix: a text that is put before a prompt follows the head of a chat template, if there is one:
+everything up to the last special token before the subject, and the rest of that line.
 
 Subject: tokens are matched to the subject by character offsets in the real token sequence. Every
 token that shares a character with the subject belongs to it, so tokens that straddle its edge and
 all byte-level pieces of a split character count; "the last subject token" is the last of these.
 
 Target: prompt and target are tokenised together, joined by one space, and a target token is one
-that ends inside the target.
+that ends inside the target. White space around a target is not part of it.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens_rome import passes
+from transformer_lens_rome.model_call import model_call
+from transformer_lens_rome.strict_json import stripped
 
 logger = logging.getLogger(__name__)
 
@@ -93,18 +100,24 @@ class Encoder:
         """Token ids of a text, no BOS or other special token added."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def bos_before(self, ids: Sequence[int]) -> list[int]:
+        """BOS, if these tokens of a text's start are to follow one and do not begin with it."""
+        given = len(ids) > 0 and ids[0] == self.bos_id
+        return [] if self.bos_id is None or given else [self.bos_id]
+
     def row(
         self, text: str, subject: tuple[int, int] | None = None, target: str | None = None
     ) -> Row:
         """Tokenise a text, with its subject at `text[start:end]` and a target to follow it."""
-        if target is not None and not target.strip():
+        target = None if target is None else stripped(target)
+        if target == "":
             raise ValueError(f"the target after {text!r} is empty")
         gap = "" if text[-1:].isspace() else " "
-        full = text if target is None else f"{text}{gap}{target.lstrip()}"
+        full = text if target is None else f"{text}{gap}{target}"
         encoded = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-        shift = int(self.prepends_bos)
-        ids = [self.bos_id] * shift + encoded.input_ids
-        spans = list(enumerate(encoded.offset_mapping, start=shift))
+        bos = self.bos_before(encoded.input_ids)
+        ids = bos + encoded.input_ids
+        spans = list(enumerate(encoded.offset_mapping, start=len(bos)))
         subject_tokens: tuple[int, ...] = ()
         if subject is not None:
             first, end = subject
@@ -124,10 +137,24 @@ class Encoder:
         self, template: str, subject: str, prefix: str = "", target: str | None = None
     ) -> Row:
         """A row from a prompt with one `{}`, the subject filled in, and a text put before it."""
-        before, after = (join(prefix, template)).rsplit("{}", 1)
+        head = self._head(template) if prefix else 0
+        template = template[:head] + join(prefix, template[head:])
+        before, after = template.rsplit("{}", 1)
         start = len(before) + len(subject) - len(subject.lstrip())
         end = start + len(subject.strip())
         return self.row(before + subject + after, (start, end), target)
+
+    def _head(self, template: str) -> int:
+        """Where a chat template's head ends, in characters; 0 where there is no special token."""
+        before = template[: template.index("{}")]
+        encoded = self.tokenizer(before, add_special_tokens=False, return_offsets_mapping=True)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {i for i, token in added.items() if token.special}
+        special |= set(self.tokenizer.all_special_ids)
+        spans = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+        end = max((b for i, (_, b) in spans if i in special), default=0)
+        line = re.match(r"[^\n]*\n+", before[end:]) if end else None  # such as the role's name
+        return end + (line.end() if line else 0)
 
 
 def join(prefix: str, prompt: str) -> str:
@@ -140,6 +167,9 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer as its own files define it, before TransformerLens switched BOS on.
 
     Loaded once and then remembered on the tokenizer; the tokenizer itself where it has no files.
+
+    Raises:
+        ValueError: the files are not there any more, and whether BOS is added is the question.
     """
     if not hasattr(tokenizer, "_rome_checkpoint"):
         from transformers import AutoTokenizer
@@ -147,15 +177,20 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.warning(
-                "tokenizer %r has no files of its own, so BOS is as it has it now, which "
-                "TransformerLens may have changed; prepend_bos= overrides it (%s)",
-                tokenizer.name_or_path,
-                str(error).splitlines()[:1],
-            )
+            if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+                raise ValueError(
+                    f"the tokenizer's files are not at {tokenizer.name_or_path!r} any more, and "
+                    "without them nobody knows whether BOS is the checkpoint's own or was switched "
+                    "on by TransformerLens; load the model by an absolute path, or pass "
+                    f"prepend_bos= ({_first_line(error)})"
+                ) from error
             found = None  # not the tokenizer itself: it would hold a reference to itself
         tokenizer._rome_checkpoint = found
     return tokenizer._rome_checkpoint or tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pad(rows: Sequence[Row], device: Any = None) -> Int[Tensor, "batch pos"]:
@@ -164,6 +199,7 @@ def pad(rows: Sequence[Row], device: Any = None) -> Int[Tensor, "batch pos"]:
     return torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=device)
 
 
+@model_call
 def target_log_probs(
     model: Any,
     prompts: Sequence[str],
@@ -196,6 +232,7 @@ class TargetScore(NamedTuple):
     correct: Bool[Tensor, "n_target_tokens"]
 
 
+@model_call
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
     """Score every row's target, in the order given.
@@ -207,20 +244,32 @@ def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list
     for i, ids in enumerate(_longest([row.ids[: row.target[-1]] for row in rows])):
         groups.setdefault(ids, []).append(i)
     texts, found = sorted(groups, key=len), {}
-    for first in range(0, len(texts), batch_size):
-        some = texts[first : first + batch_size]
-        chosen = [i for ids in some for i in groups[ids]]
-        text_of = {i: k for k, ids in enumerate(some) for i in groups[ids]}
-        triples = [(text_of[i], p - 1, rows[i].ids[p]) for i in chosen for p in rows[i].target]
-        where, at, labels = torch.tensor(triples).T
-        places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
-        logits = passes.logits_at(model, pad([Row(ids) for ids in some]), *places.T)
-        log_probs = logits.float().log_softmax(-1).cpu()
-        picked, correct = log_probs[which, labels], log_probs.argmax(-1)[which] == labels
-        sizes = [len(rows[i].target) for i in chosen]
-        scores = map(TargetScore, picked.split(sizes), correct.split(sizes))
-        found.update(zip(chosen, scores, strict=True))
+    for side in passes.apart(model, [len(ids) for ids in texts]):
+        for first in range(0, len(side), batch_size):
+            some = [texts[k] for k in side[first : first + batch_size]]
+            chosen = [i for ids in some for i in groups[ids]]
+            scores = _scores(
+                model,
+                some,
+                [k for k, ids in enumerate(some) for _ in groups[ids]],
+                [rows[i] for i in chosen],
+            )
+            found.update(zip(chosen, scores, strict=True))
     return [found[i] for i in range(len(rows))]
+
+
+def _scores(
+    model: Any, texts: Sequence[tuple[int, ...]], text_of: Sequence[int], rows: Sequence[Row]
+) -> list[TargetScore]:
+    """Scores of some rows, each of which begins one of some texts, from one pass."""
+    triples = [(k, p - 1, row.ids[p]) for k, row in zip(text_of, rows) for p in row.target]
+    where, at, labels = torch.tensor(triples).T
+    places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
+    logits = passes.logits_at(model, pad([Row(ids) for ids in texts]), *places.T)
+    log_probs = logits.float().log_softmax(-1).cpu()
+    picked, correct = log_probs[which, labels], log_probs.argmax(-1)[which] == labels
+    sizes = [len(row.target) for row in rows]
+    return list(map(TargetScore, picked.split(sizes), correct.split(sizes)))
 
 
 def _longest(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -242,6 +291,7 @@ def target_index(
     return where, at, labels
 
 
+@model_call
 @torch.no_grad()
 def top_tokens(
     model: Any,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 
 
-def check_evaluating(model: Any) -> None:
-    """Refuse what is no TransformerLens model of text, or in training mode.
+def check_model(model: Any) -> None:
+    """Refuse what is no TransformerLens model of text, and a model in which a pass is random now.
 
     Raises:
-        ValueError: not a TransformerLens model, or in training mode.
-        NotImplementedError: it does not read tokens from left to right in one stack of blocks.
+        ValueError: not a TransformerLens model; or a module draws random numbers, or changes its
+            own statistics, in each pass. A training flag without such an effect is no reason.
+        NotImplementedError: it does not read tokens from left to right in one stack of blocks, or
+            it was compiled.
     """
     adapter.model_class(model)
     if reason := _not_left_to_right(model):
@@ -25,8 +28,38 @@ def check_evaluating(model: Any) -> None:
             f"{adapter.architecture(model)} {reason}; editing and tracing are for models that read "
             "tokens from left to right in one stack of blocks with a norm after it"
         )
-    if model.training:
-        raise ValueError("the model is in training mode (dropout is on); call model.eval() first")
+    if reason := next(_random_modules(model), ""):
+        raise ValueError(
+            f"passes of this model are random now: {reason}. Call model.eval() first, also on the "
+            "Hugging Face model inside a bridge (model.original_model.eval())"
+        )
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise NotImplementedError(
+            "the model was compiled, and a compiled module may skip hooks that are set later; load "
+            "the model again and leave model.compile() away"
+        )
+
+
+_DRAWS = re.compile("drop|jitter|noise")
+
+
+def _random_modules(model: Any) -> Iterator[str]:
+    """Each module whose passes are random, or change its own statistics, as its flags are now."""
+    for name, module in adapter.every_module(model):
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        inside = getattr(module, "original_component", None)  # a bridge's may use the other's rate
+        rates = vars(module) | (vars(inside) if isinstance(inside, nn.Module) else {})
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            yield f"{where} has dropout on with p={module.p}"
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            yield f"{where} updates its running statistics"
+        elif isinstance(module, nn.RReLU):
+            yield f"{where} draws its slopes"
+        for key, rate in rates.items():
+            if isinstance(rate, float) and rate > 0 and _DRAWS.search(key):
+                yield f"{where} is in training mode with {key}={rate}"
 
 
 def _not_left_to_right(model: Any) -> str:
@@ -49,11 +82,17 @@ def check_editable(model: Any, layers: Sequence[int]) -> None:
     """Refuse, before any work, a model or layer whose W_out cannot be read and written in place.
 
     Raises:
-        ValueError: not a TransformerLens model, in training mode, or a layer out of range.
-        NotImplementedError: no dense W_out there (mixture of experts, state space), or a weight
-            that is quantised or offloaded.
+        ValueError: as `check_model`, a layer out of range, or weights that were made inside
+            `torch.inference_mode()`, which torch lets nobody change or differentiate through.
+        NotImplementedError: as `check_model`; no dense W_out there (mixture of experts, state
+            space); or a weight that is quantised or offloaded.
     """
-    check_evaluating(model)
+    check_model(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model's weights were made inside torch.inference_mode(), so they cannot be edited "
+            "or differentiated through; load the model outside of it"
+        )
     for layer in layers:
         if type(layer) is not int or not 0 <= layer < model.cfg.n_layers:
             raise ValueError(

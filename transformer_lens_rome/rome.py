@@ -31,7 +31,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from transformer_lens_rome.edits import EditRequest, RankOneEdit
 from transformer_lens_rome.health import measure_health
 from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit
 from transformer_lens_rome.methods import provenance, register_method
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.rome_config import RomeConfig
@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 Request = EditRequest | Mapping[str, Any]
 
 
+@model_call
 def rome_edit(
     model: Any,
     request: Request | Sequence[Request],
@@ -89,6 +90,7 @@ def rome_edit(
     return AppliedEdit(model, tuple(edits), tuple(one.ledgers[0] for one in done))
 
 
+@model_call
 def compute_rome_edit(
     model: Any,
     request: Request | Sequence[Request],
@@ -129,7 +131,7 @@ def compute_rome_edit(
         raise ValueError("the list of requests is empty; give at least one EditRequest")
     setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
     edits: list[RankOneEdit] = []
-    with ExitStack() as stack, torch.inference_mode(False):  # its tensors cannot meet a gradient
+    with ExitStack() as stack:
         for one in requests:
             if edits:
                 stack.enter_context(applied(model, edits[-1]))
@@ -288,6 +290,7 @@ class Rome:
     prepend_bos: bool | None = None
     progress: bool = False
 
+    @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> Rome:
         """The same with layer, statistics and prefixes found, once for all edits of a run."""
         found = _resolve(

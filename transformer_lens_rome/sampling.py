@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import passes
+from transformer_lens_rome import adapter, passes
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, pad
 from transformer_lens_rome.trials import difference, has_users_hooks, holds
 
@@ -29,7 +30,7 @@ class _GrowingText:
 
     Earlier tokens are kept as keys and values where that gives what whole passes give. Where it
     does not, and while hooks of the user's own, which may count positions, are on the model, each
-    step is a whole pass.
+    step is a whole pass; so it is above a model's rotation limit, where earlier keys would change.
 
     Attributes:
         model: A HookedTransformer or TransformerBridge.
@@ -45,10 +46,12 @@ class _GrowingText:
     @torch.no_grad()
     def logits_after(self, new: Int[Tensor, "n new"]) -> Float[Tensor, "n d_vocab"]:
         """Append some tokens to each text; next-token logits after them."""
-        if self.cached:
+        self._tokens = new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
+        length = self._tokens.shape[1]
+        passes.check_context(self.model, length)
+        if self.cached and length <= (adapter.rotation_limit(self.model) or length):
             logits, self._cache = passes.next_logits(self.model, new, self._cache)
             return logits
-        self._tokens = new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
         return _logits_after(self.model, self._tokens)
 
 
@@ -70,6 +73,7 @@ def _error_of_caching(model: Any) -> float:
     return difference(found, _logits_after(model, tokens))
 
 
+@model_call
 def sample_tokens(
     model: Any,
     n: int,
@@ -109,6 +113,7 @@ def _draw(logits: Float[Tensor, "n choice"], generator: torch.Generator) -> Int[
     return torch.searchsorted(passed, uniform, right=True).clamp(max=logits.shape[1] - 1)
 
 
+@model_call
 def sample_prefixes(
     model: Any,
     lengths: Sequence[tuple[int, int]] = PREFIX_LENGTHS,
@@ -137,6 +142,7 @@ def _sanitise(text: str) -> str:
     return re.sub(r"[\s{}\ufffd]+", " ", text).strip()
 
 
+@model_call
 def sampled_texts(
     model: Any,
     n: int,
@@ -163,6 +169,7 @@ def sampled_texts(
     return texts
 
 
+@model_call
 def sample_continuations(
     model: Any,
     prompts: Sequence[str],
@@ -203,6 +210,7 @@ def sample_continuations(
     return encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
+@model_call
 def greedy_continuation(
     model: Any, prompt: str, n_tokens: int = 20, *, encoder: Encoder | None = None
 ) -> str:

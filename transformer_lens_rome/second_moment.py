@@ -20,6 +20,8 @@ from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.arrays import read_npz
 from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
+from transformer_lens_rome.model_call import model_call
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.typed import make
 
 _FORMAT = "transformer_lens_rome.second_moment.1"
@@ -51,6 +53,7 @@ class SecondMoment:
     _factor: tuple[float, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
+    @torch_defaults()
     def empty(
         cls, d_mlp: int, dtype: torch.dtype = torch.float64, device: Any = None, **known: Any
     ) -> SecondMoment:
@@ -58,6 +61,7 @@ class SecondMoment:
         return cls(torch.zeros(d_mlp, d_mlp, dtype=dtype, device=device), **known)
 
     @classmethod
+    @torch_defaults()
     def from_moment(
         cls, C: Float[Tensor, "d_mlp d_mlp"], n_tokens: int, **known: Any
     ) -> SecondMoment:
@@ -70,9 +74,14 @@ class SecondMoment:
     @classmethod
     def identity(cls, d_mlp: int) -> SecondMoment:
         """C = I, which ignores how keys are distributed. This is not ROME; use it as a control."""
-        return cls.from_moment(torch.eye(d_mlp), d_mlp, source="identity (no statistics)")
+        return cls.from_moment(
+            torch.eye(d_mlp, dtype=torch.float64, device="cpu"),
+            d_mlp,
+            source="identity (no statistics)",
+        )
 
     @classmethod
+    @torch_defaults()
     def from_npz(cls, path: Any, **known: Any) -> SecondMoment:
         """Read a statistics file of the paper's authors (`mom2.mom2` is Σ k kᵀ, not its mean).
 
@@ -102,10 +111,12 @@ class SecondMoment:
         return len(self.sum_kk)
 
     @property
+    @torch_defaults()
     def C(self) -> Float[Tensor, "d_mlp d_mlp"]:
         """The moment, Σ k kᵀ / n."""
         return self.sum_kk / self.n_tokens
 
+    @torch_defaults()
     @torch.no_grad()
     def update(self, keys: Float[Tensor, "n d_mlp"]) -> None:
         """Add keys, one a row."""
@@ -136,6 +147,7 @@ class SecondMoment:
             source,
         )
 
+    @torch_defaults()
     def solve(self, k: Float[Tensor, "d_mlp"], *, ridge: float = 0.0) -> Float[Tensor, "d_mlp"]:
         """C⁻¹ k by Cholesky in float64; with a ridge, (C + ridge · mean(diag C) · I)⁻¹ k.
 
@@ -159,6 +171,7 @@ class SecondMoment:
             raise ValueError(_singular(self.n_tokens, self.d_mlp))
         return factor
 
+    @torch_defaults()
     def report(self) -> dict[str, Any]:
         """Tokens, conditioning and convergence, as plain values."""
         eigenvalues = torch.linalg.eigvalsh(self.C.double())
@@ -192,6 +205,7 @@ class SecondMoment:
         write_tensors(path, tensors, {"format": _FORMAT} | self.summary())
 
     @classmethod
+    @torch_defaults()
     def load(cls, path: Any) -> SecondMoment:
         """Read what `save` wrote.
 
@@ -205,6 +219,7 @@ class SecondMoment:
         except ValueError as error:
             raise ValueError(f"{path} does not hold whole statistics ({error})") from error
 
+    @model_call
     def check_fits(self, model: Any, layer: int, prepend_bos: bool) -> None:
         """Refuse statistics that do not belong to a model's layer, as far as that is known.
 
@@ -270,6 +285,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
+@model_call
 def probe_keys(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, "probe"]]:
     """The keys that a fixed handful of tokens have at some layers: a model's fingerprint there.
 

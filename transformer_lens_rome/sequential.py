@@ -33,6 +33,7 @@ from transformer_lens_rome.edits import EditRequest, load_edit
 from transformer_lens_rome.fingerprint import Fingerprint
 from transformer_lens_rome.ledger import AppliedEdit, apply_edit, check_unedited, revert_all
 from transformer_lens_rome.methods import EditMethod, described, get_method
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
 from transformer_lens_rome.prompts import Encoder, Row
 from transformer_lens_rome.typed import make
@@ -109,6 +110,7 @@ class EditSequence:
         self.revert()
 
 
+@model_call
 def edit_in_sequence(
     model: Any,
     requests: Sequence[EditRequest | Mapping[str, Any]],
@@ -143,7 +145,7 @@ def edit_in_sequence(
     requests = [_as_request(request) for request in requests]
     if not requests:
         raise ValueError("the list of requests is empty; give at least one EditRequest")
-    refusals.check_evaluating(model)
+    refusals.check_model(model)
     check_unedited(model)
     encoder = Encoder.of(model, prepend_bos)
     rows = held_out_rows(encoder, texts)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.viz import View, plot_severed
 from transformer_lens_rome.viz.page import COLOURS, heat_map
 
@@ -118,6 +119,7 @@ class AverageSevered(_Severed):
         return torch.stack([self.ordinary.mean(0), self.severed.mean(0)])
 
     @property
+    @torch_defaults()
     def half_width(self) -> Float[Tensor, "2 layer"]:
         """Half the 95% interval of each bar, 1.96 standard errors; NaN for a single fact."""
         stacked = torch.stack([self.ordinary, self.severed])
@@ -132,6 +134,7 @@ class AverageSevered(_Severed):
         return table
 
 
+@torch_defaults()
 def average_severed(traces: Sequence[SeveredTrace], *, n_wrong: int = 0) -> AverageSevered:
     """Average traces with one path cut over facts.
 

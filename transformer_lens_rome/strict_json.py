@@ -182,3 +182,8 @@ def check_text(text: str, longest: int = MAX_TEXT) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half a character in a text that begins {text[:40]!a}") from error
+
+
+def stripped(target: str) -> str:
+    """A target without white space, or invisible characters that pasting adds, around it."""
+    return target.strip().strip("\u200b\u200c\u200d\u2060\ufeff").strip()

@@ -25,6 +25,7 @@ from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.counterfact.records import CounterFactRecord, as_record
 from transformer_lens_rome.default_statistics import default_second_moment
 from transformer_lens_rome.ledger import applied
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, target_log_probs
 from transformer_lens_rome.rome import Rome, RomeConfig
 from transformer_lens_rome.sampling import sample_prefixes
@@ -50,6 +51,7 @@ class LayerScore:
     before: Mapping[str, float]
 
 
+@model_call
 def sweep_layers(
     model: Any,
     records: Sequence[CounterFactRecord | Mapping[str, Any]],
@@ -218,5 +220,5 @@ def _is_row(row: Any) -> bool:
 def _append(out: Any, row: dict[str, Any]) -> None:
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("a") as file:
+        with Path(out).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -33,6 +33,7 @@ from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
 from transformer_lens_rome.changes import Noise
 from transformer_lens_rome.corruption import Gaussian, NoiseSource, Uniform, subject_embedding_std
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
@@ -40,6 +41,7 @@ from transformer_lens_rome.severed_trace import Sever, SeveredTrace
 logger = logging.getLogger(__name__)
 
 
+@model_call
 def causal_trace(
     model: Any,
     prompt: str,
@@ -125,6 +127,7 @@ def causal_trace(
     )
 
 
+@model_call
 def severed_trace(
     model: Any,
     prompt: str,
@@ -246,7 +249,7 @@ def _named(noise: Tensor | NoiseSource | None) -> str | None:
 
 
 def _check_options(model: Any, metric: str, foil: str | None, n_samples: int) -> None:
-    refusals.check_evaluating(model)
+    refusals.check_model(model)
     if metric not in ("probability", "log_probability", "logit_diff"):
         raise ValueError(
             f"metric must be 'probability', 'log_probability' or 'logit_diff', got {metric!r}"

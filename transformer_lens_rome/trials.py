@@ -29,13 +29,16 @@ def has_users_hooks(model: Any) -> bool:
 def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
     """Whether a shortcut holds for a model: tried once, noted on the model, said if it fails.
 
+    It is tried again when the model's dtype, device, attention or training flags are others.
+
     Args:
         model: A HookedTransformer or TransformerBridge.
         instead: What is done where it does not hold; the name of the trial.
         error: By how much the shortcut is wrong; 0 if rounding explains it.
     """
     trials = model.__dict__.setdefault("_rome_trials", {})
-    if instead not in trials:
+    trial = (instead, adapter.arithmetic(model))
+    if trial not in trials:
         try:
             with torch.no_grad():
                 found = error()
@@ -46,8 +49,8 @@ def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
             reason = f"{type(fault).__name__}: {fault}"
         if reason:
             logger.warning("%s for %s, slower: %s", instead, adapter.architecture(model), reason)
-        trials[instead] = not reason
-    return trials[instead]
+        trials[trial] = not reason
+    return trials[trial]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

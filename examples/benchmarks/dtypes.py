@@ -29,7 +29,9 @@ def main(records_file: str, text_file: str, edits: str = "5") -> None:
     print("|---|---|---|---|---|---|")
     for name, dtype in DTYPES.items():
         model = load_demo_model().to(dtype)
-        ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
+        ids = model.tokenizer(
+            Path(text_file).read_text(encoding="utf-8"), add_special_tokens=False
+        ).input_ids
         texts = [ids[i : i + 255] for i in range(0, 13_000, 255)]
         C = collect_second_moment(model, texts, 0, max_tokens=12_288, progress=False)
         known = {"layer": 0, "second_moment": C, "prefixes": PREFIXES, "progress": False}

@@ -161,14 +161,14 @@ def main() -> None:
     found |= compare(model, options, args.flops)
     print(table(found))
     if args.out:
-        with Path(args.out).open("a") as file:
+        with Path(args.out).open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
 
 def prefixes(given: str) -> list[str]:
     """The bare prompt, and texts of five and ten words in turn; or those of a file."""
     if not given.isdigit():
-        return json.loads(Path(given).read_text())
+        return json.loads(Path(given).read_text(encoding="utf-8"))
     words = "one day in early spring the old man of the sea went out to look for".split()
     texts = (" ".join(words[i % 6 : i % 6 + 5 * (1 + i % 2)]) for i in range(int(given) - 1))
     return ["", *(f"{text}." for text in texts)]

@@ -76,7 +76,10 @@ def fuzz(name, seed, numbers, show=10):
         path.write_bytes(chosen.seeds[0])
         assert outcome(chosen, path) == "accepted", outcome(chosen, path)
         at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        now = (
+            int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+            * resource.getpagesize()
+        )
         resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, resource.RLIM_INFINITY))
         signal.signal(signal.SIGALRM, _too_slow)
         for number in numbers:

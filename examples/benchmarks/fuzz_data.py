@@ -117,7 +117,7 @@ def snippets() -> Format:
         "samples": [{"name": "x", "text": "A cat"}],
     }
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        Path(file.name).write_text(json.dumps([PUBLISHED]))
+        Path(file.name).write_text(json.dumps([PUBLISHED]), encoding="utf-8")
         (record,) = CounterFact.load(file.name)
     weights = TfIdf.fit(DOCUMENTS)
     return Format(

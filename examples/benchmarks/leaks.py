@@ -43,7 +43,8 @@ from transformer_lens_rome import (
     compute_rome_edit,
     rome_edit,
 )
-from transformer_lens_rome.demo import load_demo_model, sampled_second_moment
+from transformer_lens_rome.default_statistics import sampled_second_moment
+from transformer_lens_rome.demo import load_demo_model
 
 DEFAULTS = {
     (False, "edits"): 1000,

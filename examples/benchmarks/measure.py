@@ -53,7 +53,7 @@ class Measured:
     def _in_use(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 
     def _sample(self) -> None:
         while not self._done.wait(0.002):

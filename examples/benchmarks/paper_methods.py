@@ -23,7 +23,9 @@ def paper_method(name: str, model: Any, text: str, editors: str) -> Any:
         return get_method(name, editor=Path(editors) / name)
     if name != "rome":
         return get_method(name)
-    ids = model.tokenizer(Path(text).read_text(), add_special_tokens=False).input_ids
+    ids = model.tokenizer(
+        Path(text).read_text(encoding="utf-8"), add_special_tokens=False
+    ).input_ids
     texts = [ids[i : i + 255] for i in range(0, 240 * 255, 255)]
     layer = default_layer(model)
     moment = collect_second_moment(model, texts, layer, max_tokens=61_440, source="wikitext-2")

@@ -41,7 +41,9 @@ def main(records_file: str, text_file: str, folder: str, name: str, guarded: str
     """Write the facts, and measure at each checkpoint."""
     records = chosen(records_file)
     model = load_demo_model()
-    ids = model.tokenizer(Path(text_file).read_text(), add_special_tokens=False).input_ids
+    ids = model.tokenizer(
+        Path(text_file).read_text(encoding="utf-8"), add_special_tokens=False
+    ).input_ids
     watched = texts(model, ids, STATISTICS, *WATCHED)
     held_out = texts(model, ids, STATISTICS + math.prod(WATCHED), *HELD_OUT)
     layer, config = SETTINGS[name]

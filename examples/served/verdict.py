@@ -15,7 +15,7 @@ KINDS = ("resid", "mlp", "attn")
 def verdict(model: Any) -> dict[str, Any]:
     """What the package does with a model: every check's note, and what follows from them."""
     try:
-        refusals.check_evaluating(model)
+        refusals.check_model(model)
     except checks.REFUSALS as error:
         return _refused(model, str(error))
     try:

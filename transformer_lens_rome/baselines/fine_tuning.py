@@ -38,6 +38,7 @@ from transformer_lens_rome.defaults import short_name
 from transformer_lens_rome.edits import DenseEdit, EditRequest
 from transformer_lens_rome.health import measured
 from transformer_lens_rome.methods import provenance, register_method
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.prompts import Encoder, target_index
 from transformer_lens_rome.v_star import check_value
@@ -97,6 +98,7 @@ class FineTuning:
         """The method's name in tables."""
         return "ft+l" if self.constrained else "ft"
 
+    @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> FineTuning:
         """The same with layer and bound found."""
         name, layer, eps = short_name(model), self.layer, self.eps
@@ -109,6 +111,7 @@ class FineTuning:
             logger.info("%s keeps every entry within %g", self.name, eps)
         return dataclasses.replace(self, layer=layer, eps=eps)
 
+    @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> DenseEdit:
         """The edit that writes one fact; nothing in it is random.
 
@@ -119,8 +122,7 @@ class FineTuning:
         method = self.prepared(model)
         layer = method.layer
         encoder = Encoder.of(model, self.prepend_bos)
-        with torch.inference_mode(False):
-            losses, weight, bias = _train(model, _Task.of(encoder, request, self.objective), method)
+        losses, weight, bias = _train(model, _Task.of(encoder, request, self.objective), method)
         edit = DenseEdit(
             layer=layer,
             request=request,

@@ -54,6 +54,7 @@ from transformer_lens_rome.baselines.neuron_attribution import attribution
 from transformer_lens_rome.edits import EditHealth, EditRequest, FactoredEdit
 from transformer_lens_rome.health import measured
 from transformer_lens_rome.methods import provenance, register_method
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 
 MANY = 0.01
@@ -113,6 +114,7 @@ class KnowledgeNeurons:
         if wrong := [prompt for prompt in self.prompts if prompt.count("{}") != 1]:
             raise ValueError(f"each of prompts needs exactly one '{{}}', unlike {wrong[0]!r}")
 
+    @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> KnowledgeNeurons:
         """The same with the activation found."""
         refusals.check_editable(model, range(model.cfg.n_layers))
@@ -121,6 +123,7 @@ class KnowledgeNeurons:
         gated = adapter.parameter(model, Weight("W_gate", 0)) is not None
         return dataclasses.replace(self, activation="post" if gated else "pre")
 
+    @model_call
     def attribute(self, model: Any, request: EditRequest) -> Float[Tensor, "layer d_mlp"]:
         """How much each neuron contributes to the ground truth after the request's own prompt.
 
@@ -142,6 +145,7 @@ class KnowledgeNeurons:
             found.append(attribution(model, ids, labels, name, alphas, **options))
         return torch.stack(found).mean(0)
 
+    @model_call
     def neurons(self, model: Any, request: EditRequest) -> list[tuple[int, int]]:
         """(layer, neuron) of each neuron that carries the fact, refined if there are prompts.
 
@@ -152,6 +156,7 @@ class KnowledgeNeurons:
         asked = [dataclasses.replace(request, prompt=prompt) for prompt in every]
         return select([self.attribute(model, one) for one in asked], self.threshold, self.p)
 
+    @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
         """The edit that writes one fact; nothing in it is random.
 

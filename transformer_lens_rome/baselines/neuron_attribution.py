@@ -51,16 +51,15 @@ def attribution(
         NotImplementedError: an MLP whose value is not key @ W_out + b_out.
     """
     rows, together = min(batch_size, len(alphas)), max(1, batch_size // len(alphas))
-    with torch.inference_mode(False):
-        forward = PartialForward(model, 0, [ids] * rows, [len(ids) - 1] * rows)
-        paths = [(Point(name, i), a) for i, a in enumerate(_clean(forward, name))]
-        groups = [paths[i : i + together] for i in range(0, len(paths), together)]
-        with adapter.gradients_for(model):
-            found = [
-                gradient
-                for group in tqdm(groups, desc="kn", disable=not progress)
-                for gradient in _mean_gradients(forward, group, alphas, labels)
-            ]
+    forward = PartialForward(model, 0, [ids] * rows, [len(ids) - 1] * rows)
+    paths = [(Point(name, i), a) for i, a in enumerate(_clean(forward, name))]
+    groups = [paths[i : i + together] for i in range(0, len(paths), together)]
+    with adapter.gradients_for(model):
+        found = [
+            gradient
+            for group in tqdm(groups, desc="kn", disable=not progress)
+            for gradient in _mean_gradients(forward, group, alphas, labels)
+        ]
     every = torch.stack([(a * mean).cpu() for (_, a), mean in zip(paths, found, strict=True)])
     if not torch.isfinite(every).all():
         raise ValueError("the attributions are not finite; load the model in float32 or bfloat16")

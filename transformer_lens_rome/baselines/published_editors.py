@@ -43,6 +43,7 @@ from transformer_lens_rome.baselines.knowledge_editor import KnowledgeEditor
 from transformer_lens_rome.baselines.mend import Mend
 from transformer_lens_rome.baselines.trained_editor import TrainedEditor
 from transformer_lens_rome.ledger import base_weight
+from transformer_lens_rome.model_call import model_call
 
 _ORDER = {"GPT2LMHeadModel": ("W_out", "W_in"), "GPTJForCausalLM": ("W_in", "W_out")}
 _STRIP = (
@@ -69,6 +70,7 @@ _STAND_INS = [
 ]
 
 
+@model_call
 def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None) -> TrainedEditor:
     """Turn one of the paper's editor files into an editor for `get_method(..., editor=...)`.
 
@@ -110,7 +112,7 @@ def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None)
 
 def _matrices(model: Any) -> list[Weight]:
     """The edited matrices in the published order; refuses a model whose weights were processed."""
-    refusals.check_evaluating(model)
+    refusals.check_model(model)
     if (order := _ORDER.get(adapter.architecture(model))) is None:
         raise NotImplementedError(
             f"no editors were published for {adapter.architecture(model)}, only for GPT-2 and "

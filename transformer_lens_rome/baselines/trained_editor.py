@@ -14,6 +14,7 @@ from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.training_data import Fact, fact_digest
 from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
 from transformer_lens_rome.ledger import base_weight
+from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.typed import fits
 
 _FORMAT = "transformer_lens_rome.editor.1"
@@ -106,6 +107,7 @@ class TrainedEditor:
         write_tensors(path, copies, {"format": _FORMAT, **self.info})
 
     @classmethod
+    @torch_defaults()
     def load(cls, path: Any) -> TrainedEditor:
         """Read what `save` wrote.
 

@@ -29,8 +29,10 @@ from transformer_lens_rome.edits import EditRequest, FactoredEdit
 from transformer_lens_rome.health import measured
 from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import provenance
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sampled_texts
+from transformer_lens_rome.torch_states import torch_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class TrainedMethod(ABC):
 
     # ------------------------------------------------------------ training
 
-    @torch.inference_mode(False)
+    @model_call
     @torch.enable_grad()
     def fit(
         self,
@@ -109,7 +111,7 @@ class TrainedMethod(ABC):
             NotImplementedError: a model whose matrices cannot be edited.
         """
         settings, encoder = settings or self.settings(), Encoder.of(model, self.prepend_bos)
-        refusals.check_evaluating(model)
+        refusals.check_model(model)
         check_unedited(model)
         matrices = mlp_matrices(model, settings.layers, settings.matrices)
         if data is None:
@@ -167,6 +169,7 @@ class TrainedMethod(ABC):
         self._loaded().save(path)
 
     @classmethod
+    @torch_defaults()
     def load(cls, path: Any, **options: Any) -> TrainedMethod:
         """A method with the editor in a file, and the variant that it was trained as.
 
@@ -200,13 +203,14 @@ class TrainedMethod(ABC):
         """Whether the editor was trained or validated on a fact."""
         return self._loaded().has_seen(fact)
 
+    @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> TrainedMethod:
         """The same with its network ready for a model.
 
         Raises:
             ValueError: no editor, or one that was trained for another model.
         """
-        refusals.check_evaluating(model)
+        refusals.check_model(model)
         if self._network is not None:
             return self
         editor = self._loaded()
@@ -214,7 +218,7 @@ class TrainedMethod(ABC):
         shapes = {w: tuple(adapter.parameter(model, w).shape) for w in editor.matrices}
         return replace(self, editor=editor)._with_network(shapes)
 
-    @torch.inference_mode(False)
+    @torch_defaults()
     def _with_network(self, shapes: Shapes) -> TrainedMethod:
         """This, which has its editor, with the editor's network; a change in place."""
         editor = self.editor
@@ -243,6 +247,7 @@ class TrainedMethod(ABC):
         if state["_network"] is not None:
             self._with_network(state["_network"])
 
+    @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
         """The edit that the network makes of the request's gradient; nothing in it is random.
 
@@ -258,10 +263,9 @@ class TrainedMethod(ABC):
         network = method._network.to(next(iter(weights.values())).device)
         encoder = Encoder.of(model, editor.info["prepend_bos"])
         sample = to_sample(encoder, request, None)
-        with torch.inference_mode(False):
-            before, factors = gradient_factors(model, sample, editor.matrices)
-            with torch.no_grad():
-                changes = network(factors, Text.of(model, sample))
+        before, factors = gradient_factors(model, sample, editor.matrices)
+        with torch.no_grad():
+            changes = network(factors, Text.of(model, sample))
         edit = FactoredEdit.of(
             {w: (left.cpu(), self.scale * right.cpu()) for w, (left, right) in changes.items()},
             hashes,

@@ -44,9 +44,11 @@ from transformer_lens_rome.distributed import in_order, on_workers
 from transformer_lens_rome.fingerprint import Fingerprint
 from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import EditMethod, described, get_method
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 
 
+@model_call
 def evaluate_counterfact(
     model: Any,
     records: Sequence[CounterFactRecord],
@@ -99,6 +101,7 @@ def evaluate_counterfact(
     return _evaluate(model, records, method, scoring, setting, **options)
 
 
+@model_call
 def evaluate_zsre(
     model: Any,
     records: Sequence[ZsreRecord],
@@ -133,12 +136,13 @@ def _evaluate(
 ) -> Results:
     """Both runs: the unedited model's, and the method's."""
     _check(model, records, workers)
+    encoder, fingerprint = Encoder.of(model, prepend_bos), Fingerprint.of(model)
     if isinstance(method, str):
         method = get_method(method)
     if prepared := getattr(method, "prepared", None):
         method = prepared(model, seed=seed)
+        fingerprint.check(model, "the method was prepared")
     _check_unseen(method, records)
-    encoder, fingerprint = Encoder.of(model, prepend_bos), Fingerprint.of(model)
     shared = {
         "protocol": scoring.protocol,
         "model": adapter.model_name(model),
@@ -168,7 +172,7 @@ def _evaluate(
 
 
 def _check(model: Any, records: Sequence[Record], workers: int) -> None:
-    refusals.check_evaluating(model)
+    refusals.check_model(model)
     if not records:
         raise ValueError("there are no records to evaluate; see CounterFact.load")
     if len({record.case_id for record in records}) != len(records):

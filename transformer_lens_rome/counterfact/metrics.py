@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from transformer_lens_rome.torch_states import torch_defaults
+
 KINDS = {"rewrite": "E", "paraphrase": "P", "neighborhood": "N"}
 NAMES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS", "EA", "PA", "NA")
 S_OF = {"counterfact": ("ES", "PS", "NS"), "zsre": ("EA", "PA", "NA")}
@@ -135,6 +137,7 @@ def score(es: float, ps: float, ns: float) -> float:
     return harmonic_mean([es, ps, ns])
 
 
+@torch_defaults()
 def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Estimate:
     """S, with half the width of the 95% interval of a bootstrap over records."""
     values = 100 * torch.tensor(rows, dtype=torch.float64)
@@ -147,6 +150,7 @@ def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Est
     return Estimate(score(*values.mean(0).tolist()), half, len(values))
 
 
+@torch_defaults()
 def paired_difference(
     one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
 ) -> tuple[Estimate, float]:

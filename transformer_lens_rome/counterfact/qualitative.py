@@ -8,6 +8,7 @@ from typing import Any
 
 from transformer_lens_rome.edits import Edit
 from transformer_lens_rome.ledger import applied, edited_weights
+from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sample_continuations
 from transformer_lens_rome.viz.page import table
@@ -44,6 +45,7 @@ class Generations:
         return table(self.rows(), ("prompt", "model", "goes on"))._repr_html_()
 
 
+@model_call
 def compare_generations(
     model: Any,
     prompts: Sequence[str],

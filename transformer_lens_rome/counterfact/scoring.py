@@ -16,7 +16,7 @@ import torch
 from transformer_lens_rome.counterfact.generation import References, cleaned, fluency
 from transformer_lens_rome.counterfact.records import CounterFactRecord
 from transformer_lens_rome.counterfact.zsre import ZsreRecord
-from transformer_lens_rome.fingerprint import Fingerprint, writes
+from transformer_lens_rome.fingerprint import Fingerprint
 from transformer_lens_rome.ledger import applied
 from transformer_lens_rome.methods import EditMethod
 from transformer_lens_rome.prompts import Encoder, score_rows
@@ -169,7 +169,7 @@ def score_edited(
         RuntimeError: the model is not what it was afterwards, or the device failed.
         NotImplementedError: the method cannot edit this model.
     """
-    what, before = f"record {record.case_id}", writes(model)
+    what = f"record {record.case_id}"
     started = time.perf_counter()
     try:
         edit = method.compute(model, record.request, seed=seed)
@@ -183,7 +183,7 @@ def score_edited(
             raise
         logger.warning("%s: %s: %s", what, type(error).__name__, error)
         found = {"failed": f"{type(error).__name__}: {error}"}
-    fingerprint.check(model, what, before)
+    fingerprint.check(model, what)
     if "failed" in found:
         return found
     health = {k: v for k, v in edit.health.to_dict().items() if k != "losses"}
