@@ -97,13 +97,18 @@ def shared_part(model: Any) -> Any:
 
 
 def every_module(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, with a name; a bridge does not list its Hugging Face model's containers."""
+    """Each module once, by name; a bridge does not list its Hugging Face model's containers."""
     seen: set[int] = set()
-    for part in dict.fromkeys((model, shared_part(model))):
+    for prefix, part in (("", model), ("original_model.", shared_part(model))):
         for name, module in part.named_modules():
             if id(module) not in seen:
                 seen.add(id(module))
-                yield name.replace("._original_component", ""), module
+                yield prefix + name, module
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name as a checkpoint has it."""
+    return name.replace("._original_component", "")
 
 
 def processing(model: Any) -> str:

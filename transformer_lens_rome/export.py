@@ -12,11 +12,11 @@ from torch import Tensor
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.ledger import base_weight, edited_weights
-from transformer_lens_rome.model_call import model_call
+from transformer_lens_rome.model_call import weights_call
 from transformer_lens_rome.prompts import checkpoint_tokenizer
 
 
-@model_call
+@weights_call
 def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
     """Write weights, configuration and tokenizer that `AutoModelForCausalLM` loads.
 

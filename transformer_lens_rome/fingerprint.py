@@ -63,8 +63,8 @@ class Fingerprint:
         ):
             changed = [n for n in {**before, **now} if before.get(n) != now.get(n)]
             if changed:
-                short = changed[0].replace("._original_component", "")  # as a checkpoint has it
-                raise RuntimeError(f"{kind}{short} is not what it was, after {after}")
+                name = adapter.plain_name(changed[0])
+                raise RuntimeError(f"{kind}{name} is not what it was, after {after}")
 
 
 def _checksums(model: Any) -> dict[str, str]:

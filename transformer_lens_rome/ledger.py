@@ -24,7 +24,7 @@ from torch import Tensor
 from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.edits import Edit, EditHealth
-from transformer_lens_rome.model_call import alone_on, model_call
+from transformer_lens_rome.model_call import alone_on, weights_call
 from transformer_lens_rome.torch_states import torch_defaults
 
 
@@ -168,7 +168,7 @@ class AppliedEdit:
         self.revert()
 
 
-@model_call
+@weights_call
 def revert_all(model: Any, *, force: bool = False) -> None:
     """Take every edit off a model, also those whose `AppliedEdit` is lost.
 
@@ -186,7 +186,7 @@ def _ledgers(model: Any, edit: Edit) -> Iterator[_Ledger]:
     return filter(None, (_ledger(model, where) for where in edit.sizes()))
 
 
-@model_call
+@weights_call
 def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
     """Add an edit to every weight that it changes, in place.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformer_lens_rome import adapter
+from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.adapter import Weight
 
 
@@ -28,38 +28,62 @@ def check_model(model: Any) -> None:
             f"{adapter.architecture(model)} {reason}; editing and tracing are for models that read "
             "tokens from left to right in one stack of blocks with a norm after it"
         )
-    if reason := next(_random_modules(model), ""):
+    reason = next(_running_statistics(model), "")  # no pass is run here, as it would change them
+    if not reason and (suspect := next(_random_modules(model), "")) and _passes_are_random(model):
+        reason = suspect
+    if reason:
         raise ValueError(
             f"passes of this model are random now: {reason}. Call model.eval() first, also on the "
             "Hugging Face model inside a bridge (model.original_model.eval())"
         )
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if any(module._compiled_call_impl is not None for _, module in adapter.every_module(model)):
         raise NotImplementedError(
             "the model was compiled, and a compiled module may skip hooks that are set later; load "
             "the model again and leave model.compile() away"
         )
 
 
-_DRAWS = re.compile("drop|jitter|noise")
+def _running_statistics(model: Any) -> Iterator[str]:
+    """Each module that updates running statistics in every pass."""
+    for name, module in adapter.every_module(model):
+        kept = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if kept and module.training:
+            yield f"{adapter.plain_name(name)} ({type(module).__name__}) updates its running statistics"
+
+
+_RATE = re.compile("drop|jitter|noise")
 
 
 def _random_modules(model: Any) -> Iterator[str]:
-    """Each module whose passes are random, or change its own statistics, as its flags are now."""
+    """Each module whose flags and rates may make a pass random as they are now."""
     for name, module in adapter.every_module(model):
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        inside = getattr(module, "original_component", None)  # a bridge's may use the other's rate
-        rates = vars(module) | (vars(inside) if isinstance(inside, nn.Module) else {})
         if not module.training:
             continue
+        where = f"{adapter.plain_name(name) or 'the model'} ({type(module).__name__})"
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             yield f"{where} has dropout on with p={module.p}"
-        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            yield f"{where} updates its running statistics"
         elif isinstance(module, nn.RReLU):
             yield f"{where} draws its slopes"
-        for key, rate in rates.items():
-            if isinstance(rate, float) and rate > 0 and _DRAWS.search(key):
-                yield f"{where} is in training mode with {key}={rate}"
+        inside = getattr(module, "original_component", None)  # a bridge's may use the other's rate
+        for part in (module, inside):
+            for key, rate in vars(part).items() if isinstance(part, nn.Module) else ():
+                if isinstance(rate, float) and rate > 0 and _RATE.search(key):
+                    yield f"{where} is in training mode with {key}={rate}"
+
+
+@torch.no_grad()
+def _passes_are_random(model: Any) -> bool:
+    """Whether a short pass draws random numbers, or another one gives other results.
+
+    The global random state is left as it was.
+    """
+    tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        before = torch.random.get_rng_state()
+        one, other = (passes.final_residual(model, tokens) for _ in range(2))
+        drawn = not torch.equal(before, torch.random.get_rng_state())
+    return drawn or not torch.equal(one, other)
 
 
 def _not_left_to_right(model: Any) -> str:

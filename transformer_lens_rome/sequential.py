@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, refusals
+from transformer_lens_rome import adapter
 from transformer_lens_rome.counterfact.run_file import RunFile
 from transformer_lens_rome.edits import EditRequest, load_edit
 from transformer_lens_rome.fingerprint import Fingerprint
@@ -145,7 +145,6 @@ def edit_in_sequence(
     requests = [_as_request(request) for request in requests]
     if not requests:
         raise ValueError("the list of requests is empty; give at least one EditRequest")
-    refusals.check_model(model)
     check_unedited(model)
     encoder = Encoder.of(model, prepend_bos)
     rows = held_out_rows(encoder, texts)

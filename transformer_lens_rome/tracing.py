@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome import adapter, refusals
+from transformer_lens_rome import adapter
 from transformer_lens_rome.causal_trace import CausalTrace, Kind, Metric
 from transformer_lens_rome.changes import Noise
 from transformer_lens_rome.corruption import Gaussian, NoiseSource, Uniform, subject_embedding_std
@@ -249,7 +249,6 @@ def _named(noise: Tensor | NoiseSource | None) -> str | None:
 
 
 def _check_options(model: Any, metric: str, foil: str | None, n_samples: int) -> None:
-    refusals.check_model(model)
     if metric not in ("probability", "log_probability", "logit_diff"):
         raise ValueError(
             f"metric must be 'probability', 'log_probability' or 'logit_diff', got {metric!r}"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from transformer_lens_rome import adapter, refusals
+from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.baselines.hypernetwork import Text, gradient_factors, mlp_matrices
 from transformer_lens_rome.baselines.trained_editor import TrainedEditor, trained_on
@@ -111,7 +111,6 @@ class TrainedMethod(ABC):
             NotImplementedError: a model whose matrices cannot be edited.
         """
         settings, encoder = settings or self.settings(), Encoder.of(model, self.prepend_bos)
-        refusals.check_model(model)
         check_unedited(model)
         matrices = mlp_matrices(model, settings.layers, settings.matrices)
         if data is None:
@@ -210,7 +209,6 @@ class TrainedMethod(ABC):
         Raises:
             ValueError: no editor, or one that was trained for another model.
         """
-        refusals.check_model(model)
         if self._network is not None:
             return self
         editor = self._loaded()

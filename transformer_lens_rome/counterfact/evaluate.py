@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, refusals
+from transformer_lens_rome import adapter
 from transformer_lens_rome.counterfact.generation import References
 from transformer_lens_rome.counterfact.records import CounterFactRecord
 from transformer_lens_rome.counterfact.results import UNEDITED, Results
@@ -172,7 +172,6 @@ def _evaluate(
 
 
 def _check(model: Any, records: Sequence[Record], workers: int) -> None:
-    refusals.check_model(model)
     if not records:
         raise ValueError("there are no records to evaluate; see CounterFact.load")
     if len({record.case_id for record in records}) != len(records):

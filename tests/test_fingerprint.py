@@ -1,0 +1,151 @@
+"""A method that leaves the model other than it found it ends the run, however it did that."""
+
+import json
+
+import pytest
+import torch
+from rome_setting import LAYER, random_edit
+from test_evaluate import RECORDS, RandomEdits, evaluate
+
+from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.fingerprint import Fingerprint, checksum
+from transformer_lens_rome.ledger import apply_edit
+
+
+def first_matrix(model):
+    return next(p for p in model.parameters() if p.ndim == 2)
+
+
+def through_data(model):
+    w_out(model, LAYER).data += 1e-3
+
+
+def through_numpy(model):
+    w_out(model, LAYER).detach().numpy()[0, 0] += 1e-3
+
+
+def rows_swapped(model):
+    weight = first_matrix(model).data
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+def columns_swapped(model):
+    weight = first_matrix(model).data
+    weight[:, [0, 1]] = weight[:, [1, 0]]
+
+
+def other_storage(model):
+    weight = first_matrix(model)
+    weight.data = weight.data * 1.01
+
+
+def replaced(model):
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.ndim == 2:
+                module._parameters[name] = torch.nn.Parameter(weight.detach() + 1e-3)
+                return
+
+
+def hook_at_a_point(model):
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda x, hook: x + 1, is_permanent=True)
+
+
+def hook_on_a_module(model):
+    model.blocks[0].register_forward_hook(lambda _module, _args, out: out)
+
+
+def training_flag(model):
+    model.blocks[0].train()
+
+
+def an_edit_left_on(model):
+    apply_edit(model, random_edit(model, layer=2, seed=9))
+
+
+DAMAGES = [
+    through_data,
+    through_numpy,
+    rows_swapped,
+    columns_swapped,
+    other_storage,
+    replaced,
+    hook_at_a_point,
+    hook_on_a_module,
+    training_flag,
+    an_edit_left_on,
+]
+
+
+class Damages(RandomEdits):
+    """Leaves the model damaged, from one record on, or when it is prepared."""
+
+    def __init__(self, damage, at):
+        super().__init__()
+        object.__setattr__(self, "damage", damage)
+        object.__setattr__(self, "at", at)
+
+    def compute(self, model, request, *, seed=0):
+        if self.at == request.subject:
+            self.damage(model)
+        return super().compute(model, request, seed=seed)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_kind_of_damage_ends_the_run_at_its_record(gpt2, damage, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(RuntimeError, match="is not what it was, after record 1"):
+        evaluate(gpt2, Damages(damage, RECORDS[1].request.subject), out=path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["case_id"] for row in rows[1:]] == [0]  # of the damaged model there is none
+
+
+def test_a_second_run_on_the_damaged_model_is_another_run(gpt2, tmp_path):
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(RuntimeError):
+        evaluate(gpt2, Damages(through_data, RECORDS[1].request.subject), out=path)
+    with pytest.raises(ValueError, match="another model_hash"):
+        evaluate(gpt2, Damages(through_data, None), out=path)
+
+
+def test_damage_in_preparation_is_seen_too(gpt2, tmp_path):
+    class Prepares(RandomEdits):
+        def prepared(self, model, *, seed=0):
+            through_data(model)
+            return self
+
+    with pytest.raises(RuntimeError, match="after the method was prepared"):
+        evaluate(gpt2, Prepares())
+
+
+def test_an_unharmed_model_passes(gpt2):
+    before = Fingerprint.of(gpt2)
+    apply_edit(gpt2, random_edit(gpt2)).revert()
+    before.check(gpt2, "an edit and its undo")
+    gpt2(torch.tensor([[1, 2, 3]]))
+    before.check(gpt2, "a pass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [(3,), (1023,), (2048, 5), (640, 2048), (7, 3, 1024), (0,)])
+def test_any_bit_and_any_swap_changes_a_checksum(dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randint(-100, 100, shape, generator=generator).to(dtype)
+    before = checksum(tensor)
+    assert checksum(tensor.clone()) == before
+    flat = tensor.reshape(-1)
+    for at in sorted({0, len(flat) // 2, len(flat) - 1}) if len(flat) else ():
+        held = flat[at].item()
+        flat[at] = held + 1
+        assert checksum(tensor) != before
+        flat[at] = held
+    if len(flat) > 1:
+        i, j = 0, int((flat != flat[0]).nonzero()[-1])
+        flat[[i, j]] = flat[[j, i]]
+        assert checksum(tensor) != before
+        flat[[i, j]] = flat[[j, i]]
+    assert checksum(tensor) == before
+    if tensor.ndim == 2:  # the same content, wherever and however it lies
+        assert checksum(tensor.T.contiguous().T) == before
+        padded = torch.zeros(tensor.numel() + 1, dtype=dtype)[1:].view(shape)
+        assert checksum(padded.copy_(tensor)) == before
