@@ -310,27 +310,20 @@ def has_hooks(model: Any) -> bool:
     torch_wide = nn.modules.module
     if torch_wide._global_forward_hooks or torch_wide._global_forward_pre_hooks:
         return True
-    for _, module in every_module(model):
-        if hasattr(module, "fwd_hooks"):
-            handles = (*module.fwd_hooks, *module.bwd_hooks)
-            found = [getattr(handle, "user_hook", None) for handle in handles]
-        else:
-            found = [hook for hooks in _torch_hooks(module) for hook in hooks.values()]
-            found += [vars(module)["forward"]] if "forward" in vars(module) else []
-        if not all(_is_a_hosts(hook) for hook in found):
-            return True
-    return False
+    return any(users_hooks(module) for _, module in every_module(model))
 
 
-def number_of_hooks(module: nn.Module) -> int:
-    """How many hooks of any kind are on a module."""
-    return sum(map(len, _torch_hooks(module)))
-
-
-def _torch_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
-    """A module's hooks of each kind that torch runs in a forward or backward pass."""
-    forward = (module._forward_hooks, module._forward_pre_hooks)
-    return (*forward, module._backward_hooks, module._backward_pre_hooks)
+def users_hooks(module: nn.Module) -> list[Any]:
+    """What the user has set to be called in passes of a module: hooks, or another `forward`."""
+    if hasattr(module, "fwd_hooks"):
+        handles = (*module.fwd_hooks, *module.bwd_hooks)
+        found = [getattr(handle, "user_hook", None) for handle in handles]
+    else:
+        kinds = (module._forward_hooks, module._forward_pre_hooks)
+        kinds += (module._backward_hooks, module._backward_pre_hooks)
+        found = [hook for hooks in kinds for hook in hooks.values()]
+        found += [vars(module)["forward"]] if "forward" in vars(module) else []
+    return [hook for hook in found if not _is_a_hosts(hook)]
 
 
 def _is_a_hosts(hook: Any) -> bool:

@@ -28,7 +28,7 @@ class Fingerprint:
     Attributes:
         hashes: sha256 of each parameter, by name.
         checksums: Its checksum, by name.
-        modules: For each module, its number of hooks and its training flag.
+        modules: For each module, the number of the user's hooks and its training flag.
     """
 
     hashes: Mapping[str, str]
@@ -73,7 +73,7 @@ def _checksums(model: Any) -> dict[str, str]:
 
 def _modules(model: Any) -> dict[str, tuple[int, bool]]:
     return {
-        name: (adapter.number_of_hooks(module), module.training)
+        name: (len(adapter.users_hooks(module)), module.training)
         for name, module in adapter.every_module(model)
     }
 

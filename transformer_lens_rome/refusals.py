@@ -48,7 +48,8 @@ def _running_statistics(model: Any) -> Iterator[str]:
     for name, module in adapter.every_module(model):
         kept = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         if kept and module.training:
-            yield f"{adapter.plain_name(name)} ({type(module).__name__}) updates its running statistics"
+            kind = type(module).__name__
+            yield f"{adapter.plain_name(name)} ({kind}) updates its running statistics"
 
 
 _RATE = re.compile("drop|jitter|noise")
