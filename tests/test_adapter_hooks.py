@@ -1,12 +1,17 @@
 """The adapter leaves no trace on the model, and refuses before any work what cannot be edited."""
 
+import functools
+
 import pytest
 import torch
 from conftest import CLASSES, make_model
-from tiny_models import has_bridge, tiny_bridge, tiny_hf
+from tiny_models import SHAPES, has_bridge, hooked_shapes, tiny_bridge, tiny_hf
+from torch import nn
 
 from transformer_lens_rome import adapter, defaults, passes, refusals
 from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.trials import holds
 
 LAYER = 1
 KEY, VALUE, RESID = Point("key", LAYER), Point("value", LAYER), Point("resid_post", LAYER)
@@ -160,12 +165,6 @@ def test_layers_out_of_range_are_refused(gpt2, layer):
         refusals.check_editable(gpt2, [0, layer])
 
 
-def test_training_mode_is_refused(gpt2):
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        refusals.check_editable(gpt2.train(), [LAYER])
-    refusals.check_editable(gpt2.eval(), [LAYER])
-
-
 def test_mixtures_of_experts_are_refused_by_name(model_class, tokenizer):
     model = make_model(model_class, "mixtral", tokenizer)
     with pytest.raises(NotImplementedError, match="Mixtral.*mixtures of experts"):
@@ -223,3 +222,132 @@ def test_bfloat16_works(shape, tokenizer):
         weight.zero_()
     flat = passes.read(half, TOKENS, [VALUE])[VALUE]
     assert torch.equal(flat, adapter.b_out(half, LAYER).expand_as(flat))
+
+
+# ---------------------------------------------------------------- whose hook is it?
+
+
+def turn_fourth(state, hook=None):
+    """Counts positions: only in a whole pass is the fourth column the fourth token."""
+    state = state.clone()
+    state[:, 3:4] = -state[:, 3:4]
+    return state
+
+
+def own_point(model):
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(turn_fourth)
+
+
+def permanent(model):
+    model.add_perma_hook("blocks.0.hook_resid_pre", turn_fourth)
+
+
+def permanent_partial(model):
+    hook = functools.partial(lambda times, state, hook: times * turn_fourth(state), 1)
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(hook, is_permanent=True)
+
+
+def on_a_point_as_a_module(model):
+    point = model.hook_dict["blocks.0.hook_resid_pre"]
+    point.register_forward_hook(lambda _module, _args, out: turn_fourth(out))
+
+
+def on_an_inner_module(model):
+    inner = adapter.shared_part(model)
+    block = inner.transformer.h[1] if model is not inner else inner.blocks[1]
+    block.register_forward_pre_hook(lambda _module, args: (turn_fourth(args[0]), *args[1:]))
+
+
+def backward(model):
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda grad, hook: None, dir="bwd")
+
+
+def forward_replaced(model):
+    own = model.blocks[1].forward
+    changed = lambda residual, *args, **kwargs: own(turn_fourth(residual), *args, **kwargs)  # noqa: E731
+    vars(model.blocks[1])["forward"] = changed
+
+
+HOOKS = (
+    own_point,
+    permanent,
+    permanent_partial,
+    on_a_point_as_a_module,
+    on_an_inner_module,
+    backward,
+    forward_replaced,
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fresh_model_has_no_hooks_of_its_users(model_class, shape, tokenizer):
+    if model_class == "hooked" and shape not in hooked_shapes():
+        pytest.skip("no such HookedTransformer here")
+    model = make_model(model_class, shape, tokenizer)
+    assert not adapter.has_hooks(model)
+    logits_of(model)  # a bridge's first pass adds hooks of its own
+    assert not adapter.has_hooks(model)
+
+
+@pytest.mark.parametrize("add", HOOKS)
+def test_a_users_hook_is_seen_and_passes_are_whole(gpt2, add):
+    rows, last = [list(range(5, 16))], torch.tensor([10])
+    plain = PartialForward(gpt2, 1, rows, [6])
+    assert plain.recording is not None
+    add(gpt2)
+    assert adapter.has_hooks(gpt2)
+    forward = PartialForward(gpt2, 1, rows, [6])
+    assert forward.recording is None
+    found = forward.logits([], torch.tensor([0]), last)
+    expected = passes.logits_at(gpt2, torch.tensor(rows), torch.tensor([0]), last)
+    assert torch.equal(found, expected)
+    if add is not backward:
+        assert not torch.allclose(expected, plain.logits([], torch.tensor([0]), last), atol=1e-3)
+
+
+def test_a_hook_for_all_modules_is_seen(gpt2):
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert adapter.has_hooks(gpt2)
+    finally:
+        handle.remove()
+    assert not adapter.has_hooks(gpt2)
+
+
+# ---------------------------------------------------------------- how long a trial counts
+
+
+def to_bfloat16(model):
+    model.to(torch.bfloat16)
+
+
+def one_block_in_float64(model):
+    model.blocks[1].double()
+
+
+def other_attention(model):
+    config = getattr(adapter.shared_part(model), "config", None)
+    if config is None:
+        pytest.skip("a HookedTransformer has one implementation of attention")
+    config._attn_implementation = "sdpa"
+
+
+def training(model):
+    model.blocks[1].train()
+
+
+@pytest.mark.parametrize("change", [to_bfloat16, one_block_in_float64, other_attention, training])
+def test_a_trial_is_made_again_after_a_change_of_arithmetic(gpt2, change):
+    calls = []
+
+    def error():
+        calls.append(1)
+        return 0.0
+
+    for _ in range(2):
+        assert holds(gpt2, "the plain way", error)
+    assert len(calls) == 1
+    change(gpt2)
+    for _ in range(2):
+        assert holds(gpt2, "the plain way", error)
+    assert len(calls) == 2

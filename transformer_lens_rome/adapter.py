@@ -315,14 +315,12 @@ def has_hooks(model: Any) -> bool:
 
 def users_hooks(module: nn.Module) -> list[Any]:
     """What the user has set to be called in passes of a module: hooks, or another `forward`."""
-    if hasattr(module, "fwd_hooks"):
-        handles = (*module.fwd_hooks, *module.bwd_hooks)
-        found = [getattr(handle, "user_hook", None) for handle in handles]
-    else:
-        kinds = (module._forward_hooks, module._forward_pre_hooks)
-        kinds += (module._backward_hooks, module._backward_pre_hooks)
-        found = [hook for hooks in kinds for hook in hooks.values()]
-        found += [vars(module)["forward"]] if "forward" in vars(module) else []
+    kinds = (module._forward_hooks, module._forward_pre_hooks)
+    kinds += (module._backward_hooks, module._backward_pre_hooks)
+    found = [hook for hooks in kinds for hook in hooks.values()]
+    handles = (*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ()))
+    found += [getattr(handle, "user_hook", None) for handle in handles]  # inside the host's own
+    found += [vars(module)["forward"]] if "forward" in vars(module) else []
     return [hook for hook in found if not _is_a_hosts(hook)]
 
 
