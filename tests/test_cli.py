@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -199,3 +203,81 @@ def test_an_editor_is_evaluated(checkpoint, records, tmp_path, capsys):
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert "| mend-cf | 3 | 0 |" in report["table"] and not report["failed"]
+
+
+# ---------------------------------------------------------------- reports are never lost
+
+WORDS = "Zoë lebt in Århus – 東京 🗼"
+
+
+@pytest.fixture
+def console(monkeypatch):
+    """Put a console of another encoding in the place of stdout; gives what was printed to it."""
+
+    def use(encoding):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        return lambda: (sys.stdout.flush(), written.getvalue().decode(encoding))[1]
+
+    return use
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_report_is_printed_whatever_the_console_encodes(console, monkeypatch, encoding, how):
+    report = {"model": WORDS, "answers": [], "numbers": {"p": 0.5, "text": WORDS}}
+    monkeypatch.setattr("transformer_lens_rome.__main__.run_demo", lambda options: report)
+    said = console(encoding)
+    assert main(["demo", *how]) == 0
+    if how:
+        assert json.loads(said()) == report  # nothing is lost
+    else:
+        assert WORDS.encode(encoding, "backslashreplace").decode(encoding) in said()
+
+
+@needs_bridge
+def test_a_text_file_is_read_as_utf_8(checkpoint, tmp_path, capsys):
+    file, out = tmp_path / "text", tmp_path / "C"
+    arguments = ["statistics", str(checkpoint), str(out), "--layer", "1", "--text", str(file)]
+    arguments += ["--max-tokens", "60", "--json"]
+    sums = []
+    for text in (WORDS * 20, "\ufeff" + WORDS * 20):  # without and with a byte order mark
+        file.write_text(text, encoding="utf-8")
+        assert main(arguments) == 0
+        sums.append(SecondMoment.load(out).sum_kk)
+    assert torch.equal(*sums)
+    file.write_bytes(WORDS.encode("utf-16"))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_peak_memory_is_left_out_where_nothing_tells_it(monkeypatch):
+    from transformer_lens_rome.__main__ import _peak_memory_gb
+
+    assert _peak_memory_gb() > 0
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert _peak_memory_gb() is None
+
+
+@needs_bridge
+def test_nothing_is_read_or_written_in_the_locales_encoding(checkpoint, tmp_path):
+    """Python warns of files that are opened without an encoding; none of them is ours."""
+    (tmp_path / "text").write_text(WORDS * 9, encoding="utf-8")
+    code = f"""
+import sys, warnings
+from transformer_lens_rome.__main__ import main
+place = r"transformer_lens_rome(\\.|$)"
+warnings.filterwarnings("error", category=EncodingWarning, module=place)
+model, text, out = {str(checkpoint)!r}, {str(tmp_path / "text")!r}, {str(tmp_path / "out")!r}
+status = main(["statistics", model, out, "--layer", "1", "--text", text, "--max-tokens", "30"])
+status += main(["trace", model, "Rome is in", "Rome", "--samples", "2", "--html", out + ".html"])
+sys.exit(status)
+"""
+    run = subprocess.run(
+        [sys.executable, "-X", "warn_default_encoding", "-c", code],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode(errors="replace")[-2000:]

@@ -5,6 +5,7 @@ import tiny_models
 import torch
 from conftest import make_model
 from rome_setting import LAYER, factored_edit, random_edit
+from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformer_lens_rome import applied, apply_edit, export_hf
@@ -126,3 +127,35 @@ def test_a_processed_bridge_is_refused(tokenizer, tmp_path):
         with pytest.raises(ValueError, match="enable_compatibility_mode"):
             export_hf(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_and_a_template_that_were_added_are_in_the_folder(model_class, tmp_path):
+    """Exported ids are those of `model.tokenizer`; BOS is the checkpoint's own rule."""
+    tokenizer = tiny_tokenizer(tmp_path / "own", bos=False)
+    model = make_model(model_class, "gpt2", tokenizer)
+    hf = tiny_models.tiny_hf("gpt2", tokenizer) if model_class == "hooked" else None
+    model.tokenizer.add_tokens(["<fact>", "Needle"])
+    model.tokenizer.add_special_tokens({"sep_token": "<sep>"})
+    model.tokenizer.chat_template = "<fact>{{ messages[0]['content'] }}<sep>"
+    found = AutoTokenizer.from_pretrained(export_hf(model, tmp_path / "out", hf_model=hf))
+    text = "<fact>The Space Needle is in<sep> Rome"
+    for one in (found, model.tokenizer):
+        assert (
+            one.convert_ids_to_tokens(one(text, add_special_tokens=False).input_ids)[0] == "<fact>"
+        )
+    ids = [one(text, add_special_tokens=False).input_ids for one in (found, model.tokenizer)]
+    assert ids[0] == ids[1] and found.sep_token == "<sep>"
+    said = [{"role": "user", "content": "Rome"}]
+    assert found.apply_chat_template(said, tokenize=False) == "<fact>Rome<sep>"
+    assert found("Rome").input_ids == tokenizer("Rome").input_ids  # no BOS, as its files have it
+
+
+def test_a_tokenizer_that_cannot_be_written_so_is_refused(model_class, tmp_path):
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer(tmp_path / "own", bos=False)
+    model = make_model(model_class, "gpt2", tokenizer)
+    hf = tiny_models.tiny_hf("gpt2", tokenizer) if model_class == "hooked" else None
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="other ids than its files"):
+        export_hf(model, tmp_path / "out", hf_model=hf)

@@ -265,5 +265,44 @@ def test_the_version_is_that_of_the_metadata():
         transformer_lens_rome.nothing
 
 
+# ---------------------------------------------------------------- what holds of all of them
+
+ALONE = {
+    "active_edits": "reads what is noted on the model",
+    "base_weight": "reads what is noted on the model",
+    "check_unedited": "reads what is noted on the model",
+    "edited_weights": "reads what is noted on the model",
+    "applied": "`apply_edit` and `revert`, with the caller's own code between them",
+    "without": "two writes, with the caller's own code between them",
+    "get_act_patch_window": "the host's own passes, in the states that the clean cache is of",
+    "provenance": "runs no pass",
+    "of": "puts values together",
+}
+"""Public functions with a parameter `model` that are not called under `model_call`, and why."""
+
+
+def functions_of_models() -> Iterator[tuple[str, Any]]:
+    """Public functions and methods that take a model."""
+    for name in MODULES:
+        module = importlib.import_module(f"{PACKAGE}.{name}".rstrip("."))
+        for item in vars(module).values():
+            if not str(getattr(item, "__module__", "")).startswith(PACKAGE):
+                continue
+            members = [m for _, m in inspect.getmembers(item)] if inspect.isclass(item) else [item]
+            for one in (getattr(member, "__func__", member) for member in members):
+                public = inspect.isfunction(one) and not one.__name__.startswith("_")
+                if public and "model" in inspect.signature(one).parameters:
+                    yield one.__name__, one
+
+
+def test_every_public_function_runs_under_torchs_defaults_alone_on_its_model():
+    found = dict(functions_of_models())
+    assert {"rome_edit", "causal_trace", "compute", "fit", "attribute"} <= set(found)
+    plain = {
+        n for n, one in found.items() if not one.__code__.co_filename.endswith("model_call.py")
+    }
+    assert plain - set(ALONE) == set()
+
+
 if __name__ == "__main__":
     SNAPSHOT.write_text(snapshot(), encoding="utf-8")

@@ -122,6 +122,7 @@ def sampled_second_moment(
     return cached_second_moment(model, layer, prepend_bos, corpus, make)
 
 
+@model_call
 def bundled_texts(model: Any) -> tuple[str, ...]:
     """Text that ships with this package for a model, if the model is the one that wrote it.
 
@@ -139,6 +140,7 @@ def bundled_texts(model: Any) -> tuple[str, ...]:
     return tuple(found["texts"])
 
 
+@model_call
 def key_norms(model: Any) -> Float[Tensor, "token"]:
     """Norms of the keys that a fixed handful of tokens have in the first block."""
     return probe_keys(model, [0])[0].unflatten(0, (8, -1)).norm(dim=1)
