@@ -285,8 +285,13 @@ def functions_of_models() -> Iterator[tuple[str, Any]]:
     """Public functions and methods that take a model."""
     for name in MODULES:
         module = importlib.import_module(f"{PACKAGE}.{name}".rstrip("."))
-        for item in vars(module).values():
-            if not str(getattr(item, "__module__", "")).startswith(PACKAGE):
+        names = getattr(module, "__all__", None) or [
+            n
+            for n, item in vars(module).items()
+            if getattr(item, "__module__", "") == module.__name__
+        ]
+        for item in (getattr(module, n) for n in names if not n.startswith("_")):
+            if getattr(item, "_is_protocol", False):
                 continue
             members = [m for _, m in inspect.getmembers(item)] if inspect.isclass(item) else [item]
             for one in (getattr(member, "__func__", member) for member in members):
