@@ -13,6 +13,7 @@ from pathlib import Path
 import transformer_lens_rome
 from transformer_lens_rome import sampled_texts
 from transformer_lens_rome.default_statistics import key_norms
+from transformer_lens_rome.defaults import short_name
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.files import safe_name
 
@@ -23,7 +24,7 @@ texts = sampled_texts(model, N_TEXTS, length=LENGTH, seed=SEED)
 path = Path(transformer_lens_rome.__file__).parent / "sampled"
 path = Path(sys.argv[1]) if len(sys.argv) > 1 else path
 path.mkdir(exist_ok=True)
-path = path / f"{safe_name(model.cfg.model_name)}.json"
+path = path / f"{safe_name(short_name(model))}.json"
 written = {
     "model": model.cfg.model_name,
     "seed": SEED,

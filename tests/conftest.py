@@ -9,9 +9,7 @@ import tiny_models
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from transformer_lens_rome import collect_second_moment, sampled_texts
-from transformer_lens_rome.default_statistics import cached_second_moment
-from transformer_lens_rome.defaults import default_layer
+from transformer_lens_rome.default_statistics import sampled_second_moment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -113,15 +111,5 @@ def gemma(request):
 
 @pytest.fixture(scope="session")
 def gemma_moment(gemma):
-    """C of Gemma's default layer from 2,500 tokens that the model wrote itself.
-
-    It is kept where `sampled_second_moment` looks for its own three times as many, so that a
-    notebook that is run by a test does not sample anew, in minutes.
-    """
-    layer = default_layer(gemma)
-
-    def make():
-        texts = sampled_texts(gemma, 48, length=64, batch_size=48, progress=False)
-        return collect_second_moment(gemma, texts, layer, max_tokens=2500, progress=False)
-
-    return cached_second_moment(gemma, layer, True, "sampled", make)
+    """C of Gemma's default layer, from the text that ships with the package."""
+    return sampled_second_moment(gemma, progress=False)

@@ -5,13 +5,14 @@ import functools
 import pytest
 import torch
 from conftest import CLASSES, make_model
+from rome_setting import random_edit
 from tiny_models import SHAPES, has_bridge, hooked_shapes, tiny_bridge, tiny_hf
 from torch import nn
 
-from transformer_lens_rome import adapter, defaults, passes, refusals
+from transformer_lens_rome import adapter, applied, causal_trace, defaults, passes, refusals
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.trials import holds
+from transformer_lens_rome.trials import forget_other_states, holds
 
 LAYER = 1
 KEY, VALUE, RESID = Point("key", LAYER), Point("value", LAYER), Point("resid_post", LAYER)
@@ -333,21 +334,112 @@ def other_attention(model):
 
 
 def training(model):
-    model.blocks[1].train()
+    model.blocks[1].ln1.train()
 
 
-@pytest.mark.parametrize("change", [to_bfloat16, one_block_in_float64, other_attention, training])
+def a_cap_on_logits(model):
+    model.cfg.output_logits_soft_cap = 2.0
+
+
+def gradient_checkpointing(model):
+    inner = adapter.shared_part(model)
+    if inner is model:
+        pytest.skip("a HookedTransformer has no checkpointing")
+    inner.gradient_checkpointing_enable()
+
+
+def another_class(model):
+    class Mine(type(model.blocks[1])):
+        def forward(self, residual, *args, **kwargs):
+            return super().forward(turn_fourth(residual), *args, **kwargs)
+
+    model.blocks[1].__class__ = Mine
+
+
+CHANGES = (
+    to_bfloat16,
+    one_block_in_float64,
+    other_attention,
+    training,
+    a_cap_on_logits,
+    gradient_checkpointing,
+    another_class,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_trial_is_made_again_after_a_change_of_arithmetic(gpt2, change):
     calls = []
 
-    def error():
-        calls.append(1)
-        return 0.0
+    def tried():
+        forget_other_states(gpt2)  # as every public function does first
+        return holds(gpt2, "the plain way", lambda: calls.append(1) or 0.0)
 
     for _ in range(2):
-        assert holds(gpt2, "the plain way", error)
+        assert tried()
     assert len(calls) == 1
     change(gpt2)
     for _ in range(2):
-        assert holds(gpt2, "the plain way", error)
+        assert tried()
     assert len(calls) == 2
+
+
+def test_an_edit_is_no_reason_to_try_again(gpt2):
+    causal_trace(gpt2, "Rome is in", "Rome", n_samples=2, progress=False)
+    noted = dict(gpt2._rome_trials)
+    with applied(gpt2, random_edit(gpt2)):
+        causal_trace(gpt2, "Rome is in", "Rome", n_samples=2, progress=False)
+    assert gpt2._rome_trials == noted and len(noted) > 1
+
+
+@pytest.mark.parametrize("change", [a_cap_on_logits, another_class, gradient_checkpointing])
+def test_traces_after_a_change_are_those_of_whole_passes(gpt2, change):
+    def traced():
+        return causal_trace(gpt2, "The Space Needle is in", "Needle", progress=False).samples
+
+    traced()
+    change(gpt2)
+    found = traced()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformer_lens_rome.partial_forward._rows_can_be_cut", lambda *_: False)
+        assert torch.allclose(found, traced(), atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [TimeoutError, KeyboardInterrupt, MemoryError, OSError])
+def test_an_interrupt_of_a_trial_says_nothing_of_the_model(gpt2, error):
+    def interrupted():
+        raise error("the user's")
+
+    with pytest.raises(error):
+        holds(gpt2, "the plain way", interrupted)
+    assert holds(gpt2, "the plain way", lambda: 0.0)
+
+
+# ---------------------------------------------------------------- further hooks of users
+
+
+def wrapped_forward(model):
+    """As patches are usually written; `wraps` takes over the name of the host's module."""
+    own = model.blocks[1].forward
+
+    @functools.wraps(own)
+    def changed(residual, *args, **kwargs):
+        return own(turn_fourth(residual), *args, **kwargs)
+
+    vars(model.blocks[1])["forward"] = changed
+
+
+def a_hosts_function(model):
+    from transformer_lens.patching import layer_pos_patch_setter
+
+    def hook(state, hook):
+        return layer_pos_patch_setter(state, index=(0, 0), clean_activation=state)
+
+    hook.__module__ = "transformer_lens.patching"
+    model.add_hook("blocks.0.hook_resid_pre", hook, is_permanent=True)
+
+
+@pytest.mark.parametrize("add", [wrapped_forward, a_hosts_function])
+def test_a_hook_is_judged_by_where_its_code_stands(gpt2, add):
+    add(gpt2)
+    assert adapter.has_hooks(gpt2)

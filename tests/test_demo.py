@@ -1,11 +1,16 @@
 """The bundled model is unpacked once, and again only where its copy is not what it should be."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 import transformers
 
 from transformer_lens_rome import demo
 from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.default_statistics import bundled_texts
+from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.sampling import sample_tokens
 
 
 class Unpacked(Exception):
@@ -41,3 +46,18 @@ def test_what_is_there_is_not_unpacked_again(gemma, asked):
     for layer in (0, 17):
         assert torch.equal(model.model.layers[layer].mlp.down_proj.weight.T, w_out(gemma, layer))
     assert tokenizer("The Space Needle")["input_ids"] == [2, 818, 13510, 154649]
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(version("transformer-lens") < "4", reason="sampled anew on one version")
+def test_the_text_that_ships_is_the_models_own(gemma):
+    """Sampling anew gives the same first tokens; `examples/sample_text.py` made the whole."""
+    texts, encoder = bundled_texts(gemma), Encoder.of(gemma)
+    assert len(texts) == 69
+    tokens = sample_tokens(gemma, len(texts), 4, generator=torch.Generator().manual_seed(0))
+    begun = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+    assert all(text.startswith(first) for text, first in zip(texts, begun, strict=True))
+    other = sample_tokens(gemma, len(texts), 4, generator=torch.Generator().manual_seed(1))
+    begun = encoder.tokenizer.batch_decode(other[:, 1:], skip_special_tokens=True)
+    alike = [text.startswith(first) for text, first in zip(texts, begun, strict=True)]
+    assert sum(alike) < 5

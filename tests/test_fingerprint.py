@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
-from rome_setting import LAYER, random_edit
+from conftest import make_model
+from rome_setting import LAYER, REQUEST, random_edit
 from test_evaluate import RECORDS, RandomEdits, evaluate
+from tiny_models import SHAPES, hooked_shapes
 
+from transformer_lens_rome import causal_trace, get_method, sampled_texts
 from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.fingerprint import Fingerprint, checksum
 from transformer_lens_rome.ledger import apply_edit
@@ -63,7 +66,66 @@ def an_edit_left_on(model):
     apply_edit(model, random_edit(model, layer=2, seed=9))
 
 
+def signs_flipped(model):
+    weight = first_matrix(model).data
+    weight[:, 1::2] = -weight[:, 1::2]
+
+
+def a_buffer(model):
+    found = [b for n, b in model.named_buffers() if b.numel() > 1]
+    if not found:
+        pytest.skip("this model has no buffers")
+    found[0].data.logical_not_() if found[0].dtype == torch.bool else found[0].data.add_(1)
+
+
+def gradients_switched_off(model):
+    first_matrix(model).requires_grad_(not first_matrix(model).requires_grad)
+
+
+def another_class(model):
+    class Mine(type(model.blocks[1])):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.blocks[1].__class__ = Mine
+
+
+def an_option_of_the_configuration(model):
+    model.cfg.output_logits_soft_cap = 3.0
+
+
+def more_tokens(model):
+    model.tokenizer.add_tokens(["Needle"])
+
+
+def a_hook_for_all_modules(model):
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    HANDLES.append(handle)
+
+
+def an_edit_of_nothing_left_on(model):
+    apply_edit(model, random_edit(model, layer=2, seed=9, strength=0.0))
+
+
+HANDLES = []
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_stay():
+    yield
+    while HANDLES:
+        HANDLES.pop().remove()
+
+
 DAMAGES = [
+    signs_flipped,
+    a_buffer,
+    gradients_switched_off,
+    another_class,
+    an_option_of_the_configuration,
+    more_tokens,
+    a_hook_for_all_modules,
+    an_edit_of_nothing_left_on,
     through_data,
     through_numpy,
     rows_swapped,
@@ -118,12 +180,20 @@ def test_damage_in_preparation_is_seen_too(gpt2, tmp_path):
         evaluate(gpt2, Prepares())
 
 
-def test_an_unharmed_model_passes(gpt2):
-    before = Fingerprint.of(gpt2)
-    apply_edit(gpt2, random_edit(gpt2)).revert()
-    before.check(gpt2, "an edit and its undo")
-    gpt2(torch.tensor([[1, 2, 3]]))
-    before.check(gpt2, "a pass")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_unharmed_model_passes(model_class, shape, tokenizer):
+    """No false alarm: what passes, edits, traces and text leave behind is no damage."""
+    if model_class == "hooked" and shape not in hooked_shapes():
+        pytest.skip("no such HookedTransformer here")
+    model = make_model(model_class, shape, tokenizer)
+    before = Fingerprint.of(model)
+    apply_edit(model, random_edit(model)).revert()
+    before.check(model, "an edit and its undo")
+    causal_trace(model, "Rome is in", "Rome", n_samples=2, progress=False)
+    sampled_texts(model, 2, length=60, progress=False)
+    get_method("ft", steps=2).compute(model, REQUEST)
+    model(torch.tensor([list(range(1, 100))]))
+    before.check(model, "passes")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
@@ -145,6 +215,11 @@ def test_any_bit_and_any_swap_changes_a_checksum(dtype, shape):
         assert checksum(tensor) != before
         flat[[i, j]] = flat[[j, i]]
     assert checksum(tensor) == before
+    if len(flat) > 1 and dtype.is_floating_point:  # signs, of every second number and of all
+        for some in (flat[::2], flat[1::2], flat):
+            some.neg_()
+            assert checksum(tensor) != before
+            some.neg_()
     if tensor.ndim == 2:  # the same content, wherever and however it lies
         assert checksum(tensor.T.contiguous().T) == before
         padded = torch.zeros(tensor.numel() + 1, dtype=dtype)[1:].view(shape)

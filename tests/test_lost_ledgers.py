@@ -14,7 +14,7 @@ from conftest import CLASSES, make_model
 from rome_setting import LAYER, random_edit
 from tiny_models import has_bridge
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from transformer_lens_rome import (
     applied,
@@ -22,7 +22,7 @@ from transformer_lens_rome import (
     causal_trace,
     revert_all,
 )
-from transformer_lens_rome.adapter import Weight, holder, parameter, w_out
+from transformer_lens_rome.adapter import Weight, holder, owner, parameter, w_out
 from transformer_lens_rome.ledger import active_edits, check_unedited, edited_weights
 
 
@@ -184,7 +184,7 @@ def test_a_weight_that_keeps_nothing_is_refused(gpt2):
     edit = random_edit(gpt2)
     parametrize.register_parametrization(module, name, Doubled())
     before = parameter(gpt2, where).detach().clone()
-    with pytest.raises((NotImplementedError, ValueError), match="keep what is written|parametriz"):
+    with pytest.raises((NotImplementedError, ValueError), match="computed from other tensors"):
         apply_edit(gpt2, edit, force=True)
     assert torch.equal(parameter(gpt2, where), before) and edited_weights(gpt2) == []
 
@@ -198,3 +198,28 @@ def test_an_edit_is_known_while_hooks_run(gpt2):
     revert_all(twin)
     again = causal_trace(twin, "Paris is in", "Paris", n_samples=2, progress=False).p_clean
     assert edited != plain and again == plain
+
+
+def test_an_edit_whose_weight_was_pruned_is_not_forgotten(gpt2):
+    where, undo = Weight("W_out", LAYER), apply_edit(gpt2, random_edit(gpt2))
+    module = holder(gpt2, where)
+    name = next(n for n, p in module._parameters.items() if p is owner(parameter(gpt2, where)))
+    prune.identity(module, name)
+    for call in (undo.revert, lambda: revert_all(gpt2), lambda: revert_all(gpt2, force=True)):
+        with pytest.raises(ValueError, match="computes it at each pass now.*reload the model"):
+            call()
+    with pytest.raises(NotImplementedError, match="prune"):
+        apply_edit(gpt2, random_edit(gpt2, seed=1))
+    prune.remove(module, name)
+    revert_all(gpt2)
+    assert edited_weights(gpt2) == []
+
+
+def test_one_block_in_two_places_has_one_layer(gpt2):
+    gpt2.blocks[2] = gpt2.blocks[1]
+    base = w_out(gpt2, 1).detach().clone()
+    undo = apply_edit(gpt2, random_edit(gpt2, layer=1))
+    with pytest.raises(NotImplementedError, match="same parameter"):
+        apply_edit(gpt2, random_edit(gpt2, layer=2, seed=1))
+    undo.revert()
+    assert torch.equal(w_out(gpt2, 1), base)

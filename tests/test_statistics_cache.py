@@ -1,5 +1,7 @@
 """Statistics are made once, found again, and never taken for those of another model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,12 @@ from rome_setting import random_edit
 from safetensors import SafetensorError
 
 from transformer_lens_rome import applied, default_statistics, files
+from transformer_lens_rome.adapter import w_out
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.default_statistics import (
     cached_second_moment,
     default_second_moment,
+    sampled_second_moment,
 )
 from transformer_lens_rome.sampling import sampled_texts
 
@@ -207,3 +211,64 @@ def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert files.cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"
+
+
+# ---------------------------------------------------------------- text that ships
+
+
+@pytest.fixture
+def shipped(gpt2, tmp_path, monkeypatch):
+    """A package folder with text of a tiny model; returns how to change what is in it."""
+    path = tmp_path / "package" / "sampled" / "tiny-gpt2.json"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(default_statistics.resources, "files", lambda name: tmp_path / "package")
+
+    def write(**changed):
+        norms = default_statistics.key_norms(gpt2).tolist()
+        known = {"model": gpt2.cfg.model_name, "key_norms": norms, "texts": TEXTS * 9}
+        path.write_text(json.dumps({**known, **changed}), encoding="utf-8")
+
+    write()
+    return write
+
+
+def test_shipped_text_is_the_first_source(gpt2, shipped, folder, offline, monkeypatch):
+    monkeypatch.setattr(default_statistics, "sampled_texts", lambda *_, **__: 1 / 0)
+    found = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    d_mlp = len(w_out(gpt2, LAYER))
+    by_hand = collect_second_moment(gpt2, TEXTS * 9, LAYER, max_tokens=4 * d_mlp, progress=False)
+    assert torch.equal(found.sum_kk, by_hand.sum_kk) and found.source == "sampled"
+    assert not offline  # nothing else was asked
+    again = default_second_moment(gpt2, LAYER, prepend_bos=False, progress=False)
+    assert torch.equal(again.sum_kk, found.sum_kk) and len(list(folder.iterdir())) == 1
+
+
+def test_shipped_text_of_another_model_is_not_used(
+    gpt2, shipped, model_class, tokenizer, folder, offline, caplog
+):
+    other = make_model(model_class, "gpt2", tokenizer, seed=1)
+    with pytest.raises(ValueError, match="no second moment"), caplog.at_level("WARNING"):
+        default_second_moment(other, LAYER, prepend_bos=False, progress=False)
+    assert "this model has other keys" in caplog.text
+    assert default_statistics.bundled_texts(gpt2) == tuple(TEXTS * 9)
+
+
+def test_an_edited_model_knows_its_own_text(gpt2, shipped, folder):
+    with applied(gpt2, random_edit(gpt2, layer=0), random_edit(gpt2, layer=1)):
+        assert default_statistics.bundled_texts(gpt2) == tuple(TEXTS * 9)
+    gpt2.to(torch.bfloat16)
+    assert default_statistics.bundled_texts(gpt2) == tuple(TEXTS * 9)
+
+
+def test_more_tokens_than_ship_are_sampled(gpt2, shipped, folder, monkeypatch):
+    asked = []
+
+    def written(model, n, **_):
+        asked.append(n)
+        return TEXTS * 99
+
+    monkeypatch.setattr(default_statistics, "sampled_texts", written)
+    few = sampled_second_moment(gpt2, LAYER, max_tokens=200, progress=False)
+    assert not asked and few.n_tokens == 200
+    many = sampled_second_moment(gpt2, LAYER, max_tokens=1200, progress=False)
+    assert asked == [10] and many.n_tokens == 1200

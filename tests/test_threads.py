@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from rome_setting import LAYER, random_edit, small_edit
+from conftest import make_model
+from rome_setting import LAYER, random_edit
 
-from transformer_lens_rome import applied, causal_trace, revert_all, target_log_probs
+from transformer_lens_rome import applied, causal_trace, target_log_probs
 from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.model_call import alone_on
+from transformer_lens_rome.torch_states import torch_defaults
 
 PROMPTS = ["Rome is in", "The Space Needle is in", "Cuba is in", "Paris is the capital of"]
 
@@ -53,7 +54,7 @@ def test_waiting_is_said(gpt2, caplog):
     inside, done = threading.Event(), threading.Event()
 
     def holds():
-        with alone_on(gpt2):
+        with torch_defaults():
             inside.set()
             done.wait(60)
 
@@ -68,12 +69,52 @@ def test_waiting_is_said(gpt2, caplog):
         waiting.result(60)
 
 
-def test_a_copy_is_not_locked_with_its_model(gpt2):
-    gpt2.requires_grad_(False)
-    with alone_on(gpt2), ThreadPoolExecutor(1) as pool:
-        twin = copy.deepcopy(gpt2)
-        pool.submit(small_edit, twin).result(timeout=60)
-    revert_all(twin)
+def test_two_models_that_call_one_another_do_not_wait_for_ever(gpt2, model_class, tokenizer):
+    other, both = make_model(model_class, "gpt2", tokenizer), threading.Barrier(2)
+
+    def through(one, two):
+        with torch_defaults():
+            target_log_probs(one, ["Rome is"], ["old"])
+            return target_log_probs(two, ["Rome is"], ["old"])[0]
+
+    def start(one, two):
+        both.wait(60)
+        return through(one, two)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(start, *pair) for pair in ((gpt2, other), (other, gpt2))]
+        assert torch.equal(*(one.result(timeout=60) for one in found))
+
+
+def test_a_shallow_copy_waits_too(gpt2, one_thread):
+    expected, twin = trace(gpt2, PROMPTS[0]), copy.copy(gpt2)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda model: trace(model, PROMPTS[0]), [gpt2, twin] * 4))
+    assert all(torch.equal(one, expected) for one in found)
+
+
+def test_a_dtype_that_is_set_while_another_thread_runs_stays(gpt2, one_thread):
+    """What one thread sets is what it finds after its call, whoever else was running."""
+    expected, inside, go = trace(gpt2, PROMPTS[0]), threading.Event(), threading.Event()
+
+    def holds():
+        with torch_defaults():
+            inside.set()
+            go.wait(60)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(holds)
+            inside.wait(60)
+            timer = threading.Timer(0.2, go.set)
+            timer.start()
+            found = trace(gpt2, PROMPTS[0])
+            holding.result(60)
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(found, expected) and torch.equal(trace(gpt2, PROMPTS[0]), expected)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_threads_with_other_default_dtypes_get_the_same(gpt2, one_thread):

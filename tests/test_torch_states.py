@@ -107,9 +107,11 @@ STATES = {
     "low matmul precision": lambda: precision("medium"),
     "one backend's precision": backend_precision,
     "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
-    "saved tensors packed": lambda: torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: tensor, lambda tensor: tensor
+    "saved tensors rounded": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor,
+        lambda tensor: tensor.float() if tensor.is_floating_point() else tensor,
     ),
+    "saved tensors' hooks disabled": lambda: torch.autograd.graph.disable_saved_tensors_hooks("no"),
 }
 
 
@@ -228,16 +230,14 @@ def test_a_state_is_back_after_an_exception(gpt2):
         assert states_of_torch() == before
 
 
-def test_states_of_the_process_are_the_callers_when_the_last_call_ends():
+def test_states_are_restored_level_by_level():
     with default_dtype(torch.float64), precision("medium"):
-        one, two = torch_defaults(), torch_defaults()
-        one.__enter__()
-        two.__enter__()  # as a second thread would
-        assert torch.get_default_dtype() == torch.float32
-        one.__exit__(None, None, None)
-        assert torch.get_default_dtype() == torch.float32
-        assert torch.get_float32_matmul_precision() == "highest"
-        two.__exit__(None, None, None)
+        with torch_defaults():
+            assert torch.get_default_dtype() == torch.float32
+            assert torch.get_float32_matmul_precision() == "highest"
+            with torch_defaults():
+                assert torch.get_default_dtype() == torch.float32
+            assert torch.get_default_dtype() == torch.float32
         assert torch.get_default_dtype() == torch.float64
         assert torch.get_float32_matmul_precision() == "medium"
 

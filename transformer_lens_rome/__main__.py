@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 import time
@@ -29,21 +30,23 @@ from transformer_lens_rome.viz import save_html
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # what a locale could not decode is UTF-8 all the same
+    given = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in given]
+    options = _parser().parse_args(given)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what it cannot encode is escaped, not an error
             stream.reconfigure(errors="backslashreplace")
     try:
         report = options.run(options)
+        _print(report, options.json)
+    except BrokenPipeError:  # whoever read the report has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "") == "utf8"
-        print(json.dumps(report, indent=1, ensure_ascii=not unicode))
-    else:
-        _show(report)
     return 0 if report.get("byte_identical", True) else 1
 
 
@@ -148,7 +151,8 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
     model = demo.load_model(options.model, options.model_class, device=options.device)
     layer = default_layer(model) if options.layer is None else options.layer
     if options.text:
-        texts, source = [_read_text(options.text)], Path(options.text).name
+        name = os.fsencode(Path(options.text).name)
+        texts, source = [_read_text(options.text)], name.decode("utf-8", "backslashreplace")
     else:
         texts, source = sampled_texts(model, -(-options.max_tokens // 120)), "sampled"
     moment = collect_second_moment(
@@ -164,8 +168,11 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
 def _read_text(path: str) -> str:
     """A text file, which has to be UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds NUL")
+        return text
+    except ValueError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
 
 
@@ -272,6 +279,16 @@ def _peak_memory_gb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report, in what its reader can decode."""
+    if as_json:
+        unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "") == "utf8"
+        print(json.dumps(report, indent=1, ensure_ascii=not unicode))
+    else:
+        _show(report)
+    sys.stdout.flush()
 
 
 def _show(report: dict[str, Any]) -> None:

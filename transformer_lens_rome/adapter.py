@@ -25,8 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,15 +116,6 @@ def processing(model: Any) -> str:
     return f"{getattr(model.cfg, 'normalization_type', None)} {folded}"
 
 
-def arithmetic(model: Any) -> str:
-    """What decides how a model computes beside its architecture, and can be changed afterwards."""
-    kinds = sorted({f"{p.dtype} on {p.device}" for p in model.parameters()})
-    config = getattr(shared_part(model), "config", None)
-    attention = getattr(config, "_attn_implementation", None)
-    training = any(module.training for _, module in every_module(model))
-    return f"{kinds} {attention} {training}"
-
-
 def rotation_limit(model: Any) -> int | None:
     """The length of a pass above which all its tokens are rotated otherwise (LongRoPE); or None."""
     config = getattr(shared_part(model), "config", None)
@@ -135,6 +125,11 @@ def rotation_limit(model: Any) -> int | None:
             length = rope.get("original_max_position_embeddings")
             return length or getattr(config, "original_max_position_embeddings", None)
     return None
+
+
+def follows_length(name: str) -> bool:
+    """Whether a buffer of this name is filled anew for longer passes: tables of rotations."""
+    return any(part in name for part in ("inv_freq", "rotary_", "long_"))
 
 
 def architecture(model: Any) -> str:
@@ -202,16 +197,16 @@ def owner(weight: Tensor) -> Tensor:
     return weight if weight._base is None else weight._base
 
 
-def holder(model: Any, where: Weight) -> nn.Module:
-    """The module that a weight is registered in.
+def holder(model: Any, where: Weight) -> nn.Module | None:
+    """The module that a weight is registered in; None for one that is computed at each pass.
 
     It stays when the parameter is replaced, and is copied and pickled with the model.
     """
-    block, own = model.blocks[where.layer], owner(parameter(model, where))
-    for module in block.modules():
+    own = owner(parameter(model, where))
+    for module in model.blocks[where.layer].modules():
         if any(own is found for found in module._parameters.values()):
             return module
-    return block
+    return None
 
 
 def weight_hash(weight: Float[Tensor, "..."]) -> str:
@@ -298,19 +293,20 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
         raise RuntimeError(f"hooks that never fired on {architecture(model)}: {silent}")
 
 
-_HOSTS = ("transformer_lens", "transformers", "accelerate")
-
-
 def has_hooks(model: Any) -> bool:
     """Whether hooks of the user's own are on the model, at hook points or on plain modules.
 
-    What TransformerLens and transformers set themselves does not count: functions that are defined
-    in these packages. Whether a hook is permanent says nothing of whose it is.
+    What TransformerLens and transformers set themselves does not count; whether a hook is permanent
+    says nothing of whose it is.
     """
+    return bool(global_hooks()) or any(users_hooks(module) for _, module in every_module(model))
+
+
+def global_hooks() -> int:
+    """How many hooks torch calls for every module of the process."""
     torch_wide = nn.modules.module
-    if torch_wide._global_forward_hooks or torch_wide._global_forward_pre_hooks:
-        return True
-    return any(users_hooks(module) for _, module in every_module(model))
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return sum(len(getattr(torch_wide, f"_global_{kind}")) for kind in kinds)
 
 
 def users_hooks(module: nn.Module) -> list[Any]:
@@ -318,17 +314,25 @@ def users_hooks(module: nn.Module) -> list[Any]:
     kinds = (module._forward_hooks, module._forward_pre_hooks)
     kinds += (module._backward_hooks, module._backward_pre_hooks)
     found = [hook for hooks in kinds for hook in hooks.values()]
-    handles = (*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ()))
-    found += [getattr(handle, "user_hook", None) for handle in handles]  # inside the host's own
     found += [vars(module)["forward"]] if "forward" in vars(module) else []
-    return [hook for hook in found if not _is_a_hosts(hook)]
+    mine = [hook for hook in found if _package_of(hook).split(".")[0] not in _HOSTS]
+    handles = (*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ()))
+    return mine + [h for h in handles if not (h.is_permanent and _is_a_bridges(h))]
 
 
-def _is_a_hosts(hook: Any) -> bool:
-    """Whether a function is defined in a package that this one runs on."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).split(".")[0] in _HOSTS
+_HOSTS = ("transformer_lens", "transformers", "accelerate")
+
+
+def _is_a_bridges(handle: Any) -> bool:
+    """Whether a bridge set this hook of a hook point when it was made."""
+    hook = getattr(handle, "user_hook", None)
+    return _package_of(hook).startswith("transformer_lens.model_bridge")
+
+
+def _package_of(hook: Any) -> str:
+    """The module in which a hook's code stands, whatever it says of itself; empty for a partial."""
+    function = getattr(hook, "__func__", hook)
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 @contextmanager
@@ -338,11 +342,20 @@ def gradients_for(model: Any) -> Iterator[None]:
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            with suppress(RuntimeError):  # they are switched off, so there are no others either
+                keep = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+                stack.enter_context(keep)  # in place of a caller's, which may round
             yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 # ---------------------------------------------------------------- Hugging Face side

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -67,8 +68,13 @@ def collect_second_moment(
         NotImplementedError: a model that cannot be edited.
         ImportError: `workers` without Ray.
     """
-    if isinstance(texts, (str, bytes)):
+    if isinstance(texts, (str, bytes, bytearray, memoryview, os.PathLike)):
         raise ValueError("texts is a single text; pass a list of texts: [text]")
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(
+            f"texts is a list of texts, or of lists of token ids, got a {type(texts).__name__}; "
+            "of a tokenizer's output pass .input_ids"
+        )
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be positive, got {max_tokens}")
     layers = list(layer) if isinstance(layer, Sequence) else [layer]
@@ -163,7 +169,8 @@ def _pieces(
         ids = ids[len(bos) - len(encoder.bos_before(ids)) :]  # without one of its own
         step = length - len(bos)
         for first in range(0, len(ids), step):
-            row = (*bos, *ids[first : first + step])[:left]
+            piece = ids[first : first + step]
+            row = (*encoder.bos_before(piece), *piece)[:left]
             yield Row(row)
             left -= len(row)
             if left == 0:
@@ -173,9 +180,10 @@ def _pieces(
 def _token_ids(text: Any, encoder: Encoder) -> list[int]:
     """Token ids that were given in place of a text."""
     whole = len(encoder.tokenizer)
-    if not isinstance(text, (bytes, bytearray, Mapping)):
+    ordered = isinstance(text, Sequence) or hasattr(text, "dtype")  # a tensor, an array
+    if ordered and not isinstance(text, (bytes, bytearray, memoryview)):
         try:
-            ids = [operator.index(i) for i in text]
+            ids = [operator.index(i) if "bool" not in _kind(i) else -1 for i in text]
         except TypeError:
             ids = [-1]
         if all(0 <= i < whole for i in ids):
@@ -184,6 +192,10 @@ def _token_ids(text: Any, encoder: Encoder) -> list[int]:
         f"a text is a string, or a sequence of token ids from 0 to {whole - 1}; got {text!r:.60}. "
         "Decode bytes, and read files, before you pass them"
     )
+
+
+def _kind(i: Any) -> str:
+    return str(getattr(i, "dtype", type(i).__name__))
 
 
 def _batches(items: Iterator, size: int) -> Iterator[list]:

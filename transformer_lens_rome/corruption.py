@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens_rome import passes
 from transformer_lens_rome.adapter import Point
 from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts import Encoder, check_texts
 
 NoiseSource = Callable[[int, int, int, torch.Generator], Tensor]
 
@@ -124,6 +124,7 @@ def embeddings_of(
     model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> Float[Tensor, "token d_model"]:
     """Embedding outputs, before positions are added, of every token of some texts."""
+    check_texts("texts", texts)
     encoder = encoder or Encoder.of(model)
     ids = [i for text in texts for i in encoder.ids(text)]
     kinds, index = torch.tensor(ids).unique(return_inverse=True)

@@ -128,7 +128,7 @@ def bundled_texts(model: Any) -> tuple[str, ...]:
 
     That is judged by the norms of a few keys of its first block, which edits leave as they are.
     """
-    name = f"{safe_name(adapter.model_name(model))}.json"
+    name = f"{safe_name(short_name(model))}.json"
     file = resources.files("transformer_lens_rome") / "sampled" / name
     if not file.is_file():
         return ()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens_rome.strict_json import check_text, stripped
+from transformer_lens_rome.strict_json import check_edges, check_text, stripped
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class EditRequest:
                 f"the prompt needs exactly one '{{}}' where the subject goes, found {holes} in "
                 f"{self.prompt!r:.200}; write for instance 'The mother tongue of {{}} is'"
             )
-        if not self.subject.strip():
+        if not stripped(self.subject):
             raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
+        check_edges(self.subject)
         if "{}" in self.subject:
             raise ValueError(f"the subject {self.subject!r:.200} holds '{{}}'; give plain text")
         for name in ("target_new", "target_true"):

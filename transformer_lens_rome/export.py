@@ -65,23 +65,25 @@ def _tokenizer(tokenizer: Any) -> Any:
     own = checkpoint_tokenizer(tokenizer)
     if own is tokenizer:
         return tokenizer
-    own = copy.deepcopy(own)
-    known = own.added_tokens_decoder
-    new = {i: t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in known}
-    for token in new.values():
+    own, known = copy.deepcopy(own), own.added_tokens_decoder
+    added = {i: t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in known}
+    for token in added.values():
         own.add_tokens([token], special_tokens=token.special)
-    added = {str(token) for token in new.values()}
+    by_host = {tokenizer.eos_token, tokenizer.bos_token}  # what it puts where there is none
     for name, token in tokenizer.special_tokens_map.items():
-        if isinstance(token, str) and token in added:
-            setattr(own, name, token)
+        was = own.special_tokens_map.get(name)
+        if token != was and not (was is None and token in by_host):
+            own.add_special_tokens({name: token})
     own.chat_template = tokenizer.chat_template
-    text = "".join(["A text with every token that was added: ", *sorted(added)])
+    text = "".join(
+        ["Ａ text — “with” ﬁ, e\u0301 and every added token: ", *map(str, added.values())]
+    )
     if own(text, add_special_tokens=False).input_ids != (
         tokenizer(text, add_special_tokens=False).input_ids
     ):
         raise ValueError(
-            "the tokenizer gives other ids than its files do, even with the added tokens in place; "
-            "save it yourself with model.tokenizer.save_pretrained(folder)"
+            "the model's tokenizer gives other ids than its files do, even with the added tokens "
+            "in place; take the change back, export, and make it anew on the exported tokenizer"
         )
     return own
 

@@ -17,6 +17,7 @@ from transformer_lens_rome.known_facts import KnownFact
 from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, top_tokens
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
+from transformer_lens_rome.strict_json import stripped
 from transformer_lens_rome.tracing import causal_trace, severed_trace
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def facts_known_to(
         if limit is not None and len(known) >= limit:
             break
         ((token, _),) = top_tokens(model, fact.prompt, 1, encoder=encoder)
-        if token.strip() == fact.attribute:
+        if stripped(token) == stripped(fact.attribute):
             known.append(fact)
         else:
             wrong += 1

@@ -47,12 +47,13 @@ _MAX_SIZE = 2**40  # of one axis: products stay far from where whole numbers end
 
 def write_tensors(path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write tensors and JSON-able information; an old file stays whole until the new one is."""
-    path = Path(path)
+    path, description = Path(path), json.dumps(info)
+    parse(description.encode(), "its description")  # so that what is written can be read
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(plain, temporary, metadata={_OWN: json.dumps(info)})
+        save_file(plain, temporary, metadata={_OWN: description})
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

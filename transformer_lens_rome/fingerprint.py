@@ -1,8 +1,9 @@
 """Is a model what it was? Hashes of its parameters, and a faster check between two records.
 
 torch counts writes to a tensor, but not those through `.data`, so what counts is the content. A
-checksum reads a parameter at the speed of memory: sums of its 64-bit words, over rows and over
-columns of a table of them. Any single change is seen, and so are rows or words that change places.
+checksum reads a tensor at the speed of memory: its 64-bit words, each mixed with its own upper
+half, are summed over the rows and over the columns of a table. So a single change is seen, and so
+are words that change places or signs. It is fast rather than safe against intent.
 """
 
 from __future__ import annotations
@@ -17,29 +18,31 @@ from torch import Tensor
 
 from transformer_lens_rome import adapter
 from transformer_lens_rome.adapter import weight_hash
+from transformer_lens_rome.model_state import described
 
 _COLUMNS = 1024  # of the table, 64-bit words
+_ROWS = 64  # mixed at a time, so that they stay in a CPU's cache; half a megabyte
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model was: its parameters, and what is set on its modules.
+    """What a model was: its tensors, and what else decides what it computes.
 
     Attributes:
         hashes: sha256 of each parameter, by name.
-        checksums: Its checksum, by name.
-        modules: For each module, the number of the user's hooks and its training flag.
+        checksums: Checksum of each parameter and buffer, by name.
+        state: See `model_state`.
     """
 
     hashes: Mapping[str, str]
     checksums: Mapping[str, str]
-    modules: Mapping[str, tuple[int, bool]]
+    state: Mapping[str, str]
 
     @classmethod
     def of(cls, model: Any) -> Fingerprint:
         """Hash every parameter, about a second a gigabyte."""
         hashes = {name: weight_hash(tensor) for name, tensor in model.named_parameters()}
-        return cls(hashes, _checksums(model), _modules(model))
+        return cls(hashes, _checksums(model), _state(model))
 
     @property
     def digest(self) -> str:
@@ -55,39 +58,45 @@ class Fingerprint:
             after: What may have changed it, for the message.
 
         Raises:
-            RuntimeError: a parameter, a training flag or the number of hooks is not what it was.
+            RuntimeError: a tensor, an option, a hook or a training flag is not what it was.
         """
-        for kind, before, now in (
-            ("", self.checksums, _checksums(model)),
-            ("the hooks or the training flag of ", self.modules, _modules(model)),
+        for before, now in (
+            (self.checksums, _checksums(model)),
+            (self.state, _state(model)),
         ):
-            changed = [n for n in {**before, **now} if before.get(n) != now.get(n)]
+            changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
-                name = adapter.plain_name(changed[0])
-                raise RuntimeError(f"{kind}{name} is not what it was, after {after}")
+                name = adapter.plain_name(changed[0]) or "the model"
+                raise RuntimeError(f"{name} is not what it was, after {after}")
+
+
+def _state(model: Any) -> dict[str, str]:
+    modules = adapter.every_module(model)
+    edited = {f"the edits of {name}": "on" for name, m in modules if vars(m).get("_rome_ledgers")}
+    return {**described(model), **edited}
 
 
 def _checksums(model: Any) -> dict[str, str]:
-    return {name: checksum(tensor) for name, tensor in model.named_parameters()}
-
-
-def _modules(model: Any) -> dict[str, tuple[int, bool]]:
-    return {
-        name: (len(adapter.users_hooks(module)), module.training)
-        for name, module in adapter.every_module(model)
-    }
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    fixed = {name: tensor for name, tensor in tensors.items() if not adapter.follows_length(name)}
+    return {name: checksum(tensor) for name, tensor in fixed.items()}
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> str:
-    """A digest of a tensor's bytes, fast rather than safe against intent."""
+    """A digest of a tensor's bytes."""
     flat = tensor.detach().contiguous().flatten()
     if flat.storage_offset() * flat.itemsize % 8:  # words have to be aligned
         flat = flat.clone()
     data = flat.view(torch.uint8)
     whole = len(data) // (8 * _COLUMNS) * 8 * _COLUMNS
     table = data[:whole].view(torch.int64).unflatten(0, (-1, _COLUMNS))
+    columns, rows = torch.zeros_like(table[:1].sum(0)), []
+    for part in table.split(_ROWS if flat.device.type == "cpu" else 1 << 16):
+        mixed = part ^ (part >> 33)
+        columns += mixed.sum(0)
+        rows.append(mixed.sum(1))
     state = hashlib.sha256(str(tensor.dtype).encode())
-    for part in (table.sum(0), table.sum(1), data[whole:]):
+    for part in (columns, *rows, data[whole:]):
         state.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformer_lens_rome import adapter, refusals
 from transformer_lens_rome.adapter import Weight
 from transformer_lens_rome.edits import Edit, EditHealth
-from transformer_lens_rome.model_call import alone_on, weights_call
+from transformer_lens_rome.model_call import weights_call
 from transformer_lens_rome.torch_states import torch_defaults
 
 
@@ -47,7 +47,8 @@ class _Ledger:
 def _ledger(model: Any, where: Weight) -> _Ledger | None:
     if adapter.parameter(model, where) is None:
         return None
-    return vars(adapter.holder(model, where)).get("_rome_ledgers", {}).get(where.name)
+    holder = adapter.holder(model, where)
+    return None if holder is None else vars(holder).get("_rome_ledgers", {}).get(where.name)
 
 
 def _every_ledger(model: Any) -> list[_Ledger]:
@@ -134,7 +135,7 @@ class AppliedEdit:
                 remaining edits anyway, and that other change is lost; but not if the model's
                 weights were processed since, as then the base bytes belong to another model.
         """
-        with alone_on(self.model), torch_defaults():
+        with torch_defaults():
             self._revert(force)
 
     def _revert(self, force: bool) -> None:
@@ -176,8 +177,11 @@ def revert_all(model: Any, *, force: bool = False) -> None:
         ValueError: something else changed an edited weight since, see `AppliedEdit.revert`; the
             edits on other weights are off.
     """
-    edits = _on(_every_ledger(model))
-    ledgers = tuple(tuple(_ledgers(model, edit)) for edit in edits)
+    every = _every_ledger(model)
+    edits = _on(every)
+    ledgers = tuple(
+        tuple(one for one in every if any(edit is other for other in one.active)) for edit in edits
+    )
     AppliedEdit(model, edits, ledgers).revert(force=force)
 
 
@@ -227,12 +231,23 @@ def _ready(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> _Le
             f"model has {found}; it was made on {edit.provenance.get('model', 'another model')}"
         )
     refusals.check_weight(weight, where)
+    if adapter.holder(model, where) is None:
+        raise NotImplementedError(
+            f"{_named(where)} is computed from other tensors at each pass "
+            "(torch.nn.utils.prune, weight_norm), so a change of it would be lost; make it a plain "
+            "parameter first, for instance with torch.nn.utils.prune.remove"
+        )
     ledger, found = _ledger(model, where), adapter.weight_hash(weight)
     if ledger is None or found == ledger.base_hash != ledger.written_hash:  # others took edits off
         form = adapter.processing(model)
         return _Ledger(where, weight.detach().clone(), found, [], found, form)
     if found != ledger.written_hash:
         raise ValueError(_changed_by_others(where, "revert the edits on it with force=True"))
+    if ledger.where != where:
+        raise NotImplementedError(
+            f"{_named(where)} and {_named(ledger.where)} are the same parameter, and there are "
+            "edits of the latter on it; give both edits the same layer"
+        )
     return ledger
 
 
@@ -287,8 +302,8 @@ def _removable(model: Any, ledger: _Ledger, force: bool) -> bool:
     """Whether edits are still in a weight; refuses to write over what its ledger does not know."""
     if _ledger(model, ledger.where) is not ledger:
         raise ValueError(
-            f"the module that held this edit of layer {ledger.where.layer} is not in the model any "
-            "more; reload the model"
+            f"the parameter that held this edit of layer {ledger.where.layer} is not in the model "
+            "any more (its module was replaced, or computes it at each pass now); reload the model"
         )
     found = adapter.weight_hash(adapter.parameter(model, ledger.where))
     if found in (ledger.written_hash, ledger.base_hash):  # base: a checkpoint was loaded over it
@@ -319,7 +334,9 @@ def _write_all(model: Any, writes: list[tuple[_Ledger, list[Edit]]]) -> None:
 def _write(model: Any, ledger: _Ledger, edits: list[Edit]) -> None:
     """Write base + edits into a weight and keep or drop its ledger; on an error nothing changes."""
     weight, where = adapter.parameter(model, ledger.where), ledger.where
-    ledgers = vars(adapter.holder(model, where)).setdefault("_rome_ledgers", {})
+    holder = adapter.holder(model, where)
+    assert holder is not None  # `_ready` and `_removable` have looked
+    ledgers = vars(holder).setdefault("_rome_ledgers", {})
     new = _sum(ledger, weight, edits)
     if not torch.isfinite(new).all():
         raise ValueError(f"the edit would put NaN or infinity into {_named(where)}")

@@ -88,7 +88,7 @@ class PartialForward:
             raise ValueError(
                 f"some of these texts are longer than {adapter.rotation_limit(model)} tokens and "
                 "some are not, and this model rotates them differently (LongRoPE), so they do not "
-                "fit into one pass; give prefixes and prompts on one side of that limit"
+                "fit into one pass; shorten the long ones"
             )
         self.model = model
         if cut is None:

@@ -108,7 +108,7 @@ def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
     There the longest text of a pass decides how all of them are rotated, so texts on either side of
     the model's limit run apart.
     """
-    limit = adapter.rotation_limit(model) or max(lengths)
+    limit = adapter.rotation_limit(model) or max(lengths, default=0)
     short = [i for i, length in enumerate(lengths) if length <= limit]
     long = [i for i, length in enumerate(lengths) if length > limit]
     return [some for some in (short, long) if some]

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_rome.model_call import model_call
+
 _HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
 
 
@@ -23,6 +25,7 @@ def window_of(layer: int, window: int, n_layers: int) -> range:
     return range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
 
 
+@model_call
 @torch.no_grad()
 def get_act_patch_window(
     model: Any,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformer_lens_rome.prompts import Encoder, Row, score_rows
+from transformer_lens_rome.prompts import Encoder, Row, check_texts, score_rows
 
 
 def held_out_rows(encoder: Encoder, texts: Sequence[str], *, length: int = 128) -> list[Row]:
     """Texts as rows of at most `length` tokens, of which all but the first are to be predicted."""
-    if isinstance(texts, str):
-        raise ValueError("texts is a list of texts, got one text")
+    check_texts("texts", texts)
     rows = []
     for text in texts:
         ids = encoder.ids(text)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from transformer_lens_rome import passes
 from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.strict_json import stripped
+from transformer_lens_rome.strict_json import check_text, stripped
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         if prepend_bos is None:
             own = checkpoint_tokenizer(tokenizer)
+            bos = bos if own.bos_token_id is None else own.bos_token_id
             prepend_bos = bos is not None and own("a").input_ids[:1] == [bos]
             logger.info(
                 "prompts start %s BOS, as the tokenizer has it", ("without", "with")[prepend_bos]
@@ -96,8 +97,20 @@ class Encoder:
         """Whether every row starts with BOS."""
         return self.bos_id is not None
 
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids of special tokens, also of those that a chat template marks turns with."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        marks = {i for i, token in added.items() if token.special or _MARK.fullmatch(str(token))}
+        return marks | set(self.tokenizer.all_special_ids)
+
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, no BOS or other special token added."""
+        """Token ids of a text, no BOS or other special token added.
+
+        Raises:
+            ValueError: it is no text, or holds half a character.
+        """
+        _check_is_text(text)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def bos_before(self, ids: Sequence[int]) -> list[int]:
@@ -109,7 +122,10 @@ class Encoder:
         self, text: str, subject: tuple[int, int] | None = None, target: str | None = None
     ) -> Row:
         """Tokenise a text, with its subject at `text[start:end]` and a target to follow it."""
-        target = None if target is None else stripped(target)
+        _check_is_text(text)
+        if target is not None:
+            _check_is_text(target)
+            target = stripped(target)
         if target == "":
             raise ValueError(f"the target after {text!r} is empty")
         gap = "" if text[-1:].isspace() else " "
@@ -148,13 +164,39 @@ class Encoder:
         """Where a chat template's head ends, in characters; 0 where there is no special token."""
         before = template[: template.index("{}")]
         encoded = self.tokenizer(before, add_special_tokens=False, return_offsets_mapping=True)
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        special = {i for i, token in added.items() if token.special}
-        special |= set(self.tokenizer.all_special_ids)
-        spans = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-        end = max((b for i, (_, b) in spans if i in special), default=0)
-        line = re.match(r"[^\n]*\n+", before[end:]) if end else None  # such as the role's name
-        return end + (line.end() if line else 0)
+        special = self.special_ids - {self.tokenizer.unk_token_id}
+        ends = [
+            (end, i)
+            for i, (_, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+            if i in special
+        ]
+        end, last = max(ends, default=(0, None))
+        after = r"[^\r\n]*[\r\n]+\s*|\s*"  # the rest of the line, such as the role's name
+        if last in (None, self.tokenizer.bos_token_id):  # nobody's turn begins there
+            after = r"\s*" if end else ""
+        return end + len(re.match(after, before[end:])[0])
+
+
+_MARK = re.compile(r"<[|\uff5c].*[|\uff5c]>")
+"""How some tokenizers write marks of turns that they do not call special."""
+
+
+def _check_is_text(text: Any) -> None:
+    """Refuse what is no text, which tokenizers would read as a list of texts, or as its name."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, got a {type(text).__name__}: {text!r:.60}")
+    check_text(text)
+
+
+def check_texts(name: str, texts: Any) -> None:
+    """Refuse what is no list of texts.
+
+    Raises:
+        ValueError: it is a single text, bytes, a mapping, or holds something else than texts.
+    """
+    several = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes, bytearray))
+    if not several or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} is a list of texts, got {texts!r:.100}; write [text]")
 
 
 def join(prefix: str, prompt: str) -> str:
@@ -176,6 +218,8 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
 
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
+            if _probe(found) != _probe(tokenizer):
+                raise OSError("what is there now has another vocabulary")
         except (OSError, ValueError, TypeError, KeyError) as error:
             if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
                 raise ValueError(
@@ -187,6 +231,12 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
             found = None  # not the tokenizer itself: it would hold a reference to itself
         tokenizer._rome_checkpoint = found
     return tokenizer._rome_checkpoint or tokenizer
+
+
+def _probe(tokenizer: Any) -> list[int]:
+    """Ids of some text, by which tokenizers are told apart."""
+    text = "The 12 Eiffel Towers — “Zoë” ﬁnds ＡＢ, e\u0301 and 東京 in <b>it</b>.\n"
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _first_line(error: Exception) -> str:
@@ -215,6 +265,8 @@ def target_log_probs(
     float rounding. The mean of a tensor is minus the paper's length-normalised NLL, its sum the
     log-probability of the whole target.
     """
+    check_texts("prompts", prompts)
+    check_texts("targets", targets)
     encoder = encoder or Encoder.of(model, prepend_bos)
     rows = [encoder.row(text, target=goal) for text, goal in zip(prompts, targets, strict=True)]
     return [score.log_probs for score in score_rows(model, rows, batch_size=batch_size)]
@@ -240,20 +292,18 @@ def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list
     Rows that begin alike up to their last target token, such as one prompt with two targets, are
     one text in the batch, and each place in it is unembedded once. Short texts share batches.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, ids in enumerate(_longest([row.ids[: row.target[-1]] for row in rows])):
-        groups.setdefault(ids, []).append(i)
-    texts, found = sorted(groups, key=len), {}
-    for side in passes.apart(model, [len(ids) for ids in texts]):
-        for first in range(0, len(side), batch_size):
-            some = [texts[k] for k in side[first : first + batch_size]]
+    found: dict[int, TargetScore] = {}
+    asked = [row.ids[: row.target[-1]] for row in rows]
+    for side in passes.apart(model, [len(ids) for ids in asked]):
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, ids in zip(side, _longest([asked[i] for i in side]), strict=True):
+            groups.setdefault(ids, []).append(i)
+        texts = sorted(groups, key=len)
+        for first in range(0, len(texts), batch_size):
+            some = texts[first : first + batch_size]
             chosen = [i for ids in some for i in groups[ids]]
-            scores = _scores(
-                model,
-                some,
-                [k for k, ids in enumerate(some) for _ in groups[ids]],
-                [rows[i] for i in chosen],
-            )
+            text_of = [k for k, ids in enumerate(some) for _ in groups[ids]]
+            scores = _scores(model, some, text_of, [rows[i] for i in chosen])
             found.update(zip(chosen, scores, strict=True))
     return [found[i] for i in range(len(rows))]
 

@@ -18,6 +18,7 @@ from transformer_lens_rome.changes import Change, Noise
 from transformer_lens_rome.partial_forward import PartialForward
 from transformer_lens_rome.patching import window_of
 from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.strict_json import stripped
 
 _POINTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 
@@ -63,8 +64,9 @@ class CleanRun:
     ) -> CleanRun:
         """Tokenise the prompt; without an answer, ask the model for its top token."""
         for text in (answer, foil):
-            if text is not None and not text.strip():
+            if text is not None and not stripped(text):
                 raise ValueError(f"an answer needs a token, got the text {text!r}")
+        answer = None if answer is None else stripped(answer)
         row = encoder.row(prompt, span, answer)
         if answer is None:
             last = torch.tensor([len(row.ids) - 1])

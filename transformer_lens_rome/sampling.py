@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome import adapter, passes
 from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.prompts import Encoder, pad
+from transformer_lens_rome.prompts import Encoder, check_texts, pad
 from transformer_lens_rome.trials import difference, has_users_hooks, holds
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
@@ -87,7 +87,7 @@ def sample_tokens(
     """Sample n texts of `length` tokens, the start token included, at temperature 1."""
     encoder = encoder or Encoder.of(model)
     generator = generator or torch.Generator().manual_seed(0)
-    special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
+    special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
     tokens = torch.full((n, 1), encoder.start_id)
     new, text = tokens, _GrowingText(model)
     for _ in tqdm(range(length - 1), desc="sampling text", disable=not progress):
@@ -191,7 +191,8 @@ def sample_continuations(
     """
     encoder = encoder or Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(sorted(set(encoder.tokenizer.all_special_ids)), dtype=torch.long)
+    special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
+    check_texts("prompts", prompts)
     rows = [encoder.row(prompt) for prompt in prompts]
     if not all(row.ids for row in rows):
         raise ValueError("a prompt holds no token to go on from; give some text")
@@ -217,6 +218,8 @@ def greedy_continuation(
     """The text that the model continues a prompt with, always taking the most probable token."""
     encoder = encoder or Encoder.of(model)
     new, text, found = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model), []
+    if not new.numel():
+        raise ValueError("the prompt holds no token to go on from; give some text")
     for _ in range(n_tokens):
         new = text.logits_after(new).argmax(-1, keepdim=True).cpu()
         found.append(new.item())

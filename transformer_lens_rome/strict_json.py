@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -185,5 +186,30 @@ def check_text(text: str, longest: int = MAX_TEXT) -> None:
 
 
 def stripped(target: str) -> str:
-    """A target without white space, or invisible characters that pasting adds, around it."""
-    return target.strip().strip("\u200b\u200c\u200d\u2060\ufeff").strip()
+    """A text without white space, or invisible characters that pasting adds, around it."""
+    start, end = 0, len(target)
+    while start < end and _is_invisible(target[start]):
+        start += 1
+    while start < end and _is_invisible(target[end - 1]):
+        end -= 1
+    return target[start:end]
+
+
+def _is_invisible(character: str) -> bool:
+    """White space, a format character such as a zero-width space or a mark of direction."""
+    return character.isspace() or unicodedata.category(character) == "Cf" or character == "\u3164"
+
+
+def check_edges(subject: str) -> None:
+    """Refuse a subject with an invisible character at its edge, whose token would be taken for it.
+
+    Raises:
+        ValueError: it has one.
+    """
+    own, visible = subject.strip(), stripped(subject)
+    if own != visible:
+        names = ", ".join(f"U+{ord(c):04X}" for c in own if _is_invisible(c) and not c.isspace())
+        raise ValueError(
+            f"the subject {subject!r:.60} has invisible characters at its edge ({names}); pass "
+            f"{visible!r:.60}, also in the prompt"
+        )

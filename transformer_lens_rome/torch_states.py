@@ -1,4 +1,4 @@
-"""torch's own defaults, while this package computes.
+"""torch's own defaults, while this package computes, and one thread at a time.
 
 torch keeps states for a thread or for the whole process that change what the same code computes:
 autocast, inference mode, the default dtype and device, the precision of float32 products. What this
@@ -7,21 +7,33 @@ states are back when a function returns or raises.
 
 Two states are left alone. Nothing is drawn from torch's global random state; and gradients are on
 or off as a computation needs them.
+
+Hooks belong to a model and states to the process, not to a thread. So a second thread that calls a
+function of this package waits until the first one's has returned. What runs models side by side
+are processes: `workers=`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
+logger = logging.getLogger(__name__)
+_ONE_THREAD = threading.RLock()
+
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
     """No autocast, no inference mode, float32 and the CPU as defaults, full matmul precision."""
+    if not _ONE_THREAD.acquire(blocking=False):
+        logger.info("waiting for another thread's call to return")
+        _ONE_THREAD.acquire()
     with ExitStack() as stack:
+        stack.callback(_ONE_THREAD.release)
         for kind in ("cpu", "cuda", "mps", "xpu"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -29,32 +41,9 @@ def torch_defaults() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_PROCESS)
+        stack.callback(_default_dtype())
+        stack.callback(_matmul_precision())
         yield
-
-
-class _ProcessStates:
-    """torch's states for the whole process: its defaults while any call runs, else the caller's."""
-
-    def __init__(self) -> None:
-        self._lock, self._calls = threading.Lock(), 0
-        self._restore: list[Callable[[], None]] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._calls:
-                self._restore = [_default_dtype(), _matmul_precision()]
-            self._calls += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._calls -= 1
-            if not self._calls:
-                for restore in self._restore:
-                    restore()
-
-
-_PROCESS = _ProcessStates()
 
 
 def _default_dtype() -> Callable[[], None]:

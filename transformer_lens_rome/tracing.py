@@ -23,6 +23,7 @@ its embedding norm.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.restoring import CleanRun, CorruptedRun, restore_each, sever_each
 from transformer_lens_rome.severed_trace import Sever, SeveredTrace
+from transformer_lens_rome.strict_json import check_edges
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +176,15 @@ def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tu
     Raises:
         ValueError: nowhere, or in several places of which none was chosen.
     """
+    check_edges(subject)
     subject = subject.strip()
     starts = [i for i in range(len(prompt)) if subject and prompt.startswith(subject, i)]
     if not starts:
-        raise ValueError(f"the subject {subject!r} does not stand in the prompt {prompt!r}")
+        same = unicodedata.normalize("NFC", subject) in unicodedata.normalize("NFC", prompt)
+        raise ValueError(
+            f"the subject {subject!r} does not stand in the prompt {prompt!r}"
+            + ("; their accents are written differently (NFC and NFD)" if same and subject else "")
+        )
     if occurrence is None and len(starts) > 1:
         raise ValueError(
             f"the subject {subject!r} stands {len(starts)} times in {prompt!r}; say which with "

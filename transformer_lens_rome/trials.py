@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens_rome import adapter
+from transformer_lens_rome.model_state import state_digest
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,29 @@ def has_users_hooks(model: Any) -> bool:
     return found
 
 
+_UNABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError),
+    *(NotImplementedError, RuntimeError, TypeError, ValueError),
+)
+"""How hosts without caches, masks or positions fail. A user's interrupt or timeout is none."""
+
+
+def forget_other_states(model: Any) -> None:
+    """Forget what was tried on a model that computed in another way than it does now."""
+    digest, noted = state_digest(model), vars(model).get("_rome_trials")
+    if noted and noted.get(_STATE) != digest:
+        noted.clear()
+    vars(model).setdefault("_rome_trials", {})[_STATE] = digest
+
+
+_STATE = "state of the model"
+
+
 def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
     """Whether a shortcut holds for a model: tried once, noted on the model, said if it fails.
 
-    It is tried again when the model's dtype, device, attention or training flags are others.
+    It is tried again when something that decides how the model computes is another, see
+    `forget_other_states`.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
@@ -37,20 +57,19 @@ def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
         error: By how much the shortcut is wrong; 0 if rounding explains it.
     """
     trials = model.__dict__.setdefault("_rome_trials", {})
-    trial = (instead, adapter.arithmetic(model))
-    if trial not in trials:
+    if instead not in trials:
         try:
             with torch.no_grad():
                 found = error()
             reason = f"results differ by {found:.1e}" if found else ""
         except (MemoryError, torch.cuda.OutOfMemoryError):
             raise  # which says nothing of the model
-        except Exception as fault:  # hosts without caches, masks or positions fail in many ways
+        except _UNABLE as fault:
             reason = f"{type(fault).__name__}: {fault}"
         if reason:
             logger.warning("%s for %s, slower: %s", instead, adapter.architecture(model), reason)
-        trials[trial] = not reason
-    return trials[trial]
+        trials[instead] = not reason
+    return trials[instead]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

@@ -210,7 +210,7 @@ def text_is_what_plain_passes_go_on_with(model: Any, layer: int) -> str:
     logits[..., Encoder.of(model).tokenizer.all_special_ids] = -torch.inf
     written = logits.gather(-1, tokens[:, 1:, None])[..., 0]
     agree("what is written, against the likeliest", written, logits.amax(-1), 1e-3)
-    cached = [held for trial, held in model._rome_trials.items() if trial[0].startswith("text")]
+    cached = [held for trial, held in model._rome_trials.items() if trial.startswith("text")]
     return "cached" if cached == [True] else "whole passes"
 
 

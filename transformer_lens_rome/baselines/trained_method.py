@@ -30,7 +30,7 @@ from transformer_lens_rome.health import measured
 from transformer_lens_rome.ledger import check_unedited
 from transformer_lens_rome.methods import provenance
 from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts import Encoder, check_texts
 from transformer_lens_rome.sampling import sampled_texts
 from transformer_lens_rome.torch_states import torch_defaults
 
@@ -119,6 +119,7 @@ class TrainedMethod(ABC):
         if locality is not None or not isinstance(data[0], str):
             if locality is None:
                 locality = _written(model, 200, 64, settings.seed, progress)
+            check_texts("locality", locality)
             others = split(locality)
         lengths = (settings.n_labels, settings.locality_tokens)
         corpora = tuple(

@@ -15,7 +15,7 @@ import torch
 
 from transformer_lens_rome.baselines.hypernetwork import Sample
 from transformer_lens_rome.edits import EditRequest
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts import Encoder, check_texts
 
 Fact = Any
 """A text, an `EditRequest`, or a record that has one as `request`."""
@@ -99,6 +99,7 @@ def to_others(encoder: Encoder, texts: Sequence[str], n_tokens: int) -> list[tup
     Raises:
         ValueError: there is none.
     """
+    check_texts("locality", texts)
     rows = [encoder.row(text).ids[:n_tokens] for text in texts]
     if not (rows := [ids for ids in rows if len(ids) > 1]):
         raise ValueError("training needs texts that should stay as they are; pass locality=[...]")

@@ -19,7 +19,7 @@ from typing import Any, overload
 from transformer_lens_rome.downloads import Published, download
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.files import cache_folder
-from transformer_lens_rome.strict_json import parse, read_bytes
+from transformer_lens_rome.strict_json import parse, read_bytes, stripped
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
 
 
 def _request(*, prompt: str, subject: str, new: str, true: str) -> EditRequest:
-    if not true.strip():
+    if not stripped(true):
         raise ValueError("target_true: it is empty")
     try:
         return EditRequest(prompt, subject, new, true)
@@ -242,7 +242,7 @@ def _case_id(item: Mapping[str, Any]) -> int:
 
 
 def _text(item: Mapping[str, Any], name: str) -> str:
-    if not (text := _field(item, name, str)).strip():
+    if not stripped(text := _field(item, name, str)):
         raise ValueError(f"{name}: it is empty")
     return text
 
@@ -254,6 +254,6 @@ def _texts(item: Mapping[str, Any], name: str, *, required: bool = True) -> tupl
     if required and not texts:
         raise ValueError(f"{name}: it is empty")
     for j, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not stripped(text):
             raise ValueError(f"{name}[{j}]: it is {text!r:.60}, not a text")
     return tuple(texts)

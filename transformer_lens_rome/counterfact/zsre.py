@@ -100,7 +100,7 @@ def _record(i: int, item: Any) -> ZsreRecord:
         raise ValueError(f"it is a {type(item).__name__}, not an object")
     texts = [item.get(name) for name in _FIELDS]
     for name, text in zip(_FIELDS, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not stripped(text):
             raise ValueError(f"{name}: it is {text!r:.60}, not a text")
     subject, question, rephrase, locality, answer = texts
     answers = item.get("answers")
