@@ -22,7 +22,11 @@ _MOVES = frozenset({"max_seq_len_cached"})
 
 def described(model: Any) -> dict[str, str]:
     """What each module, the configurations, the tokenizer and torch's own hooks are, in words."""
-    found = {name: "; ".join(_of_module(m)) for name, m in adapter.every_module(model)}
+    found = {
+        name: "; ".join(_of_module(module))
+        for name, module in adapter.every_module(model)
+        if not _is_plain_point(module)
+    }
     inner = getattr(adapter.shared_part(model), "config", None)
     for name, config in (("cfg", model.cfg), ("config", inner)):
         fields = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
@@ -38,6 +42,11 @@ def state_digest(model: Any) -> str:
     """Sixteen digits of the sha256 of all of that."""
     text = "".join(f"{name}: {words}\n" for name, words in sorted(described(model).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_plain_point(module: nn.Module) -> bool:
+    """Whether a module is a hook point without hooks, which hands on what it is given."""
+    return hasattr(module, "fwd_hooks") and not module._forward_hooks and not module._backward_hooks
 
 
 def _of_module(module: nn.Module) -> Iterator[str]:
