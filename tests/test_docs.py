@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import CLASSES, make_model
 from rome_setting import LAYER, NEAR, REQUEST, keys_and_values, random_moment
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoTokenizer
 
 import transformer_lens_rome
 from transformer_lens_rome import RomeConfig, adapter, applied, compute_rome_edit, methods
@@ -195,6 +197,32 @@ def test_the_added_method_gives_every_key_the_value(several_keys):
             left = (rome.v_star - keys_and_values(model, rows)[1]).norm(dim=1)
         assert (left <= 1e-3 * lacking).all() == holds
     assert torch.equal(keys_and_values(model, rows)[1], before)
+
+
+def test_a_chat_model_is_edited_and_traced_as_the_page_says(model_class, tmp_path):
+    tokenizer = tiny_tokenizer(tmp_path, bos=True)
+    marks = {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}
+    tokenizer.add_special_tokens(marks)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for turn in messages %}<start_of_turn>{{ turn.role }}\n"
+        "{{ turn.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = make_model(model_class, "llama", tokenizer)
+    C = random_moment(len(adapter.w_out(model, LAYER)))
+    space = {"model": model, "C": C, "layer": LAYER, "__name__": "page"}
+    (code,) = blocks(GUIDE / "your_setup.md")
+    run(code, space)
+    prompt, edit, trace = space["prompt"], space["edit"], space["trace"]
+    assert prompt.startswith("<bos><start_of_turn>user\n") and prompt.count("{}") == 1
+    assert "edle" in edit.health.subject_token
+    assert trace.tokens[:2] == ("<bos>", "<start_of_turn>") and trace.tokens.count("<bos>") == 1
+    bare, *others = edit.provenance["prefixes"]
+    row = Encoder.of(model).templated_row(prompt, "the Space Needle", others[0])
+    head = "<bos><start_of_turn>user\n"
+    assert bare == "" and tokenizer.decode(row.ids).startswith(head + others[0][:3])
 
 
 def test_the_added_method_is_evaluated(several_keys, capsys):

@@ -46,7 +46,7 @@ def collect_second_moment(
     """C at one layer or, for a list of layers, `{layer: SecondMoment}`, in one pass over texts.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         texts: Strings, or sequences of token ids; read only as far as needed.
         layer: A layer or a list of layers, from 0.
         max_tokens: Stop after exactly this many keys. A few times d_mlp is enough for most edits;

@@ -33,7 +33,7 @@ def facts_known_to(
     As in the released code, an attribute of several tokens counts as not known.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         facts: Asked in order.
         limit: Stop when so many are found.
         progress: Show a progress bar.
@@ -66,7 +66,7 @@ def trace_facts(
     """`causal_trace` of each fact, of the model's top token, with one noise level for all.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         facts: What to trace; see `facts_known_to`.
         kind: As for `causal_trace`, as are window, n_samples and seed.
         window: Layers restored at once, for "mlp" and "attn".

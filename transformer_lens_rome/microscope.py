@@ -135,7 +135,7 @@ def show_edit(
     """Compare the model without and with an edit; afterwards it is as it was, edited or not.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         edit: An edit, on the model or not.
         prompts: What else to ask: paraphrases, neighbours, prompts that should not change.
         kind: What the traces restore, as for `causal_trace`.

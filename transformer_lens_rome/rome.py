@@ -106,7 +106,7 @@ def compute_rome_edit(
     """The rank-one edit that writes a fact; the model stays as it was.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         request: An `EditRequest`, a dict in the released ROME format, or a list of them: then each
             edit is made with those before it on the model, and a list of edits is returned.
         layer: The block to edit, from 0. None: the model's default layer.

@@ -126,7 +126,7 @@ def edit_in_sequence(
     """Write facts one after another; each edit that does too much damage is taken off again.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode, without edits on it.
+        model: A HookedTransformer or TransformerBridge without edits on it.
         requests: What to write.
         method: A method or its registered name.
         texts: Held-out texts, on which damage is measured: a few hundred tokens are enough.

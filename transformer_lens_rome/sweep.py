@@ -67,7 +67,7 @@ def sweep_layers(
     """Edit each record at each layer, score it, undo it; the best layer has the highest S.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         records: From `CounterFact.load`, or as dictionaries of either of its schemas; of each, the
             first paraphrase and the first neighbour are scored.
         layers: Layers to try, from 0.

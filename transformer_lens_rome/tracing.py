@@ -68,7 +68,7 @@ def causal_trace(
     """Restore each state of a corrupted run, one after the other; the model stays as it was.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode.
+        model: A HookedTransformer or TransformerBridge.
         prompt: Text up to where the answer should follow.
         subject: The part of the prompt to corrupt.
         answer: What should follow; any number of tokens. None: the model's top token.

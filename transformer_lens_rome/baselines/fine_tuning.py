@@ -116,7 +116,7 @@ class FineTuning:
         """The edit that writes one fact; nothing in it is random.
 
         Raises:
-            ValueError: a layer out of range, a model in training mode, or a loss that is no number.
+            ValueError: a layer out of range, passes that are random, or a loss that is no number.
             NotImplementedError: a model that cannot be edited.
         """
         method = self.prepared(model)

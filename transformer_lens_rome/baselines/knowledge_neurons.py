@@ -128,7 +128,7 @@ class KnowledgeNeurons:
         """How much each neuron contributes to the ground truth after the request's own prompt.
 
         Raises:
-            ValueError: no target_true, a model in training mode, or numbers that are not finite.
+            ValueError: no target_true, passes that are random, or numbers that are not finite.
             NotImplementedError: a model that cannot be edited.
         """
         method = self.prepared(model)

@@ -95,7 +95,7 @@ class TrainedMethod(ABC):
         """Train an editor for a model; the model stays as it is.
 
         Args:
-            model: A HookedTransformer or TransformerBridge in eval mode, without edits on it.
+            model: A HookedTransformer or TransformerBridge without edits on it.
             data: Records or requests, or texts whose last tokens are the target; None: texts of 32
                 tokens that the model writes.
             validation: More of the kind; None: the last tenth of the data.

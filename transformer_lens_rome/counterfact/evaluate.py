@@ -67,7 +67,7 @@ def evaluate_counterfact(
     """Score a method on CounterFact; the model is afterwards what it was.
 
     Args:
-        model: A HookedTransformer or TransformerBridge in eval mode, without edits on it.
+        model: A HookedTransformer or TransformerBridge without edits on it.
         records: From `CounterFact.load`.
         method: A method or its registered name; None: the unedited model.
         out: A file (`.jsonl`) that gets every record's numbers as they come. A run that was stopped
