@@ -205,3 +205,32 @@ def test_it_can_be_looked_at(model_class, gemma3):
     found = [[bar.get_width() for bar in some][0] for some in bars[::2]]
     assert found == pytest.approx([one.p_before for one in report.prompts])
     assert figure.axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_report_is_saved_and_drawn_again(gemma3, tmp_path):
+    report = show_edit(gemma3, small_edit(gemma3, NEAR), PROMPTS, **OPTIONS)
+    report.save(tmp_path / "report.safetensors")
+    again = EditReport.load(tmp_path / "report.safetensors")
+    for field in dataclasses.fields(report):
+        one, other = getattr(report, field.name), getattr(again, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), field.name
+        elif not isinstance(one, CausalTrace):
+            assert one == other, field.name
+    assert torch.equal(again.after.samples, report.after.samples)
+    assert again._repr_html_() == report._repr_html_()
+    strip = re.compile(r"circuits-vis-[\w-]+")
+    assert strip.sub("", again.show().body) == strip.sub("", report.show().body)
+
+
+def test_what_a_page_says_was_expected_is_what_the_model_expected(gemma3):
+    edit = small_edit(gemma3, NEAR)
+    report, row = show_edit(gemma3, edit, **OPTIONS), Encoder.of(gemma3).row(NEAR.text, None, "Paris")
+    assert report.ids.tolist() == list(row.ids)
+    for i, edits in enumerate(((), (edit,))):
+        with applied(gemma3, *edits):
+            logits = gemma3(report.ids[None]).detach()[0]
+        expected = logits.log_softmax(-1)
+        torch.testing.assert_close(report.log_probs[i], expected, rtol=1e-4, atol=1e-4)
+        for token in expected.topk(10).indices.unique().tolist():
+            assert report.texts[str(token)] == Encoder.of(gemma3).tokenizer.decode([token])

@@ -1,6 +1,7 @@
 """Locate, change and measure facts in the TransformerLens model that you already have."""
 
 import transformer_lens_rome.baselines  # noqa: F401  (they register themselves)
+import transformer_lens_rome.viz  # noqa: F401  (it teaches `showing` its pictures)
 from transformer_lens_rome.average_trace import average_traces
 from transformer_lens_rome.collection import collect_second_moment
 from transformer_lens_rome.counterfact import CounterFact, evaluate_counterfact

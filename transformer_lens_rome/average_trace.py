@@ -25,9 +25,8 @@ from torch import Tensor
 
 from transformer_lens_rome.causal_trace import CausalTrace, Kind
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
-from transformer_lens_rome.viz import View, plot_averages
-from transformer_lens_rome.viz.page import COLOURS, heat_map
 
 CATEGORIES = (
     "first subject token",
@@ -40,7 +39,7 @@ CATEGORIES = (
 
 
 @dataclass(frozen=True, eq=False)
-class AverageTrace(Result):
+class AverageTrace(Result, Shown):
     """Mean scores by category and layer.
 
     Attributes:
@@ -117,24 +116,7 @@ class AverageTrace(Result):
 
     def plot(self) -> Any:
         """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_averages`."""
-        return plot_averages([self])
-
-    def show(self) -> View:
-        """A heat map that needs nothing installed."""
-        rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, self.n.tolist(), strict=True)]
-        return heat_map(
-            self.indirect_effect,
-            rows,
-            colour=COLOURS[self.kind],
-            low=0.0,
-            high=self.indirect_effect.nan_to_num(0.0).max().item(),
-            caption=f"{self.kind}, window {self.window}: mean over {self.n_facts} facts, clean "
-            f"{self.p_clean:.3g}, corrupted {self.p_corrupted:.3g}",
-            unit="average indirect effect",
-        )
-
-    def _repr_html_(self) -> str:
-        return self.show()._repr_html_()
+        return figure(self)
 
 
 @torch_defaults()

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from transformer_lens_rome.patching import patching_result
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
-from transformer_lens_rome.viz import View, plot_trace, stack, tokens_by_layer
-from transformer_lens_rome.viz.page import COLOURS, heat_map, token_labels
 
 Kind = Literal["resid", "mlp", "attn"]
 Metric = Literal["probability", "log_probability", "logit_diff"]
 
 
 @dataclass(frozen=True, eq=False)
-class CausalTrace(Result):
+class CausalTrace(Result, Shown):
     """What restoring each state of a corrupted run brings back (Meng et al. 2022, section 2).
 
     Attributes:
@@ -116,26 +115,4 @@ class CausalTrace(Result):
 
     def plot(self, *, ax: Any = None) -> Any:
         """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_trace`."""
-        return plot_trace(self, ax=ax)
-
-    def show(self) -> View:
-        """The heat map, and the tokens coloured by indirect effect with a layer chooser."""
-        return stack(self._heat_map(), "Indirect effect; choose a layer:", tokens_by_layer(self))
-
-    def _heat_map(self) -> View:
-        what = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outputs"}[self.kind]
-        if self.window > 1:
-            what += f" in {self.window} layers"
-        return heat_map(
-            self.scores.T,
-            token_labels(self.tokens, self.subject_positions),
-            colour=COLOURS[self.kind],
-            low=self.p_corrupted,
-            high=self.scores.max().item(),
-            caption=f"{self.answer.strip()!r}: clean {self.p_clean:.3g}, corrupted "
-            f"{self.p_corrupted:.3g}, and with {what} restored",
-            unit=self.metric.replace("_", " "),
-        )
-
-    def _repr_html_(self) -> str:
-        return self._heat_map()._repr_html_()
+        return figure(self, ax=ax)

@@ -14,12 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.adapter import Weight, weight_hash
-from transformer_lens_rome.edit_health import EditHealth, said
+from transformer_lens_rome.edit_health import EditHealth
 from transformer_lens_rome.edit_request import EditRequest
 from transformer_lens_rome.files import MAX_LAYERS, check_finite, read_tensors, write_tensors
+from transformer_lens_rome.showing import Shown
 from transformer_lens_rome.typed import make
-from transformer_lens_rome.viz import stack
-from transformer_lens_rome.viz.page import table
 
 _FORMAT = "transformer_lens_rome.edit.1"
 MAX_MATRIX = 2**31
@@ -28,7 +27,7 @@ two vectors could ask for a matrix that no memory holds."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BaseEdit:
+class BaseEdit(Shown):
     """What every edit carries.
 
     Attributes:
@@ -51,10 +50,6 @@ class BaseEdit:
     def __post_init__(self) -> None:
         for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
-
-    def _repr_html_(self) -> str:
-        asked = f"{self.request.text} -> {self.request.target_new} (layer {self.layer})"
-        return stack(asked, table(said(self.health)))._repr_html_()
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """The change of W_out."""

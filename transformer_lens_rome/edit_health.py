@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transformer_lens_rome.showing import Shown
 from transformer_lens_rome.typed import make
-from transformer_lens_rome.viz.page import table
 
 
 @dataclass(frozen=True)
-class EditHealth:
+class EditHealth(Shown):
     """What an edit did, in numbers that tell a good one from a bad one.
 
     Attributes:
@@ -42,9 +42,6 @@ class EditHealth:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
-
-    def _repr_html_(self) -> str:
-        return table(said(self))._repr_html_()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditHealth:

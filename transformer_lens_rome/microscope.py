@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_rome import passes, refusals
@@ -17,15 +17,12 @@ from transformer_lens_rome.edits import Edit, EditRequest
 from transformer_lens_rome.ledger import AppliedEdit, active_edits, applied, without
 from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder, target_log_probs
+from transformer_lens_rome.results import Result
+from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.tracing import causal_trace
-from transformer_lens_rome.viz import (
-    View,
-    attention_before_and_after,
-    log_probs_before_and_after,
-    plot_edit,
-    stack,
-)
-from transformer_lens_rome.viz.page import beside, table
+
+_LIKELY = 10
+"""How many of the likeliest tokens a page shows at each place."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class PromptChange:
 
 
 @dataclass(frozen=True, eq=False)
-class EditReport:
+class EditReport(Result, Shown):
     """What an edit changed; the last value of a notebook cell shows it.
 
     Attributes:
@@ -64,7 +61,12 @@ class EditReport:
         prompts: What changed at each prompt, the edited one first.
         shares: The part of each neuron in what the edit adds to the value at the edited prompt's
             last subject token: with key k, `<k_i delta_i, k delta> / ||k delta||^2`. Sums to 1.
-        interactive: Log-probabilities and attention, before and after.
+        tokens: The edited prompt with the target, token by token, as text.
+        ids: Their ids.
+        log_probs: What the model expected after each of them, before and after, in nats.
+        texts: The text of each token that was likely somewhere, by its id.
+        attention: Attention patterns in the layer where they changed most, before and after.
+        attention_layer: That layer.
     """
 
     request: EditRequest
@@ -73,7 +75,14 @@ class EditReport:
     after: CausalTrace
     prompts: tuple[PromptChange, ...]
     shares: Float[Tensor, "d_mlp"]
-    interactive: View = field(repr=False)
+    tokens: tuple[str, ...]
+    ids: Int[Tensor, "pos"] = field(repr=False)
+    log_probs: Float[Tensor, "2 pos d_vocab"] = field(repr=False)
+    texts: Mapping[str, str] = field(repr=False)
+    attention: Float[Tensor, "2 head dest src"] = field(repr=False)
+    attention_layer: int
+
+    FORMAT: ClassVar[str] = "transformer_lens_rome.edit_report.1"
 
     def top_neurons(self, k: int = 10) -> list[tuple[int, float]]:
         """The neurons with the largest shares."""
@@ -86,36 +95,7 @@ class EditReport:
 
     def plot(self) -> Any:
         """One figure of it all, with matplotlib (the `plot` extra)."""
-        return plot_edit(self)
-
-    def show(self) -> View:
-        """The static parts, then log-probabilities and attention to explore."""
-        return stack(self._static(), self.interactive)
-
-    def _static(self) -> View:
-        prompts = [
-            (
-                one.prompt,
-                _tokens(one.top_before),
-                _tokens(one.top_after),
-                f"{one.p_before:.3g} to {one.p_after:.3g}",
-                f"{one.divergence:.3g}",
-                f"{one.value_shift:.2f} at {one.token!r}",
-            )
-            for one in self.prompts
-        ]
-        header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
-        neurons = ", ".join(f"{i} ({share:.1%})" for i, share in self.top_neurons())
-        return stack(
-            f"{self.request.text} -> {self.request.target_new} (layer {self.layer})",
-            beside(self.before._heat_map(), self.after._heat_map()),
-            table(prompts, header),
-            f"Neurons with the largest parts in what is added to the value: {neurons}. Half of it "
-            f"comes from {self.neurons_for(0.5)} of {len(self.shares)}.",
-        )
-
-    def _repr_html_(self) -> str:
-        return self._static()._repr_html_()
+        return figure(self)
 
 
 @model_call
@@ -178,7 +158,7 @@ def show_edit(
         after=after,
         prompts=tuple(_changes(encoder, was, now, delta)),
         shares=_shares(was.keys[0][row.subject[-1]], delta),
-        interactive=_interactive(encoder, was, now, edit.layer),
+        **_explored(encoder, was, now),
     )
 
 
@@ -274,19 +254,17 @@ def _changes(
         )
 
 
-def _interactive(encoder: Encoder, was: _State, now: _State, layer: int) -> View:
-    """Log-probabilities, and the attention of the layer where it changed most."""
+def _explored(encoder: Encoder, was: _State, now: _State) -> dict[str, Any]:
+    """What there is to explore: log-probabilities, and attention where it changed most."""
     decode = encoder.tokenizer.decode
-    moved = (now.patterns - was.patterns).abs().amax((1, 2, 3))
-    at = int(moved.argmax())
-    tokens = [decode([i]) for i in was.told]
-    return stack(
-        f"Attention in layer {at}, where it changed most (the edit is in layer {layer}):",
-        attention_before_and_after(tokens, was.patterns[at], now.patterns[at]),
-        "Log-probability of each token; point at one to see what the model expected there:",
-        log_probs_before_and_after(torch.tensor(was.told), was.log_probs, now.log_probs, decode),
-    )
-
-
-def _tokens(top: tuple[tuple[str, float], ...]) -> str:
-    return ", ".join(f"{token.strip()} {p:.2f}" for token, p in top)
+    at = int((now.patterns - was.patterns).abs().amax((1, 2, 3)).argmax())
+    log_probs = torch.stack([was.log_probs, now.log_probs])
+    likely = log_probs.topk(min(_LIKELY, log_probs.shape[-1])).indices.unique().tolist()
+    return {
+        "tokens": tuple(decode([i]) for i in was.told),
+        "ids": torch.tensor(was.told),
+        "log_probs": log_probs,
+        "texts": {str(i): decode([i]) for i in (*likely, *was.told)},
+        "attention": torch.stack([was.patterns[at], now.patterns[at]]),
+        "attention_layer": at,
+    }

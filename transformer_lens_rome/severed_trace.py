@@ -11,37 +11,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.results import Result
+from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
-from transformer_lens_rome.viz import View, plot_severed
-from transformer_lens_rome.viz.page import COLOURS, heat_map
 
 Sever = Literal["mlp", "attn"]
 
 
-class _Severed(Result):
-    """What a trace and an average of traces look like."""
-
-    effects: Float[Tensor, "2 layer"]
-    sever: Sever
+class _Severed(Result, Shown):
+    """What a trace and an average of traces have in common."""
 
     def plot(self) -> Any:
         """Bars as a matplotlib figure (the `plot` extra); see `viz.plot_severed`."""
-        return plot_severed(self)
-
-    def show(self) -> View:
-        """A heat map that needs nothing installed."""
-        return heat_map(
-            self.effects,
-            ["ordinary", f"{self.sever} severed"],
-            colour=COLOURS["resid"],
-            low=0.0,
-            high=self.effects.max().item(),
-            caption="restoring the last subject token, with a path whole and cut",
-            unit="indirect effect",
-        )
-
-    def _repr_html_(self) -> str:
-        return self.show()._repr_html_()
+        return figure(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,8 @@ T = TypeVar("T")
 def make(kind: type[T], values: Mapping[str, Any]) -> T:
     """An instance of a dataclass; private fields cannot be given.
 
+    Where a field is a dataclass, or a tuple, its value may be an object or a list of JSON.
+
     Raises:
         ValueError: a field is missing, unknown, or of another type.
     """
@@ -22,12 +24,26 @@ def make(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError(f"{kind.__name__} has no {', '.join(unknown):.80}")
     if missing := [name for name, needed in fields.items() if needed and name not in values]:
         raise ValueError(f"{', '.join(missing)} of {kind.__name__} is missing")
+    values = {name: _shaped(value, hints[name]) for name, value in values.items()}
     for name, value in values.items():
         if not fits(value, hints[name]):
             found = getattr(value, "shape", None)
             found = f"{value!r:.40}" if found is None else f"of shape {tuple(found)}"
             raise ValueError(f"{name} should be {_named(hints[name])}, it is {found}")
     return kind(**values)
+
+
+def _shaped(value: Any, hint: Any) -> Any:
+    """What JSON says in place of a dataclass or a tuple, as what it stands for."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return make(hint, value)
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        inner = get_args(hint)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_shaped(one, inner[0]) for one in value)
+        if len(inner) == len(value):
+            return tuple(map(_shaped, value, inner))
+    return value
 
 
 @cache
@@ -51,6 +67,9 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, one) for one in args)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in args)
+    if origin is tuple and args[1:] != (Ellipsis,):  # each item of its own type
+        whole = isinstance(value, tuple) and len(value) == len(args)
+        return whole and all(map(fits, value, args))
     if origin in (tuple, list):  # of any length
         return isinstance(value, origin) and all(fits(one, args[0]) for one in value)
     if hint is float:

@@ -11,11 +11,11 @@ from transformer_lens_rome.ledger import applied, edited_weights
 from transformer_lens_rome.model_call import model_call
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.sampling import sample_continuations
-from transformer_lens_rome.viz.page import table
+from transformer_lens_rome.showing import Shown
 
 
 @dataclass(frozen=True)
-class Generations:
+class Generations(Shown):
     """Texts that begin with the same prompts.
 
     Attributes:
@@ -40,9 +40,6 @@ class Generations:
         return "\n".join(
             ["| prompt | model | goes on |", "|---|---|---|", *map("| {} |".format, rows)]
         )
-
-    def _repr_html_(self) -> str:
-        return table(self.rows(), ("prompt", "model", "goes on"))._repr_html_()
 
 
 @model_call

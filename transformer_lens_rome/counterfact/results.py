@@ -18,6 +18,7 @@ from transformer_lens_rome.counterfact.metrics import (
     zsre_metrics,
 )
 from transformer_lens_rome.counterfact.run_file import read_run
+from transformer_lens_rome.showing import Shown, figure
 
 PROTOCOLS = {
     "counterfact": (
@@ -49,7 +50,7 @@ GENERATION = (
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Shown):
     """One method's run, record by record.
 
     Attributes:
@@ -165,15 +166,7 @@ class Results:
 
     def plot(self, *others: Results) -> Any:
         """ES, PS, NS and S of the unedited model, this method and others, as bars."""
-        from transformer_lens_rome.viz import plot_results
-
-        return plot_results([self, *others])
-
-    def _repr_html_(self) -> str:
-        from transformer_lens_rome.viz.page import table
-
-        rows = [(name, str(value)) for name, value in self.scores().items()]
-        return table([("method", self.name), *rows])._repr_html_()
+        return figure(self, *others)
 
 
 def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:

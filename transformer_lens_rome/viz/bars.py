@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformer_lens_rome.counterfact.results import Results
+from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain
-
-if TYPE_CHECKING:
-    from transformer_lens_rome.counterfact.results import Results
 
 _TITLES = {"S": "score", "ES": "efficacy", "PS": "generalization", "NS": "specificity"}
 
@@ -42,3 +41,8 @@ def plot_results(runs: Sequence[Results]) -> Any:
     panels[0].set_ylim(0, 105)
     panels[0].set_ylabel("percent", fontsize=9)
     return figure
+
+
+@figure_of.register
+def _(results: Results, *others: Results) -> Any:
+    return plot_results([results, *others])

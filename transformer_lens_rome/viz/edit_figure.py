@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformer_lens_rome.microscope import EditReport
+from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
 
-if TYPE_CHECKING:
-    from transformer_lens_rome.microscope import EditReport
 
-
+@figure_of.register
 def plot_edit(report: EditReport) -> Any:
     """Four panels: traces before and after, P(target) at each prompt, and the neurons' parts."""
     n = len(report.prompts)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from transformer_lens_rome.average_trace import AverageTrace
+from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.extras import needed
+from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
+from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.page import token_labels
-
-if TYPE_CHECKING:
-    from transformer_lens_rome.average_trace import AverageTrace
-    from transformer_lens_rome.causal_trace import CausalTrace
-    from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
 
 MAPS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 NAMES = {"resid": "state", "mlp": "MLP", "attn": "attention"}
@@ -27,6 +26,7 @@ _LINES = ("C0", "C1", "C2", "C4", "C5", "C3")  # by category, as in the paper
 _BARS = {"ordinary": "#7261ab", "attn": "#f3201b", "mlp": "#20b020"}
 
 
+@figure_of.register
 def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
     """Heat map of the scores, tokens down and layers across (figure 1).
 
@@ -72,6 +72,11 @@ def plot_averages(averages: Sequence[AverageTrace]) -> Any:
         _title_average(ax, average)
         figure.colorbar(drawn, ax=ax).set_label("AIE", fontsize=9)
     return figure
+
+
+@figure_of.register
+def _(average: AverageTrace) -> Any:
+    return plot_averages([average])
 
 
 def plot_lines(averages: Sequence[AverageTrace]) -> Any:
@@ -128,6 +133,16 @@ def plot_severed(*severed: SeveredTrace | AverageSevered) -> Any:
     ax.set_title(f"Effect of the last subject token with paths cut (n = {n})", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
     return figure
+
+
+@figure_of.register
+def _(severed: SeveredTrace) -> Any:
+    return plot_severed(severed)
+
+
+@figure_of.register
+def _(severed: AverageSevered) -> Any:
+    return plot_severed(severed)
 
 
 # ---------------------------------------------------------------- shared

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import circuitsvis
+from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-COLOURS = {"resid": (63, 0, 125), "mlp": (0, 68, 27), "attn": (103, 0, 13)}
+from transformer_lens_rome.showing import view
+
 _STYLE = "background:white;color:#222;font:14px sans-serif;padding:4px 8px;overflow-x:auto"
 
 
@@ -89,23 +91,31 @@ def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> N
     )
 
 
+@view.register
+def _(shown: View, *, interactive: bool = True) -> View:
+    return shown
+
+
+@view.register
+def _(text: str, *, interactive: bool = True) -> View:
+    return View(f"<p>{html.escape(text)}</p>")
+
+
+@view.register
+def _(rendered: RenderedHTML, *, interactive: bool = True) -> View:
+    return component(rendered)
+
+
 def _view(item: Any) -> View:
-    if isinstance(item, View):
-        return item
-    if hasattr(item, "local_src"):
-        return component(item)
-    if hasattr(item, "show") and not hasattr(item, "savefig"):
-        return item.show()
-    if isinstance(item, str):
-        return View(f"<p>{html.escape(item)}</p>")
+    """A view of anything that a page takes; matplotlib need not be installed."""
     if hasattr(item, "savefig"):
         picture = io.BytesIO()
         item.savefig(picture, format="png", dpi=150)
         data = base64.b64encode(picture.getvalue()).decode()
         return View(f'<img style="max-width:100%" src="data:image/png;base64,{data}">')
-    if hasattr(item, "_repr_html_"):
+    if view.dispatch(type(item)) is view.dispatch(object) and hasattr(item, "_repr_html_"):
         return View(item._repr_html_())
-    raise ValueError(f"a page shows text, figures, views and results, not a {type(item).__name__}")
+    return view(item)
 
 
 def component(rendered: Any) -> View:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from circuitsvis.attention import attention_heads
 from circuitsvis.logits import token_log_probs
@@ -11,10 +10,8 @@ from circuitsvis.tokens import colored_tokens_multi
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.viz.page import View, beside, component, stack
-
-if TYPE_CHECKING:
-    from transformer_lens_rome.causal_trace import CausalTrace
 
 
 def tokens_by_layer(trace: CausalTrace) -> View:

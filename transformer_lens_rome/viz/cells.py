@@ -1,0 +1,150 @@
+"""What a notebook cell and a page show of each kind of result."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.average_trace import CATEGORIES, AverageTrace
+from transformer_lens_rome.causal_trace import CausalTrace
+from transformer_lens_rome.counterfact.qualitative import Generations
+from transformer_lens_rome.counterfact.results import Results
+from transformer_lens_rome.edit_base import BaseEdit
+from transformer_lens_rome.edit_health import EditHealth, said
+from transformer_lens_rome.microscope import EditReport
+from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
+from transformer_lens_rome.showing import view
+from transformer_lens_rome.viz.page import View, beside, heat_map, stack, table, token_labels
+from transformer_lens_rome.viz.views import (
+    attention_before_and_after,
+    log_probs_before_and_after,
+    tokens_by_layer,
+)
+
+COLOURS = {"resid": (63, 0, 125), "mlp": (0, 68, 27), "attn": (103, 0, 13)}
+_RESTORED = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outputs"}
+
+
+@view.register
+def _(trace: CausalTrace, *, interactive: bool = True) -> View:
+    """The heat map, and the tokens coloured by indirect effect with a layer chooser."""
+    what = _RESTORED[trace.kind] + (f" in {trace.window} layers" if trace.window > 1 else "")
+    shown = heat_map(
+        trace.scores.T,
+        token_labels(trace.tokens, trace.subject_positions),
+        colour=COLOURS[trace.kind],
+        low=trace.p_corrupted,
+        high=trace.scores.max().item(),
+        caption=f"{trace.answer.strip()!r}: clean {trace.p_clean:.3g}, corrupted "
+        f"{trace.p_corrupted:.3g}, and with {what} restored",
+        unit=trace.metric.replace("_", " "),
+    )
+    if not interactive:
+        return shown
+    return stack(shown, "Indirect effect; choose a layer:", tokens_by_layer(trace))
+
+
+@view.register
+def _(average: AverageTrace, *, interactive: bool = True) -> View:
+    """A heat map, the kinds of token down and the layers across."""
+    rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, average.n.tolist(), strict=True)]
+    return heat_map(
+        average.indirect_effect,
+        rows,
+        colour=COLOURS[average.kind],
+        low=0.0,
+        high=average.indirect_effect.nan_to_num(0.0).max().item(),
+        caption=f"{average.kind}, window {average.window}: mean over {average.n_facts} facts, "
+        f"clean {average.p_clean:.3g}, corrupted {average.p_corrupted:.3g}",
+        unit="average indirect effect",
+    )
+
+
+@view.register
+def _(severed: SeveredTrace, *, interactive: bool = True) -> View:
+    return _paths(severed.effects, severed.sever)
+
+
+@view.register
+def _(severed: AverageSevered, *, interactive: bool = True) -> View:
+    return _paths(severed.effects, severed.sever)
+
+
+def _paths(effects: Float[Tensor, "2 layer"], sever: str) -> View:
+    """A heat map of what a path whole and cut brings back."""
+    return heat_map(
+        effects,
+        ["ordinary", f"{sever} severed"],
+        colour=COLOURS["resid"],
+        low=0.0,
+        high=effects.max().item(),
+        caption="restoring the last subject token, with a path whole and cut",
+        unit="indirect effect",
+    )
+
+
+@view.register
+def _(health: EditHealth, *, interactive: bool = True) -> View:
+    return table(said(health))
+
+
+@view.register
+def _(edit: BaseEdit, *, interactive: bool = True) -> View:
+    asked = f"{edit.request.text} -> {edit.request.target_new} (layer {edit.layer})"
+    return stack(asked, view(edit.health))
+
+
+@view.register
+def _(results: Results, *, interactive: bool = True) -> View:
+    rows = [(name, str(value)) for name, value in results.scores().items()]
+    return table([("method", results.name), *rows])
+
+
+@view.register
+def _(texts: Generations, *, interactive: bool = True) -> View:
+    return table(texts.rows(), ("prompt", "model", "goes on"))
+
+
+@view.register
+def _(report: EditReport, *, interactive: bool = True) -> View:
+    """Traces, answers and neurons; then log-probabilities and attention to explore."""
+    prompts = [
+        (
+            one.prompt,
+            _likeliest(one.top_before),
+            _likeliest(one.top_after),
+            f"{one.p_before:.3g} to {one.p_after:.3g}",
+            f"{one.divergence:.3g}",
+            f"{one.value_shift:.2f} at {one.token!r}",
+        )
+        for one in report.prompts
+    ]
+    header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
+    neurons = ", ".join(f"{i} ({share:.1%})" for i, share in report.top_neurons())
+    shown = stack(
+        f"{report.request.text} -> {report.request.target_new} (layer {report.layer})",
+        beside(*(view(trace, interactive=False) for trace in (report.before, report.after))),
+        table(prompts, header),
+        f"Neurons with the largest parts in what is added to the value: {neurons}. Half of it "
+        f"comes from {report.neurons_for(0.5)} of {len(report.shares)}.",
+    )
+    return stack(shown, _explored(report)) if interactive else shown
+
+
+def _explored(report: EditReport) -> View:
+    """Log-probabilities, and the attention of the layer where it changed most."""
+
+    def text(ids: list[int]) -> str:
+        return report.texts.get(str(ids[0]), f"token {ids[0]}")
+
+    return stack(
+        f"Attention in layer {report.attention_layer}, where it changed most (the edit is in layer "
+        f"{report.layer}):",
+        attention_before_and_after(list(report.tokens), *report.attention),
+        "Log-probability of each token; point at one to see what the model expected there:",
+        log_probs_before_and_after(report.ids, *report.log_probs, text),
+    )
+
+
+def _likeliest(top: tuple[tuple[str, float], ...]) -> str:
+    return ", ".join(f"{token.strip()} {p:.2f}" for token, p in top)
