@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import CLASSES, make_model
 from rome_setting import random_edit
+from safetensors.torch import save_file
 
 from transformer_lens_rome import EditRequest, RankOneEdit, SecondMoment, load_edit, viz
 from transformer_lens_rome.baselines import knowledge_editor
@@ -210,7 +211,14 @@ def _changed(path, model, where, value):
     for key in where[:-1]:
         inside = inside[key]
     inside[where[-1]] = value
-    write_tensors(path, tensors, info)
+    save_file(tensors, path, metadata={"transformer_lens_rome": json.dumps(info)})
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x" * 1_000_001])
+def test_what_could_not_be_read_is_not_written(tmp_path, text):
+    with pytest.raises(ValueError, match="its description"):
+        write_tensors(tmp_path / "C", {"C": torch.eye(2)}, {"format": "mine", "source": text})
+    assert not list(tmp_path.iterdir())
 
 
 FIELDS = [

@@ -17,6 +17,7 @@ from typing import Any
 from transformer_lens_rome.counterfact.records import leave_out, read_items
 from transformer_lens_rome.edits import EditRequest
 from transformer_lens_rome.files import cache_folder
+from transformer_lens_rome.strict_json import stripped
 
 URL = "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
 _FIELDS = ("subject", "src", "rephrase", "loc", "loc_ans")
