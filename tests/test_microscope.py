@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from rome_setting import LAYER, NEAR, factored_edit, random_edit, small_edit
 
-from transformer_lens_rome import apply_edit, microscope
+from transformer_lens_rome import applied, apply_edit, microscope
 from transformer_lens_rome.adapter import Weight, w_out
+from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.ledger import active_edits, without
-from transformer_lens_rome.microscope import show_edit
+from transformer_lens_rome.microscope import EditReport, show_edit
 from transformer_lens_rome.prompts import Encoder
 from transformer_lens_rome.tracing import causal_trace
 
@@ -225,7 +227,10 @@ def test_a_report_is_saved_and_drawn_again(gemma3, tmp_path):
 
 def test_what_a_page_says_was_expected_is_what_the_model_expected(gemma3):
     edit = small_edit(gemma3, NEAR)
-    report, row = show_edit(gemma3, edit, **OPTIONS), Encoder.of(gemma3).row(NEAR.text, None, "Paris")
+    report, row = (
+        show_edit(gemma3, edit, **OPTIONS),
+        Encoder.of(gemma3).row(NEAR.text, None, "Paris"),
+    )
     assert report.ids.tolist() == list(row.ids)
     for i, edits in enumerate(((), (edit,))):
         with applied(gemma3, *edits):
