@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from transformer_lens_rome import CounterFact, SecondMoment, collect_second_moment
-from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.default_statistics import sampled_second_moment
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.passes import read
-from transformer_lens_rome.prompts import Encoder, pad
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.passes import read
+from transformer_lens_rome.prompts.encoder import Encoder, pad
+from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 LAYERS = (0, 5)
 TOKENS = (2048, 4096, 8192, 16_384, 32_768, 61_440)

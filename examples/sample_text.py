@@ -12,16 +12,16 @@ from pathlib import Path
 
 import transformer_lens_rome
 from transformer_lens_rome import sampled_texts
-from transformer_lens_rome.default_statistics import key_norms
-from transformer_lens_rome.defaults import short_name
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.files import safe_name
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.files.cache import safe_name
+from transformer_lens_rome.model.adapter import short_name
+from transformer_lens_rome.statistics.sources import key_norms
 
 N_TEXTS, LENGTH, SEED = 69, 128, 0  # 8,192 tokens: four for each dimension of a key
 
 model = load_demo_model()
 texts = sampled_texts(model, N_TEXTS, length=LENGTH, seed=SEED)
-path = Path(transformer_lens_rome.__file__).parent / "sampled"
+path = Path(transformer_lens_rome.__file__).parent / "statistics" / "sampled"
 path = Path(sys.argv[1]) if len(sys.argv) > 1 else path
 path.mkdir(exist_ok=True)
 path = path / f"{safe_name(short_name(model))}.json"

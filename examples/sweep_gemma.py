@@ -21,8 +21,8 @@ from transformer_lens_rome import (
     collect_second_moment,
     sweep_layers,
 )
-from transformer_lens_rome.default_statistics import sampled_second_moment
-from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 RESULTS = Path(__file__).parent / "results" / "sweep"
 LAYERS = (0, 1, 2, 5, 8)

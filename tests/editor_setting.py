@@ -2,11 +2,12 @@
 
 import torch
 
-from transformer_lens_rome import EditRequest, adapter, get_method
-from transformer_lens_rome.baselines.hypernetwork import gradient_factors, mlp_matrices
-from transformer_lens_rome.baselines.trained_editor import TrainedEditor, trained_on
-from transformer_lens_rome.baselines.training_data import to_sample
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome import EditRequest, get_method
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import gradient_factors, mlp_matrices
+from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor, trained_on
+from transformer_lens_rome.methods.hypernetworks.training_data import to_sample
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.prompts.encoder import Encoder
 
 REQUEST = EditRequest("The {} is located in", "Space Needle", "the city of Rome", "Seattle")
 OTHERS = ("Rome is the capital of Italy.", "He plays", "The mother tongue of Angela Merkel is")

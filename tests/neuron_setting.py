@@ -6,7 +6,7 @@ import tiny_models
 import torch
 from rome_setting import REQUEST
 
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts.encoder import Encoder
 
 SHAPES = ("gpt2", "gptj", "llama", "gemma3")
 LAYERS = range(tiny_models.N_LAYERS)

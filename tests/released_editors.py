@@ -10,7 +10,7 @@ from datetime import datetime
 import torch
 from torch import nn
 
-from transformer_lens_rome.adapter import Weight
+from transformer_lens_rome.model.adapter import Weight
 
 MODULES = {"gpt2": ("c_proj", "c_fc"), "gptj": ("fc_in", "fc_out")}
 OURS = {"c_proj": "W_out", "c_fc": "W_in", "fc_in": "W_in", "fc_out": "W_out"}

@@ -12,11 +12,11 @@ from transformer_lens_rome import (
     SecondMoment,
     compute_rome_edit,
 )
-from transformer_lens_rome.adapter import parameter, w_out, weight_hash
-from transformer_lens_rome.edits import FactoredEdit
-from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.edits.kinds import FactoredEdit
+from transformer_lens_rome.model.adapter import parameter, w_out, weight_hash
+from transformer_lens_rome.model.keys import read_keys_and_values
+from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.torch_states import torch_defaults
-from transformer_lens_rome.v_star import read_keys_and_values
 
 LAYER = 1
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris", "Seattle")

@@ -11,8 +11,9 @@ import torch
 from conftest import CLASSES, make_model
 from tiny_models import SHAPES, tiny_hf
 
-from transformer_lens_rome import adapter, defaults, passes
-from transformer_lens_rome.adapter import Point
+from transformer_lens_rome.model import adapter, passes
+from transformer_lens_rome.model import default_layer as defaults
+from transformer_lens_rome.model.adapter import Point
 
 LAYER = 1
 KEY, VALUE, EMBED = Point("key", LAYER), Point("value", LAYER), Point("embed")

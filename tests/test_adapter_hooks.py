@@ -9,10 +9,12 @@ from rome_setting import random_edit
 from tiny_models import SHAPES, has_bridge, hooked_shapes, tiny_bridge, tiny_hf
 from torch import nn
 
-from transformer_lens_rome import adapter, applied, causal_trace, defaults, passes, refusals
-from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.trials import forget_other_states, holds
+from transformer_lens_rome import applied, causal_trace
+from transformer_lens_rome.model import adapter, passes, refusals
+from transformer_lens_rome.model import default_layer as defaults
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.self_check import forget_other_states, holds
 
 LAYER = 1
 KEY, VALUE, RESID = Point("key", LAYER), Point("value", LAYER), Point("resid_post", LAYER)
@@ -401,7 +403,9 @@ def test_traces_after_a_change_are_those_of_whole_passes(gpt2, change):
     change(gpt2)
     found = traced()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformer_lens_rome.partial_forward._rows_can_be_cut", lambda *_: False)
+        patch.setattr(
+            "transformer_lens_rome.model.partial_forward._rows_can_be_cut", lambda *_: False
+        )
         assert torch.allclose(found, traced(), atol=1e-6)
 
 

@@ -18,11 +18,11 @@ from transformer_lens_rome import (
     target_log_probs,
     top_tokens,
 )
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.baselines.training_data import to_sample
-from transformer_lens_rome.perplexity import held_out_rows
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import greedy_continuation, sample_continuations
+from transformer_lens_rome.methods.hypernetworks.training_data import to_sample
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.held_out import held_out_rows
+from transformer_lens_rome.prompts.sampling import greedy_continuation, sample_continuations
 
 HEADS = {  # as Gemma, Llama 3, ChatML and Mistral write them
     "gemma": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),

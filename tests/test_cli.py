@@ -21,9 +21,10 @@ from transformer_lens_rome import (
     get_method,
     target_log_probs,
 )
-from transformer_lens_rome.__main__ import main
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.demo import load_model, wrap
+from transformer_lens_rome.cli.commands import main
+from transformer_lens_rome.cli.load_model import load_model
+from transformer_lens_rome.model.load import wrap
+from transformer_lens_rome.tracing.results import CausalTrace
 
 needs_bridge = pytest.mark.skipif(
     not tiny_models.has_bridge(), reason="a folder is loaded as a bridge, which this version lacks"
@@ -226,7 +227,7 @@ def console(monkeypatch):
 @pytest.mark.parametrize("how", [[], ["--json"]])
 def test_a_report_is_printed_whatever_the_console_encodes(console, monkeypatch, encoding, how):
     report = {"model": WORDS, "answers": [], "numbers": {"p": 0.5, "text": WORDS}}
-    monkeypatch.setattr("transformer_lens_rome.__main__.run_demo", lambda options: report)
+    monkeypatch.setattr("transformer_lens_rome.cli.commands.run_demo", lambda options: report)
     said = console(encoding)
     assert main(["demo", *how]) == 0
     if how:
@@ -253,7 +254,7 @@ def test_a_text_file_is_read_as_utf_8(checkpoint, tmp_path, capsys):
 
 
 def test_peak_memory_is_left_out_where_nothing_tells_it(monkeypatch):
-    from transformer_lens_rome.__main__ import _peak_memory_gb
+    from transformer_lens_rome.cli.commands import _peak_memory_gb
 
     assert _peak_memory_gb() > 0
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows

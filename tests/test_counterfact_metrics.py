@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from transformer_lens_rome.counterfact.metrics import (
+from transformer_lens_rome.evaluation.metrics import (
     PromptScore,
     paired_difference,
     record_metrics,

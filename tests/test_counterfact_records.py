@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_lens_rome import EditRequest, downloads
-from transformer_lens_rome.counterfact import CounterFact, records
+from transformer_lens_rome import EditRequest
+from transformer_lens_rome.evaluation import CounterFact, records
+from transformer_lens_rome.files import download as downloads
 
 PUBLISHED = {
     "case_id": 0,

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from transformer_lens_rome import demo
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.default_statistics import bundled_texts
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import sample_tokens
+from transformer_lens_rome.demo import gemma as demo
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_tokens
+from transformer_lens_rome.statistics.sources import bundled_texts
 
 
 class Unpacked(Exception):

@@ -20,9 +20,11 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
 
 import transformer_lens_rome
-from transformer_lens_rome import RomeConfig, adapter, applied, compute_rome_edit, methods
-from transformer_lens_rome.counterfact import CounterFactRecord
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome import RomeConfig, applied, compute_rome_edit
+from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.methods import base as methods
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.prompts.encoder import Encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "examples" / "guide"
@@ -107,7 +109,7 @@ def test_the_finders_find(tmp_path):
     assert broken(page, tmp_path) == ["#c", "none.md", "p.png"]
     assert "#a-b" in broken(page)
     assert blocks(page) == ["[q](q)\n"]
-    code = f"import {NAME}.nothing, os\nfrom {NAME} import rome, nobody\nfrom {NAME}.no import x"
+    code = f"import {NAME}.nothing, os\nfrom {NAME} import methods, nobody\nfrom {NAME}.no import x"
     assert missing_imports(code) == [f"{NAME}.nothing", "nobody", f"{NAME}.no"]
 
 

@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from transformer_lens_rome import downloads
-from transformer_lens_rome.downloads import Published, download
+from transformer_lens_rome.files import download as downloads
+from transformer_lens_rome.files.download import Published, download
 
 DATA = bytes(range(256)) * 5000
 
@@ -162,8 +162,8 @@ def test_more_than_was_published_is_not_read(server, tmp_path, monkeypatch):
 
 
 def test_every_download_of_the_package_is_https_and_has_a_checksum():
-    from transformer_lens_rome import known_facts
-    from transformer_lens_rome.counterfact import generation, records
+    from transformer_lens_rome.evaluation import generation, records
+    from transformer_lens_rome.tracing import known_facts
 
     files = [Published(records.URL, records._SIZE, records._SHA256)]
     files += [Published(generation.HOST + n, *has) for n, has in generation.PUBLISHED.items()]

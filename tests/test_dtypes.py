@@ -9,11 +9,12 @@ import torch
 from conftest import CLASSES, make_model
 from rome_setting import LAYER, NEAR, factored_edit, random_edit, random_moment, small_edit
 
-from transformer_lens_rome import EditRequest, applied, apply_edit, get_method, passes
-from transformer_lens_rome.adapter import Point, Weight, parameter, w_out, weight_hash
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.health import measured
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome import EditRequest, applied, apply_edit, get_method
+from transformer_lens_rome.edits.measure import measured
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.adapter import Point, Weight, parameter, w_out, weight_hash
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.statistics.collect import collect_second_moment
 
 HALVES = [torch.bfloat16, torch.float16]
 PLACES = [Weight("W_in", 0), Weight("W_out", LAYER)]

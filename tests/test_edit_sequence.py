@@ -10,10 +10,10 @@ import torch
 from rome_setting import LAYER, REQUEST, random_edit, random_moment
 
 from transformer_lens_rome import EditRequest, apply_edit, get_method, sequential
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.ledger import active_edits
-from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.edits.ledger import active_edits
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
 from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence
 
 TEXTS = ["The old man said that it was the best of times.", "In the city of Paris it rained."]

@@ -8,9 +8,9 @@ import torch
 from rome_setting import REQUEST, random_edit, small_edit, without_tensors
 
 from transformer_lens_rome import DenseEdit, EditRequest, RankOneEdit, SecondMoment, load_edit
-from transformer_lens_rome import files as files_module
-from transformer_lens_rome.adapter import b_out, w_out, weight_hash
-from transformer_lens_rome.edits import EditHealth
+from transformer_lens_rome.edits.kinds import EditHealth
+from transformer_lens_rome.files import tensors as files_module
+from transformer_lens_rome.model.adapter import b_out, w_out, weight_hash
 
 # ---------------------------------------------------------------- requests
 

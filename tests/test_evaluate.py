@@ -13,15 +13,8 @@ import pytest
 import torch
 from rome_setting import CONFIG, LAYER, PREFIXES, random_edit, random_moment
 
-from transformer_lens_rome import (
-    EditRequest,
-    applied,
-    apply_edit,
-    get_method,
-    target_log_probs,
-)
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.counterfact import (
+from transformer_lens_rome import EditRequest, applied, apply_edit, get_method, target_log_probs
+from transformer_lens_rome.evaluation import (
     CounterFactRecord,
     References,
     Results,
@@ -29,10 +22,12 @@ from transformer_lens_rome.counterfact import (
     evaluate_counterfact,
     markdown,
 )
-from transformer_lens_rome.counterfact.run_file import RunFile
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.rome import Rome
-from transformer_lens_rome.sampling import greedy_continuation
+from transformer_lens_rome.evaluation.rows import row_checker
+from transformer_lens_rome.files.run_file import RunFile
+from transformer_lens_rome.methods.rome import Rome
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import greedy_continuation
 
 
 def record(case, subject, new="Paris", true="Rome", **changed):
@@ -386,10 +381,10 @@ def test_damage_in_the_middle_is_said(gpt2, tmp_path):
 
 def test_a_second_writer_is_refused(tmp_path):
     pytest.importorskip("fcntl", reason="this system has no file locks")
-    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}):
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker):
         with pytest.raises(ValueError, match="another process is writing"):
-            RunFile(tmp_path / "run.jsonl", {"a": 1}, {})
-    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}) as file:  # free again
+            RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker)
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker) as file:  # free again
         assert file.rows == {}
 
 

@@ -10,10 +10,11 @@ import torch
 from conftest import CLASSES, make_model
 from rome_setting import CONFIG, LAYER, PREFIXES, REQUEST, random_moment
 
-from transformer_lens_rome import adapter, applied, evaluate_counterfact, get_method
-from transformer_lens_rome.counterfact.records import CounterFactRecord
-from transformer_lens_rome.edits import EditRequest, load_edit
-from transformer_lens_rome.methods import described
+from transformer_lens_rome import applied, evaluate_counterfact, get_method
+from transformer_lens_rome.edits.kinds import EditRequest, load_edit
+from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.methods.base import described
+from transformer_lens_rome.model import adapter
 
 SHAPES = ("gpt2", "gemma3")
 TEXTS = [f"the people of {place} like to walk by the river and by the sea" for place in "ABCDEF"]

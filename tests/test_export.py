@@ -9,7 +9,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformer_lens_rome import applied, apply_edit, export_hf
-from transformer_lens_rome.adapter import Weight, w_out, weight_hash
+from transformer_lens_rome.model.adapter import Weight, w_out, weight_hash
 
 SHAPES = ("gpt2", "llama", "gemma3")
 TOKENS = torch.tensor([[1, 37, 74, 111, 148]])  # within one sliding window

@@ -6,13 +6,15 @@ import pytest
 import torch
 from rome_setting import random_edit
 
-from transformer_lens_rome import apply_edit, fact_traces
-from transformer_lens_rome.corruption import subject_embedding_std
-from transformer_lens_rome.fact_traces import facts_known_to, sever_facts, trace_facts
-from transformer_lens_rome.known_facts import KnownFact
-from transformer_lens_rome.prompts import top_tokens
-from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace, average_severed
-from transformer_lens_rome.tracing import causal_trace, severed_trace
+from transformer_lens_rome import apply_edit
+from transformer_lens_rome.prompts.scores import top_tokens
+from transformer_lens_rome.tracing import fact_traces
+from transformer_lens_rome.tracing.averages import AverageSevered, average_severed
+from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
+from transformer_lens_rome.tracing.corruption import subject_embedding_std
+from transformer_lens_rome.tracing.fact_traces import facts_known_to, sever_facts, trace_facts
+from transformer_lens_rome.tracing.known_facts import KnownFact
+from transformer_lens_rome.tracing.results import SeveredTrace
 
 FACTS = [
     KnownFact(7, "Space Needle", "x", "In the city Space Needle is", "P1"),

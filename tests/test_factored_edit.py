@@ -9,11 +9,12 @@ from conftest import make_model
 from rome_setting import LAYER, REQUEST, factored_edit, random_edit
 from test_mlp_matrices import matrices
 
-from transformer_lens_rome import adapter, applied, apply_edit
-from transformer_lens_rome import ledger as ledger_module
-from transformer_lens_rome.adapter import WEIGHTS, Weight, parameter, weight_hash
-from transformer_lens_rome.edits import EditHealth, FactoredEdit
-from transformer_lens_rome.ledger import active_edits, edited_weights, revert_all, without
+from transformer_lens_rome import applied, apply_edit
+from transformer_lens_rome.edits import ledger as ledger_module
+from transformer_lens_rome.edits.kinds import EditHealth, FactoredEdit
+from transformer_lens_rome.edits.ledger import active_edits, edited_weights, revert_all, without
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import WEIGHTS, Weight, parameter, weight_hash
 
 FOUR = [Weight("W_out", 2), Weight("W_in", 0), Weight("W_out", 0), Weight("W_in", 2)]
 

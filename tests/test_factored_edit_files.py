@@ -6,9 +6,10 @@ from conftest import CLASSES, make_model
 from rome_setting import REQUEST, factored_edit, without_tensors
 from test_factored_edit import FOUR, same, weights
 
-from transformer_lens_rome import DenseEdit, RankOneEdit, applied, files, load_edit
-from transformer_lens_rome.edits import FactoredEdit
-from transformer_lens_rome.ledger import edited_weights
+from transformer_lens_rome import DenseEdit, RankOneEdit, applied, load_edit
+from transformer_lens_rome.edits.kinds import FactoredEdit
+from transformer_lens_rome.edits.ledger import edited_weights
+from transformer_lens_rome.files import tensors as files
 
 FORMAT = "transformer_lens_rome.edit.1"
 

@@ -11,9 +11,11 @@ import torch
 from conftest import make_model
 from rome_setting import LAYER, REQUEST
 
-from transformer_lens_rome import DenseEdit, EditRequest, adapter, applied, get_method
-from transformer_lens_rome.adapter import Weight, parameter, w_out
-from transformer_lens_rome.prompts import Encoder, target_log_probs
+from transformer_lens_rome import DenseEdit, EditRequest, applied, get_method
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Weight, parameter, w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.scores import target_log_probs
 
 SHAPES = ("gpt2", "gptj", "llama", "gemma2", "gemma3")
 

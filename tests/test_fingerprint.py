@@ -10,9 +10,9 @@ from test_evaluate import RECORDS, RandomEdits, evaluate
 from tiny_models import SHAPES, hooked_shapes
 
 from transformer_lens_rome import causal_trace, get_method, sampled_texts
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.fingerprint import Fingerprint, checksum
-from transformer_lens_rome.ledger import apply_edit
+from transformer_lens_rome.edits.ledger import apply_edit
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.model.fingerprint import Fingerprint, checksum
 
 
 def first_matrix(model):

@@ -13,9 +13,9 @@ from transformer_lens_rome import (
     target_log_probs,
     top_tokens,
 )
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.defaults import default_layer
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.model.default_layer import default_layer
+from transformer_lens_rome.prompts.encoder import Encoder
 
 pytestmark = pytest.mark.real_model
 

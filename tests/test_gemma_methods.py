@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from transformer_lens_rome import EditRequest, applied, get_method, top_tokens
-from transformer_lens_rome.fingerprint import Fingerprint
+from transformer_lens_rome.model.fingerprint import Fingerprint
 
 pytestmark = pytest.mark.real_model
 

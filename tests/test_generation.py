@@ -11,16 +11,10 @@ import pytest
 import torch
 from test_evaluate import RECORDS, RandomEdits, evaluate, record, seconds_apart
 
-from transformer_lens_rome.counterfact import References, TfIdf
-from transformer_lens_rome.counterfact.generation import (
-    cleaned,
-    fluency,
-    key,
-    ngram_entropy,
-    words,
-)
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import sample_continuations
+from transformer_lens_rome.evaluation import References, TfIdf
+from transformer_lens_rome.evaluation.generation import cleaned, fluency, key, ngram_entropy, words
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_continuations
 
 PROMPTS = ("The best", "In the city of the old tower is", "Cuba is in")
 

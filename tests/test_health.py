@@ -17,10 +17,10 @@ from rome_setting import (
 )
 
 from transformer_lens_rome import RomeConfig, SecondMoment, applied, target_log_probs
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.edits import EditHealth
-from transformer_lens_rome.health import _suspicions
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.edits.kinds import EditHealth
+from transformer_lens_rome.methods.rome_health import _suspicions
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
 
 STRONG = RomeConfig(steps=20, lr=0.5, clamp=20.0)
 

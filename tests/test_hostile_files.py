@@ -26,15 +26,16 @@ from rome_setting import random_edit
 from safetensors.torch import save_file
 
 from transformer_lens_rome import EditRequest, RankOneEdit, SecondMoment, load_edit, viz
-from transformer_lens_rome.baselines import knowledge_editor
-from transformer_lens_rome.counterfact import CounterFact, Results, Zsre
-from transformer_lens_rome.counterfact.generation import TfIdf
-from transformer_lens_rome.counterfact.results import latex, markdown
-from transformer_lens_rome.edits import EditHealth
-from transformer_lens_rome.files import MAX_HEADER, MAX_TENSORS, safe_name, write_tensors
-from transformer_lens_rome.known_facts import load_known_facts
-from transformer_lens_rome.strict_json import MAX_DATA, MAX_DEPTH, parse, read_json, read_list
+from transformer_lens_rome.edits.kinds import EditHealth
+from transformer_lens_rome.evaluation import CounterFact, Results, Zsre
+from transformer_lens_rome.evaluation.generation import TfIdf
+from transformer_lens_rome.evaluation.results import latex, markdown
+from transformer_lens_rome.files.cache import safe_name
+from transformer_lens_rome.files.strict_json import MAX_DATA, MAX_DEPTH, parse, read_json, read_list
+from transformer_lens_rome.files.tensors import MAX_HEADER, MAX_TENSORS, write_tensors
+from transformer_lens_rome.methods.hypernetworks import knowledge_editor
 from transformer_lens_rome.sweep import _read
+from transformer_lens_rome.tracing.known_facts import load_known_facts
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
 NAMES = """rank_one dense factored statistics npz editor training published counterfact zsre known
@@ -203,7 +204,7 @@ def test_two_vectors_do_not_become_a_matrix_that_no_memory_holds(tmp_path):
 
 def _changed(path, model, where, value):
     """An edit's file with one field of its description changed."""
-    from transformer_lens_rome.files import read_tensors
+    from transformer_lens_rome.files.tensors import read_tensors
 
     random_edit(model).save(path)
     tensors, info = read_tensors(path, "transformer_lens_rome.edit.1")
@@ -324,7 +325,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
 
 
 def test_a_list_is_read_through_a_small_window(tmp_path, monkeypatch):
-    from transformer_lens_rome import strict_json
+    from transformer_lens_rome.files import strict_json
 
     path, items = tmp_path / "list.json", [1, 12.5e3, "a]b,[", {"x": [1, {"y": "}"}]}, [], None]
     for window in (1, 3, 17, 1000):
@@ -343,7 +344,7 @@ def test_a_list_is_read_through_a_small_window(tmp_path, monkeypatch):
 def test_a_pile_of_small_snippets_does_not_take_the_square_of_their_number(tmp_path):
     from test_generation import referred
 
-    from transformer_lens_rome.counterfact import References
+    from transformer_lens_rome.evaluation import References
 
     path = tmp_path / "snippets.json"
     item = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": "a cat sat on the mat"}]}

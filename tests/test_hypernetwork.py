@@ -12,16 +12,17 @@ from editor_setting import REQUEST, factors_of, found, gradient, others_of, samp
 from rome_setting import factored_edit
 from torch.nn.functional import cross_entropy
 
-from transformer_lens_rome import adapter, applied
-from transformer_lens_rome.adapter import Weight, parameter
-from transformer_lens_rome.baselines import hypernetwork
-from transformer_lens_rome.baselines.hypernetwork import (
+from transformer_lens_rome import applied
+from transformer_lens_rome.methods.hypernetworks import hypernetwork
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
     Text,
     gradient_factors,
     mlp_matrices,
     outcome,
     running_with,
 )
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Weight, parameter
 
 SHAPES = ("gpt2", "gptj", "llama", "gemma3")
 

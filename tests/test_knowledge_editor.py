@@ -20,10 +20,11 @@ from editor_setting import (
 from torch import nn
 from torch.nn.functional import linear
 
-from transformer_lens_rome import EditRequest, adapter, get_method
-from transformer_lens_rome.adapter import Weight
-from transformer_lens_rome.baselines.hypernetwork import Text, TokenFactors
-from transformer_lens_rome.baselines.knowledge_editor import Condition, Head
+from transformer_lens_rome import EditRequest, get_method
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import Text, TokenFactors
+from transformer_lens_rome.methods.hypernetworks.knowledge_editor import Condition, Head
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Weight
 
 WIDTH = 512
 MATRICES = [Weight("W_in", 1), Weight("W_out", 1), Weight("W_out", 2)]

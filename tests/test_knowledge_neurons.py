@@ -12,11 +12,13 @@ from conftest import CLASSES, make_model
 from neuron_setting import LAYERS, assert_close, by_hand, prompt_ids
 from rome_setting import REQUEST
 
-from transformer_lens_rome import EditRequest, adapter, applied, apply_edit, get_method, passes
-from transformer_lens_rome.adapter import Weight, w_out
-from transformer_lens_rome.baselines.knowledge_neurons import select
-from transformer_lens_rome.edits import EditHealth, FactoredEdit
-from transformer_lens_rome.prompts import Encoder, target_log_probs
+from transformer_lens_rome import EditRequest, applied, apply_edit, get_method
+from transformer_lens_rome.edits.kinds import EditHealth, FactoredEdit
+from transformer_lens_rome.methods.knowledge_neurons import select
+from transformer_lens_rome.model import adapter, passes
+from transformer_lens_rome.model.adapter import Weight, w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.scores import target_log_probs
 
 MORE = ("{} is located in", "The city of {} is", "Everyone knows that {} stands in")
 LONG = dataclasses.replace(REQUEST, target_new="in the city of Rome")

@@ -22,7 +22,7 @@ from leak_cycles import tiny_setting  # noqa: E402
 from leaks import survivors, users  # noqa: E402
 
 from transformer_lens_rome import apply_edit  # noqa: E402
-from transformer_lens_rome.adapter import owner, w_out  # noqa: E402
+from transformer_lens_rome.model.adapter import owner, w_out  # noqa: E402
 
 
 @pytest.fixture

@@ -10,16 +10,10 @@ import torch
 from conftest import make_model
 from rome_setting import LAYER, random_edit
 
-from transformer_lens_rome import (
-    AppliedEdit,
-    DenseEdit,
-    adapter,
-    applied,
-    apply_edit,
-    revert_all,
-)
-from transformer_lens_rome.adapter import Weight, w_out, weight_hash
-from transformer_lens_rome.ledger import active_edits, base_weight, without
+from transformer_lens_rome import AppliedEdit, DenseEdit, applied, apply_edit, revert_all
+from transformer_lens_rome.edits.ledger import active_edits, base_weight, without
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Weight, w_out, weight_hash
 
 
 def weights(model):

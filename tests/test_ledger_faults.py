@@ -6,9 +6,10 @@ import pytest
 import torch
 from rome_setting import random_edit
 
-from transformer_lens_rome import adapter, applied, apply_edit, revert_all
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.ledger import active_edits
+from transformer_lens_rome import applied, apply_edit, revert_all
+from transformer_lens_rome.edits.ledger import active_edits
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import w_out
 
 
 def interrupt_at(monkeypatch, call: int):

@@ -16,14 +16,9 @@ from tiny_models import has_bridge
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from transformer_lens_rome import (
-    applied,
-    apply_edit,
-    causal_trace,
-    revert_all,
-)
-from transformer_lens_rome.adapter import Weight, holder, owner, parameter, w_out
-from transformer_lens_rome.ledger import active_edits, check_unedited, edited_weights
+from transformer_lens_rome import applied, apply_edit, causal_trace, revert_all
+from transformer_lens_rome.edits.ledger import active_edits, check_unedited, edited_weights
+from transformer_lens_rome.model.adapter import Weight, holder, owner, parameter, w_out
 
 
 def pickled(model):

@@ -19,9 +19,9 @@ from editor_setting import (
 )
 
 from transformer_lens_rome import EditRequest, get_method
-from transformer_lens_rome.adapter import Weight
-from transformer_lens_rome.baselines.hypernetwork import Text, TokenFactors
-from transformer_lens_rome.baselines.mend import MendNetwork, Moments, ResidualLayer
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import Text, TokenFactors
+from transformer_lens_rome.methods.hypernetworks.mend import MendNetwork, Moments, ResidualLayer
+from transformer_lens_rome.model.adapter import Weight
 
 OTHER = EditRequest("The mother tongue of {} is", "Angela Merkel", "Italian", "German")
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from rome_setting import LAYER, NEAR, factored_edit, random_edit, small_edit
 
-from transformer_lens_rome import applied, apply_edit, microscope
-from transformer_lens_rome.adapter import Weight, w_out
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.ledger import active_edits, without
-from transformer_lens_rome.microscope import EditReport, show_edit
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.tracing import causal_trace
+from transformer_lens_rome import applied, apply_edit
+from transformer_lens_rome import edit_report as microscope
+from transformer_lens_rome.edit_report import EditReport, show_edit
+from transformer_lens_rome.edits.ledger import active_edits, without
+from transformer_lens_rome.model.adapter import Weight, w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.results import CausalTrace
 
 PROMPTS = ["In the city Space Needle is", "Cuba is in"]
 OPTIONS = {"noise_std": 1.0, "n_samples": 2, "progress": False}

@@ -9,9 +9,10 @@ from conftest import CLASSES, make_model
 from rome_setting import LAYER, factored_edit
 from tiny_models import tiny_hf
 
-from transformer_lens_rome import adapter, applied
-from transformer_lens_rome.adapter import Weight, parameter
-from transformer_lens_rome.passes import read
+from transformer_lens_rome import applied
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Weight, parameter
+from transformer_lens_rome.model.passes import read
 
 SHAPES = ("gpt2", "gptj", "neox", "opt", "bloom", "llama", "phi3", "gemma3")
 GATED = ("llama", "phi3", "gemma3")

@@ -9,7 +9,7 @@ from neuron_setting import LAYERS, SHAPES, assert_close, by_hand, clean, probabi
 from rome_setting import REQUEST
 
 from transformer_lens_rome import get_method
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts.encoder import Encoder
 
 
 @pytest.mark.parametrize("activation", ("pre", "post"))

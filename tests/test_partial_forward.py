@@ -12,10 +12,10 @@ from conftest import CLASSES, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformer_lens_rome import adapter, partial_forward, passes
-from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.changes import Change, Noise
-from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.model import adapter, partial_forward, passes
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.changes import Change, Noise
+from transformer_lens_rome.model.partial_forward import PartialForward
 
 ZOO = [
     (name, shape)

@@ -10,11 +10,12 @@ import torch
 from conftest import CLASSES, make_model
 from rome_setting import LAYER, small_edit
 
-from transformer_lens_rome import causal_trace, collect_second_moment, passes, target_log_probs
-from transformer_lens_rome.adapter import Point, rotation_limit
-from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import _GrowingText, sample_tokens
+from transformer_lens_rome import causal_trace, collect_second_moment, target_log_probs
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.adapter import Point, rotation_limit
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import _GrowingText, sample_tokens
 
 LIMIT = 16
 SHORT, LONG = "Rome is", "The Space Needle is located in the city of Seattle, as everyone knows."
@@ -92,7 +93,9 @@ def test_text_that_grows_over_the_limit_follows_from_whole_passes(longrope):
 def test_above_the_limit_a_trace_is_made_of_whole_passes(longrope):
     trace = causal_trace(longrope, LONG, "The Space Needle", n_samples=2, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformer_lens_rome.partial_forward._rows_can_be_cut", lambda *_: False)
+        patch.setattr(
+            "transformer_lens_rome.model.partial_forward._rows_can_be_cut", lambda *_: False
+        )
         whole = causal_trace(longrope, LONG, "The Space Needle", n_samples=2, progress=False)
     assert len(trace.tokens) > LIMIT
     assert torch.allclose(trace.samples, whole.samples, atol=1e-6)

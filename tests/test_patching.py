@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformer_lens.patching as host
 
-from transformer_lens_rome.patching import get_act_patch_window, window_of
-from transformer_lens_rome.tracing import causal_trace
+from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.patching import get_act_patch_window, window_of
 
 CLEAN, OTHER = torch.tensor([[3, 8, 2, 9, 4]]), torch.tensor([[3, 5, 7, 9, 4]])
 HOST = {"mlp": host.get_act_patch_mlp_out, "attn": host.get_act_patch_attn_out}

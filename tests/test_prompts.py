@@ -10,16 +10,9 @@ from hypothesis import strategies as st
 from tiny_models import SHAPES
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from transformer_lens_rome import passes
-from transformer_lens_rome.prompts import (
-    Encoder,
-    checkpoint_tokenizer,
-    join,
-    pad,
-    score_rows,
-    target_log_probs,
-    top_tokens,
-)
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.prompts.encoder import Encoder, checkpoint_tokenizer, join, pad
+from transformer_lens_rome.prompts.scores import score_rows, target_log_probs, top_tokens
 
 PROMPTS = [
     "The Eiffel Tower is located in the city of",

@@ -19,28 +19,29 @@ from typing import Any, TypeVar
 import pytest
 
 import transformer_lens_rome
-from transformer_lens_rome import methods
-from transformer_lens_rome.__main__ import _parser
+from transformer_lens_rome.cli.commands import _parser
+from transformer_lens_rome.methods import base as methods
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 COMMAND = "python tests/test_public_api.py"
 PACKAGE = "transformer_lens_rome"
 MODULES = (
     "",
-    "baselines",
-    "counterfact",
-    "corruption",
-    "default_statistics",
-    "demo",
-    "edits",
-    "fact_traces",
-    "known_facts",
-    "ledger",
+    "prompts.encoder",
+    "prompts.sampling",
+    "prompts.scores",
+    "statistics.sources",
+    "edits.kinds",
+    "edits.ledger",
+    "tracing.corruption",
+    "tracing.fact_traces",
+    "tracing.known_facts",
+    "tracing.patching",
     "methods",
-    "patching",
-    "sampling",
+    "evaluation",
     "sequential",
     "viz",
+    "demo",
 )
 
 

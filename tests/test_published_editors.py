@@ -23,9 +23,9 @@ from tiny_models import tiny_hf
 from transformers import GPT2Config
 
 from transformer_lens_rome import EditRequest, applied, get_method
-from transformer_lens_rome.baselines.mend import Mend
-from transformer_lens_rome.baselines.published_editors import convert_editor
-from transformer_lens_rome.baselines.trained_editor import TrainedEditor
+from transformer_lens_rome.methods.hypernetworks.mend import Mend
+from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
+from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris by the river", "Seattle")
 SHORT = EditRequest("{} is in", "The Space Needle", "Paris", "Seattle")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from transformer_lens_rome.counterfact import Results, comparison, latex, markdown
+from transformer_lens_rome.evaluation import Results, comparison, latex, markdown
 
 
 def scores(success: bool, neighbour: bool):

@@ -17,9 +17,9 @@ from rome_setting import (
 )
 
 from transformer_lens_rome import RomeConfig, SecondMoment, applied
-from transformer_lens_rome.adapter import b_out, w_out
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.rome import solve_rank_one
+from transformer_lens_rome.methods.rome import solve_rank_one
+from transformer_lens_rome.model.adapter import b_out, w_out
+from transformer_lens_rome.prompts.encoder import Encoder
 
 RELEASED = dataclasses.replace(CONFIG, key="released")
 

@@ -10,13 +10,14 @@ import torch
 from conftest import make_model
 from rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
-from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit, rome
-from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.changes import Change
-from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.second_moment import SecondMoment
-from transformer_lens_rome.v_star import Batch
+from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit
+from transformer_lens_rome.methods import rome
+from transformer_lens_rome.methods.v_star import Batch
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 RELEASED = dataclasses.replace(RomeConfig.released(), steps=4, lr=0.2)
 AWAY = EditRequest("In the city {} was", "The Space Needle", "in Paris")

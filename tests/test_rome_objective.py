@@ -17,21 +17,15 @@ from rome_setting import (
     small_edit,
 )
 
-from transformer_lens_rome import (
-    RomeConfig,
-    adapter,
-    applied,
-    defaults,
-    get_method,
-    health,
-    rome_edit,
-    target_log_probs,
-)
-from transformer_lens_rome.adapter import w_out, weight_hash
-from transformer_lens_rome.defaults import norm_follows_mlp
-from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.prompts import Encoder, join
-from transformer_lens_rome.v_star import Batch, optimise
+from transformer_lens_rome import RomeConfig, applied, get_method, rome_edit, target_log_probs
+from transformer_lens_rome.edits import measure as health
+from transformer_lens_rome.methods.v_star import Batch, optimise
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model import default_layer as defaults
+from transformer_lens_rome.model.adapter import w_out, weight_hash
+from transformer_lens_rome.model.default_layer import norm_follows_mlp
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder, join
 
 CONSTANTS = {"steps": 2, "lr": 0.2, "clamp": 1e4, "stop_loss": 0.0, "progress": False}
 
@@ -209,7 +203,7 @@ def test_the_model_is_left_as_it_was(model, monkeypatch, where):
     elif where == "health":
         monkeypatch.setattr(health, "score_rows", fail_when_edited)
     elif where == "solve":
-        monkeypatch.setattr("transformer_lens_rome.rome.solve_rank_one", fail)
+        monkeypatch.setattr("transformer_lens_rome.methods.rome.solve_rank_one", fail)
     if where is None:
         small_edit(model, [REQUEST, dataclasses.replace(REQUEST, target_new="Rome")])
     else:

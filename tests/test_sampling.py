@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_model
 
-from transformer_lens_rome import passes
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import (
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import (
     PREFIX_LENGTHS,
     greedy_continuation,
     sample_continuations,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import CLASSES, make_model
 
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.statistics.collect import collect_second_moment
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 LAYER = 1
 TEXTS = [

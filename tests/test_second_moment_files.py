@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import CLASSES, make_model
 
-from transformer_lens_rome import adapter
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.files import write_tensors
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.files.tensors import write_tensors
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.statistics.collect import collect_second_moment
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 LAYER = 1
 TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."]

@@ -9,8 +9,8 @@ import torch
 from rome_setting import CONFIG, LAYER, random_moment, small_edit
 
 from transformer_lens_rome import EditRequest, applied, rome_edit
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.ledger import active_edits
+from transformer_lens_rome.edits.ledger import active_edits
+from transformer_lens_rome.model.adapter import w_out
 
 SUBJECTS = "Paris Rome Seattle London Danielle LeBron Leonardo Apple Microsoft Space".split()
 REQUESTS = [EditRequest("{} is in", subject, "French") for subject in SUBJECTS]

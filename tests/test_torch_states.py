@@ -30,9 +30,9 @@ from transformer_lens_rome import (
     target_log_probs,
     top_tokens,
 )
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.counterfact import CounterFactRecord
-from transformer_lens_rome.rome import Rome
+from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.methods.rome import Rome
+from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.torch_states import torch_defaults
 
 TEXTS = ["The Eiffel Tower is located in the city of Paris.", "Rome is the capital of Italy."] * 8

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import make_model
 
-from transformer_lens_rome import downloads, known_facts
-from transformer_lens_rome.average_trace import CATEGORIES, AverageTrace, average_traces
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.known_facts import load_known_facts
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.tracing import causal_trace, severed_trace
+from transformer_lens_rome.files import download as downloads
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing import known_facts
+from transformer_lens_rome.tracing.averages import CATEGORIES, AverageTrace, average_traces
+from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
+from transformer_lens_rome.tracing.known_facts import load_known_facts
+from transformer_lens_rome.tracing.results import CausalTrace
 
 PROMPT, SUBJECT = "In the city Space Needle is", "Space Needle"
 OPTIONS = {"noise_std": 1.0, "n_samples": 3, "progress": False}

@@ -10,9 +10,11 @@ import tiny_models
 import torch
 from conftest import CLASSES, make_model
 
-from transformer_lens_rome import passes, target_log_probs
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.corruption import (
+from transformer_lens_rome import target_log_probs
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.corruption import (
     Gaussian,
     Multivariate,
     StudentT,
@@ -21,8 +23,7 @@ from transformer_lens_rome.corruption import (
     embeddings_of,
     subject_embedding_std,
 )
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.tracing import causal_trace
+from transformer_lens_rome.tracing.results import CausalTrace
 
 PROMPT, SUBJECT = "In the city Space Needle is", "Space Needle"
 KINDS = ("resid", "mlp", "attn")

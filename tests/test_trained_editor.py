@@ -8,9 +8,9 @@ from conftest import CLASSES, make_model
 from editor_setting import found, random_editor
 
 from transformer_lens_rome import get_method
-from transformer_lens_rome.adapter import Weight
-from transformer_lens_rome.files import read_tensors, write_tensors
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.files.tensors import read_tensors, write_tensors
+from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 FORMAT = "transformer_lens_rome.editor.1"
 MATRICES = [Weight("W_out", 1), Weight("W_in", 2)]

@@ -14,12 +14,12 @@ from rome_setting import factored_edit
 from tiny_tokenizer import TEXT
 
 from transformer_lens_rome import EditRequest, applied, get_method
-from transformer_lens_rome.adapter import Weight, parameter, weight_hash
-from transformer_lens_rome.baselines import KnowledgeEditor, Mend, Training
-from transformer_lens_rome.baselines.hypernetwork import gradient_factors
-from transformer_lens_rome.baselines.trained_editor import TrainedEditor
-from transformer_lens_rome.edits import FactoredEdit, load_edit
-from transformer_lens_rome.methods import described
+from transformer_lens_rome.edits.kinds import FactoredEdit, load_edit
+from transformer_lens_rome.methods import KnowledgeEditor, Mend, Training
+from transformer_lens_rome.methods.base import described
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import gradient_factors
+from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
+from transformer_lens_rome.model.adapter import Weight, parameter, weight_hash
 
 KINDS = ("ke", "mend")
 MATRICES = [Weight("W_out", 1), Weight("W_in", 2)]

@@ -13,10 +13,11 @@ from editor_setting import REQUEST, found, same_tensors
 from tiny_tokenizer import TEXT
 
 from transformer_lens_rome import EditRequest, applied, get_method
-from transformer_lens_rome.baselines import Training, knowledge_editor, training
-from transformer_lens_rome.baselines import trained_method as module
-from transformer_lens_rome.baselines.trained_editor import TrainedEditor
-from transformer_lens_rome.files import read_tensors
+from transformer_lens_rome.files.tensors import read_tensors
+from transformer_lens_rome.methods import Training
+from transformer_lens_rome.methods.hypernetworks import knowledge_editor, training
+from transformer_lens_rome.methods.hypernetworks import trained_method as module
+from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 
 TEXTS = TEXT.splitlines()
 SMALL = Training(

@@ -10,9 +10,14 @@ from conftest import make_model
 from editor_setting import OTHERS, REQUEST
 
 from transformer_lens_rome import EditRequest, get_method
-from transformer_lens_rome.baselines import Training
-from transformer_lens_rome.baselines.training_data import Corpus, fact_digest, split, to_sample
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.methods import Training
+from transformer_lens_rome.methods.hypernetworks.training_data import (
+    Corpus,
+    fact_digest,
+    split,
+    to_sample,
+)
+from transformer_lens_rome.prompts.encoder import Encoder
 
 FACTS = [EditRequest("{} is in", name, "Rome") for name in ("Paris", "Berlin", "London")]
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from transformer_lens_rome import passes
+from transformer_lens_rome.model import passes
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -13,10 +13,9 @@ import torch
 from circuitsvis.tokens import colored_tokens
 
 from transformer_lens_rome import viz
-from transformer_lens_rome.average_trace import average_traces
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.edits import EditHealth
-from transformer_lens_rome.severed_trace import SeveredTrace, average_severed
+from transformer_lens_rome.edits.kinds import EditHealth
+from transformer_lens_rome.tracing.averages import average_severed, average_traces
+from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz import cells as viz_cells
 from transformer_lens_rome.viz import page
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_evaluate import RandomEdits
 
-from transformer_lens_rome.counterfact import Results, Zsre, evaluate_zsre
-from transformer_lens_rome.counterfact.metrics import score, zsre_metrics
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.evaluation import Results, Zsre, evaluate_zsre
+from transformer_lens_rome.evaluation.metrics import score, zsre_metrics
+from transformer_lens_rome.prompts.encoder import Encoder
 
 
 def item(**changed):

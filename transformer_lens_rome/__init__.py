@@ -1,21 +1,21 @@
 """Locate, change and measure facts in the TransformerLens model that you already have."""
 
-import transformer_lens_rome.baselines  # noqa: F401  (they register themselves)
+import transformer_lens_rome.methods  # noqa: F401  (they register themselves)
 import transformer_lens_rome.viz  # noqa: F401  (it teaches `showing` its pictures)
-from transformer_lens_rome.average_trace import average_traces
-from transformer_lens_rome.collection import collect_second_moment
-from transformer_lens_rome.counterfact import CounterFact, evaluate_counterfact
-from transformer_lens_rome.edits import DenseEdit, EditRequest, RankOneEdit, load_edit
-from transformer_lens_rome.export import export_hf
-from transformer_lens_rome.ledger import AppliedEdit, applied, apply_edit, revert_all
-from transformer_lens_rome.methods import get_method
-from transformer_lens_rome.microscope import show_edit
-from transformer_lens_rome.prompts import target_log_probs, top_tokens
-from transformer_lens_rome.rome import RomeConfig, compute_rome_edit, rome_edit
-from transformer_lens_rome.sampling import sampled_texts
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.edit_report import show_edit
+from transformer_lens_rome.edits.export_hf import export_hf
+from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest, RankOneEdit, load_edit
+from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit, revert_all
+from transformer_lens_rome.evaluation import CounterFact, evaluate_counterfact
+from transformer_lens_rome.methods.base import get_method
+from transformer_lens_rome.methods.rome import RomeConfig, compute_rome_edit, rome_edit
+from transformer_lens_rome.prompts.sampling import sampled_texts
+from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
+from transformer_lens_rome.statistics.collect import collect_second_moment
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 from transformer_lens_rome.sweep import sweep_layers
-from transformer_lens_rome.tracing import causal_trace, severed_trace
+from transformer_lens_rome.tracing.averages import average_traces
+from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
 
 __all__ = [
     "AppliedEdit",

@@ -19,24 +19,24 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter
-from transformer_lens_rome.counterfact.run_file import RunFile
-from transformer_lens_rome.edits import EditRequest, load_edit
-from transformer_lens_rome.fingerprint import Fingerprint
-from transformer_lens_rome.ledger import AppliedEdit, apply_edit, check_unedited, revert_all
-from transformer_lens_rome.methods import EditMethod, described, get_method
-from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
-from transformer_lens_rome.prompts import Encoder, Row
-from transformer_lens_rome.typed import make
+from transformer_lens_rome.edits.kinds import EditRequest, load_edit
+from transformer_lens_rome.edits.ledger import AppliedEdit, apply_edit, check_unedited, revert_all
+from transformer_lens_rome.files.fields import make
+from transformer_lens_rome.files.run_file import RunFile
+from transformer_lens_rome.methods.base import EditMethod, described, get_method
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.prompts.encoder import Encoder, Row
+from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
 
 logger = logging.getLogger(__name__)
 
@@ -285,18 +285,12 @@ def _steps_file(
         "texts": hashlib.sha256(ids).hexdigest(),
         "seed": seed,
     }
-    return _StepsFile(Path(folder) / "steps.jsonl", setting, {})
+    return _steps(Path(folder) / "steps.jsonl", setting)
 
 
-class _StepsFile(RunFile):
-    """The steps of a sequence on disk."""
-
-    key: ClassVar[str] = "number"
-
-    @staticmethod
-    def checker(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
-        """Each line is a `Step`."""
-        return _as_step
+def _steps(path: Any, setting: Mapping[str, Any]) -> RunFile:
+    """The file of a sequence's steps, each of which is a `Step`."""
+    return RunFile(path, setting, {}, lambda _first: _as_step, key="number")
 
 
 def _as_step(row: Mapping[str, Any]) -> Step:

@@ -21,17 +21,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome import adapter, refusals
-from transformer_lens_rome.counterfact.records import CounterFactRecord, as_record
-from transformer_lens_rome.default_statistics import default_second_moment
-from transformer_lens_rome.ledger import applied
-from transformer_lens_rome.model_call import model_call
-from transformer_lens_rome.prompts import Encoder, target_log_probs
-from transformer_lens_rome.rome import Rome, RomeConfig
-from transformer_lens_rome.sampling import sample_prefixes
-from transformer_lens_rome.second_moment import SecondMoment
-from transformer_lens_rome.strict_json import parse, read_bytes
-from transformer_lens_rome.typed import fits
+from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.records import CounterFactRecord, as_record
+from transformer_lens_rome.files.fields import fits
+from transformer_lens_rome.files.strict_json import parse, read_bytes
+from transformer_lens_rome.methods.rome import Rome, RomeConfig
+from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_prefixes
+from transformer_lens_rome.prompts.scores import target_log_probs
+from transformer_lens_rome.statistics.second_moment import SecondMoment
+from transformer_lens_rome.statistics.sources import default_second_moment
 
 logger = logging.getLogger(__name__)
 

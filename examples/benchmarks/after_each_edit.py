@@ -12,8 +12,8 @@ import sys
 from paper_methods import NAMES, RESULTS, paper_method
 
 from transformer_lens_rome import EditRequest
-from transformer_lens_rome.counterfact import compare_generations
-from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.evaluation import compare_generations
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
 PROMPTS = (

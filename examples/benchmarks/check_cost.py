@@ -10,8 +10,8 @@ import sys
 import time
 
 from transformer_lens_rome import CounterFact, evaluate_counterfact, get_method
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.fingerprint import Fingerprint
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.model.fingerprint import Fingerprint
 
 model = load_demo_model()
 records = CounterFact.load(sys.argv[1], limit=3)

@@ -21,10 +21,10 @@ from measure import count_flops
 from shapes import SHAPES, random_model
 
 from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.counterfact import CounterFactRecord
-from transformer_lens_rome.counterfact.scoring import CounterFactScoring
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.evaluation.scoring import CounterFactScoring
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.encoder import Encoder
 
 STEPS, VOCABULARY = 20, {"gpt2-xl": 50257, "gpt-j-6b": 50400}
 LAYERS = {"gpt2-xl": (48, 17), "gpt-j-6b": (28, 5)}

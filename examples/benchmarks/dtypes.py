@@ -14,9 +14,9 @@ from statistics import fmean
 import torch
 
 from transformer_lens_rome import CounterFact, collect_second_moment, compute_rome_edit
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.health import measured
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.edits.measure import measured
+from transformer_lens_rome.prompts.encoder import Encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFIXES = ["", "The 10.", "The first time I met the man I was."]

@@ -23,17 +23,12 @@ from measure import Measured, Stopwatch, count_flops, matmul_flops_per_second
 from plain import PlainForward
 from shapes import SHAPES, random_model
 
-from transformer_lens_rome import (
-    EditRequest,
-    RomeConfig,
-    SecondMoment,
-    compute_rome_edit,
-    passes,
-    rome,
-)
-from transformer_lens_rome.adapter import w_out
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.methods import rome
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.model.partial_forward import PartialForward
 
 REQUESTS = (
     EditRequest("{} speaks the language", "Michael Winner", "Italian"),

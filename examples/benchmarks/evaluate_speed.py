@@ -18,9 +18,9 @@ import torch
 from measure import Measured
 
 from transformer_lens_rome import CounterFact, applied, evaluate_counterfact, get_method
-from transformer_lens_rome.counterfact.metrics import record_metrics
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.evaluation.metrics import record_metrics
+from transformer_lens_rome.prompts.encoder import Encoder
 
 
 class Made:

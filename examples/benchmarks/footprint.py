@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from transformer_lens_rome.files import cache_folder
-from transformer_lens_rome.fingerprint import Fingerprint
+from transformer_lens_rome.files.cache import cache_folder
+from transformer_lens_rome.model.fingerprint import Fingerprint
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -11,14 +11,15 @@ import numpy as np
 from editor_setting import OTHERS
 from fuzz_format import JSON, Format, model
 
-from transformer_lens_rome import EditRequest, RomeConfig, rome
-from transformer_lens_rome.counterfact import CounterFact, References, Zsre
-from transformer_lens_rome.counterfact.evaluate import record_digest
-from transformer_lens_rome.counterfact.generation import TfIdf
-from transformer_lens_rome.files import safe_name
-from transformer_lens_rome.known_facts import load_known_facts
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.strict_json import read_json
+from transformer_lens_rome import EditRequest, RomeConfig
+from transformer_lens_rome.evaluation import CounterFact, References, Zsre
+from transformer_lens_rome.evaluation.evaluate import record_digest
+from transformer_lens_rome.evaluation.generation import TfIdf
+from transformer_lens_rome.files.cache import safe_name
+from transformer_lens_rome.files.strict_json import read_json
+from transformer_lens_rome.methods import rome
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing.known_facts import load_known_facts
 
 # ---------------------------------------------------------------- data
 

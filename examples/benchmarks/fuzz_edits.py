@@ -16,13 +16,13 @@ from fuzz_format import REQUEST, TENSORS, ZIP, Format, model, saved, tokenizer
 from rome_setting import factored_edit, random_edit
 
 from transformer_lens_rome import SecondMoment, get_method, load_edit
-from transformer_lens_rome.adapter import Weight
-from transformer_lens_rome.baselines import knowledge_editor
-from transformer_lens_rome.baselines.mend import MendNetwork
-from transformer_lens_rome.baselines.published_editors import convert_editor
-from transformer_lens_rome.baselines.training import Training
-from transformer_lens_rome.baselines.training_state import State
-from transformer_lens_rome.edits import DenseEdit
+from transformer_lens_rome.edits.kinds import DenseEdit
+from transformer_lens_rome.methods.hypernetworks import knowledge_editor
+from transformer_lens_rome.methods.hypernetworks.mend import MendNetwork
+from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
+from transformer_lens_rome.methods.hypernetworks.training import Training
+from transformer_lens_rome.methods.hypernetworks.training_state import State
+from transformer_lens_rome.model.adapter import Weight
 
 # ---------------------------------------------------------------- edits
 

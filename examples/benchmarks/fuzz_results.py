@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from fuzz_format import LINES, REQUEST, TENSORS, Format, saved
 
-from transformer_lens_rome.average_trace import AverageTrace, average_traces
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.counterfact import Results
-from transformer_lens_rome.counterfact.results import latex, markdown
-from transformer_lens_rome.sequential import Guard, Step, _as_step, _StepsFile
+from transformer_lens_rome.evaluation import Results
+from transformer_lens_rome.evaluation.results import latex, markdown
+from transformer_lens_rome.sequential import Guard, Step, _as_step, _steps
 from transformer_lens_rome.sweep import _layer_score, _read
+from transformer_lens_rome.tracing.averages import AverageTrace, average_traces
+from transformer_lens_rome.tracing.results import CausalTrace
 
 
 def _row(case: int, **more: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def steps() -> Format:
     seed = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
     def read(path: Path) -> list[Step]:
-        with _StepsFile(path, setting, {}) as file:
+        with _steps(path, setting) as file:
             return [_as_step(row) for row in file.rows.values()]
 
     return Format([seed], LINES, read, lambda found: [f"{s.number:05d}{s.reason}" for s in found])

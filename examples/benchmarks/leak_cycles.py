@@ -25,8 +25,8 @@ from transformer_lens_rome import (
     revert_all,
     rome_edit,
 )
-from transformer_lens_rome.adapter import Weight, parameter, w_out, weight_hash
-from transformer_lens_rome.edits import FactoredEdit
+from transformer_lens_rome.edits.kinds import FactoredEdit
+from transformer_lens_rome.model.adapter import Weight, parameter, w_out, weight_hash
 
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris")
 PREFIXES = ("", "The old man said.", "In the best of times.")

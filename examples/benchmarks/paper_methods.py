@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer_lens_rome import collect_second_moment, get_method
-from transformer_lens_rome.defaults import default_layer
+from transformer_lens_rome.model.default_layer import default_layer
 
 NAMES = ("ft", "ft+l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome")
 RESULTS = Path(__file__).parents[1] / "results"

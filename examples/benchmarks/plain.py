@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from transformer_lens_rome import passes
-from transformer_lens_rome.partial_forward import PartialForward
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.partial_forward import PartialForward
 
 
 class PlainForward(PartialForward):

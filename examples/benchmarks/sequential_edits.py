@@ -24,10 +24,11 @@ from transformer_lens_rome import (
     collect_second_moment,
     get_method,
 )
-from transformer_lens_rome.counterfact import CounterFactRecord
-from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.perplexity import held_out_nll, held_out_rows
-from transformer_lens_rome.prompts import Encoder, target_log_probs
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
+from transformer_lens_rome.prompts.scores import target_log_probs
 from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence
 
 RESULTS = Path(__file__).parents[1] / "results"

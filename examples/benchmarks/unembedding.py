@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from transformer_lens_rome.passes import products
+from transformer_lens_rome.model.passes import products
 
 
 def in_blocks(x: torch.Tensor, W_U: torch.Tensor, b_U: torch.Tensor) -> torch.Tensor:

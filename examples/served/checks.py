@@ -21,18 +21,16 @@ from transformer_lens_rome import (
     RankOneEdit,
     RomeConfig,
     SecondMoment,
-    adapter,
     applied,
     apply_edit,
     compute_rome_edit,
-    passes,
-    refusals,
 )
-from transformer_lens_rome.adapter import Point
-from transformer_lens_rome.changes import Change
-from transformer_lens_rome.partial_forward import PartialForward
-from transformer_lens_rome.prompts import Encoder
-from transformer_lens_rome.sampling import sample_tokens
+from transformer_lens_rome.model import adapter, passes, refusals
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_tokens
 
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris")
 PREFIXES = ("", "The old man said.")
@@ -247,7 +245,7 @@ def refuses_in_words(model: Any) -> str:
 
 
 @contextlib.contextmanager
-def said(name: str = "transformer_lens_rome.trials") -> Iterator[list[str]]:
+def said(name: str = "transformer_lens_rome.model.self_check") -> Iterator[list[str]]:
     """What a module logs meanwhile."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)

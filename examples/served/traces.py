@@ -10,7 +10,7 @@ from served import checks
 from torch import Tensor
 
 from transformer_lens_rome import causal_trace
-from transformer_lens_rome.prompts import Encoder
+from transformer_lens_rome.prompts.encoder import Encoder
 
 PROMPT, SUBJECT = "The tower of Rome is in", "tower of Rome"
 

@@ -7,7 +7,7 @@ from typing import Any
 from served import checks, traces
 from served.bridges import NotBootable
 
-from transformer_lens_rome import refusals
+from transformer_lens_rome.model import refusals
 
 KINDS = ("resid", "mlp", "attn")
 

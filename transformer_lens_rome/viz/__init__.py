@@ -3,18 +3,13 @@
 import transformer_lens_rome.viz.cells  # noqa: F401  (it teaches `showing` its views)
 from transformer_lens_rome.viz.bars import plot_results
 from transformer_lens_rome.viz.edit_figure import plot_edit
-from transformer_lens_rome.viz.figures import (
-    plot_averages,
-    plot_lines,
-    plot_severed,
-    plot_trace,
-)
-from transformer_lens_rome.viz.page import View, save_html, stack
-from transformer_lens_rome.viz.views import (
+from transformer_lens_rome.viz.figures import plot_averages, plot_lines, plot_severed, plot_trace
+from transformer_lens_rome.viz.interactive import (
     attention_before_and_after,
     log_probs_before_and_after,
     tokens_by_layer,
 )
+from transformer_lens_rome.viz.page import View, save_html, stack
 
 __all__ = [
     "View",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformer_lens_rome.counterfact.results import Results
+from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain
 

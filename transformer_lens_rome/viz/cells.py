@@ -5,21 +5,20 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.average_trace import CATEGORIES, AverageTrace
-from transformer_lens_rome.causal_trace import CausalTrace
-from transformer_lens_rome.counterfact.qualitative import Generations
-from transformer_lens_rome.counterfact.results import Results
-from transformer_lens_rome.edit_base import BaseEdit
-from transformer_lens_rome.edit_health import EditHealth, said
-from transformer_lens_rome.microscope import EditReport
-from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
+from transformer_lens_rome.edit_report import EditReport
+from transformer_lens_rome.edits.base import BaseEdit
+from transformer_lens_rome.edits.health import EditHealth, said
+from transformer_lens_rome.evaluation.qualitative import Generations
+from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import view
-from transformer_lens_rome.viz.page import View, beside, heat_map, stack, table, token_labels
-from transformer_lens_rome.viz.views import (
+from transformer_lens_rome.tracing.averages import CATEGORIES, AverageSevered, AverageTrace
+from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
+from transformer_lens_rome.viz.interactive import (
     attention_before_and_after,
     log_probs_before_and_after,
     tokens_by_layer,
 )
+from transformer_lens_rome.viz.page import View, beside, heat_map, stack, table, token_labels
 
 COLOURS = {"resid": (63, 0, 125), "mlp": (0, 68, 27), "attn": (103, 0, 13)}
 _RESTORED = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outputs"}

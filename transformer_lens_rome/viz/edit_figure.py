@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens_rome.microscope import EditReport
+from transformer_lens_rome.edit_report import EditReport
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
 

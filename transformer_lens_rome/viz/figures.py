@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from transformer_lens_rome.average_trace import AverageTrace
-from transformer_lens_rome.causal_trace import CausalTrace
 from transformer_lens_rome.extras import needed
-from transformer_lens_rome.severed_trace import AverageSevered, SeveredTrace
 from transformer_lens_rome.showing import figure as figure_of
+from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
+from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.page import token_labels
 
 MAPS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}

@@ -1,0 +1,325 @@
+"""The parser of the command line, and what each command does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformer_lens_rome.cli.evaluate import add_parsers
+from transformer_lens_rome.cli.load_model import load_model
+from transformer_lens_rome.demo.gemma import ASK, REQUEST, load_demo_model
+from transformer_lens_rome.edits.export_hf import export_hf
+from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
+from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.methods.rome import RomeConfig, compute_rome_edit
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.default_layer import default_layer
+from transformer_lens_rome.model.load import default_class
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import greedy_continuation, sampled_texts
+from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
+from transformer_lens_rome.statistics.collect import collect_second_moment
+from transformer_lens_rome.statistics.second_moment import SecondMoment
+from transformer_lens_rome.statistics.sources import sampled_second_moment
+from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.viz import save_html
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # what a locale could not decode is UTF-8 all the same
+    given = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in given]
+    options = _parser().parse_args(given)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what it cannot encode is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        report = options.run(options)
+        _print(report, options.json)
+    except BrokenPipeError:  # whoever read the report has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if report.get("byte_identical", True) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="transformer_lens_rome", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--model-class", choices=("bridge", "hooked"), default=default_class())
+    shared.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    shared.add_argument("--json", action="store_true", help="print one JSON object")
+    shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
+
+    layer = argparse.ArgumentParser(add_help=False)
+    layer.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
+
+    show = commands.add_parser(
+        "demo", parents=[shared, layer], help="edit a fact in the demo model"
+    )
+    show.set_defaults(run=run_demo)
+
+    edit = commands.add_parser("edit", parents=[shared, layer], help="edit a fact in any model")
+    edit.add_argument("model", help="hub name, folder, or 'demo'")
+    edit.add_argument("prompt", help="with {} where the subject goes")
+    edit.add_argument("subject")
+    edit.add_argument("target")
+    edit.add_argument("--ask", action="append", default=[], help="another prompt to compare")
+    edit.add_argument("--statistics", help="a second-moment file (default: found or made)")
+    edit.add_argument("--released", action="store_true", help="the released code's configuration")
+    edit.add_argument("--seed", type=int, default=0)
+    edit.add_argument("--save", help="write the edit here (safetensors)")
+    edit.add_argument("--export", help="write the edited checkpoint to this folder")
+    edit.set_defaults(run=run_edit)
+
+    stats = commands.add_parser(
+        "statistics", parents=[shared, layer], help="collect a second moment"
+    )
+    stats.add_argument("model", help="hub name, folder, or 'demo'")
+    stats.add_argument("out", help="file to write (safetensors)")
+    stats.add_argument("--text", help="a text file (default: text that the model writes itself)")
+    stats.add_argument("--max-tokens", type=int, default=100_000)
+    stats.set_defaults(run=run_statistics)
+
+    trace = commands.add_parser("trace", parents=[shared], help="where a fact is recalled")
+    trace.add_argument("model", help="hub name, folder, or 'demo'")
+    trace.add_argument("prompt", help="text up to where the answer should follow")
+    trace.add_argument("subject", help="the part of the prompt to corrupt")
+    trace.add_argument("--answer", help="what should follow (default: the model's top token)")
+    trace.add_argument("--kind", choices=("resid", "mlp", "attn"), default="resid")
+    trace.add_argument("--window", type=int, default=10, help="layers restored at once")
+    trace.add_argument("--samples", type=int, default=10, help="how many noises")
+    trace.add_argument("--seed", type=int, default=0)
+    trace.add_argument("--save", help="write the trace here (safetensors)")
+    trace.add_argument("--html", help="write a page that shows it here")
+    trace.set_defaults(run=run_trace)
+    add_parsers(commands, [shared])
+    return parser
+
+
+def run_demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit a fact in the bundled model, save and reload the edit, undo it."""
+    print(
+        "Loads Gemma-3-270M, edits one fact, asks the model before and after, undoes the edit: "
+        "about half a minute on two cores, and once another to unpack the model.",
+        file=sys.stderr,
+    )
+    started = time.perf_counter()
+    model = load_demo_model(options.model_class, device=options.device)
+    loaded = time.perf_counter()
+    layer = default_layer(model) if options.layer is None else options.layer
+    moment = sampled_second_moment(model, layer, progress=not options.json)
+    collected = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        report = _edit(model, REQUEST, layer, moment, ASK, options, path)
+    report["seconds"] |= {
+        "load model": round(loaded - started, 1),
+        "statistics": round(collected - loaded, 1),
+        "total": round(time.perf_counter() - started, 1),
+    }
+    if (peak := _peak_memory_gb()) is not None:
+        report["peak_memory_gb"] = peak
+    return report
+
+
+def run_edit(options: argparse.Namespace) -> dict[str, Any]:
+    """Edit any fact in any model; save or export it; undo it."""
+    request = EditRequest(options.prompt, options.subject, options.target)
+    if options.export and options.model_class == "hooked":
+        raise ValueError(
+            "a HookedTransformer keeps no Hugging Face model to export; use --model-class bridge, "
+            "or export_hf(model, folder, hf_model=...) in Python"
+        )
+    model = load_model(options.model, options.model_class, device=options.device)
+    moment = SecondMoment.load(options.statistics) if options.statistics else None
+    ask = [("asked", prompt) for prompt in options.ask]
+    return _edit(model, request, options.layer, moment, ask, options, options.save)
+
+
+def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
+    """Collect the second moment of one layer and write it to a file."""
+    model = load_model(options.model, options.model_class, device=options.device)
+    layer = default_layer(model) if options.layer is None else options.layer
+    if options.text:
+        name = os.fsencode(Path(options.text).name)
+        texts, source = [_read_text(options.text)], name.decode("utf-8", "backslashreplace")
+    else:
+        texts, source = sampled_texts(model, -(-options.max_tokens // 120)), "sampled"
+    moment = collect_second_moment(
+        model, texts, layer, max_tokens=options.max_tokens, source=source
+    )
+    moment.save(options.out)
+    report = moment.report()
+    if not math.isfinite(report["condition_number"]):
+        report["condition_number"] = "infinite"  # JSON has no such number
+    return {"file": options.out} | report
+
+
+def _read_text(path: str) -> str:
+    """A text file, which has to be UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds NUL")
+        return text
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+
+
+def run_trace(options: argparse.Namespace) -> dict[str, Any]:
+    """Trace one fact; save it as data or as a page."""
+    model = load_model(options.model, options.model_class, device=options.device)
+    trace = causal_trace(
+        model,
+        options.prompt,
+        options.subject,
+        answer=options.answer,
+        kind=options.kind,
+        window=options.window,
+        n_samples=options.samples,
+        seed=options.seed,
+        progress=not options.json,
+    )
+    if options.save:
+        trace.save(options.save)
+    if options.html:
+        save_html(options.html, trace, title=options.prompt)
+    best = trace.scores.flatten().argsort(descending=True)[:5].tolist()
+    cells = [divmod(i, len(trace.tokens)) for i in best]
+    return {
+        "model": adapter.model_name(model),
+        "answer": trace.answer,
+        "p_clean": trace.p_clean,
+        "p_corrupted": trace.p_corrupted,
+        "best": [
+            f"layer {layer} at {trace.tokens[position]!r}: {trace.scores[layer, position]:.3g}"
+            for layer, position in cells
+        ],
+        "last_subject_token": trace.scores[:, trace.subject_last].tolist(),
+    }
+
+
+def _edit(
+    model: Any,
+    request: EditRequest,
+    layer: int | None,
+    moment: SecondMoment | None,
+    ask: list[tuple[str, str]],
+    options: argparse.Namespace,
+    save: Any,
+) -> dict[str, Any]:
+    """Compute, apply, compare, save, reload and undo one edit; all of it as plain values."""
+    config = RomeConfig.released() if getattr(options, "released", False) else RomeConfig()
+    started = time.perf_counter()
+    edit = compute_rome_edit(
+        model,
+        request,
+        layer=layer,
+        second_moment=moment,
+        config=config,
+        seed=getattr(options, "seed", 0),
+        progress=not options.json,
+    )
+    seconds = time.perf_counter() - started
+    ask = [("edited prompt", request.text), *ask]
+    if save is not None:
+        edit.save(save)
+    hash_before = adapter.weight_hash(adapter.w_out(model, edit.layer))
+    before = _answers(model, request, ask)
+    with applied(model, edit):
+        after = _answers(model, request, ask)
+        if getattr(options, "export", None):
+            export_hf(model, options.export)
+    hash_undone = adapter.weight_hash(adapter.w_out(model, edit.layer))
+    report = {
+        "model": adapter.model_name(model),
+        "model_class": adapter.model_class(model),
+        "layer": edit.layer,
+        "request": f"{request.text} -> {request.target_new}",
+        "answers": [b | {"after": a["before"]} for b, a in zip(before, after, strict=True)],
+        "health": edit.health.to_dict(),
+        "undo": {"sha256_before": hash_before, "sha256_after_undo": hash_undone},
+        "byte_identical": hash_before == hash_undone,
+        "seconds": {"edit": round(seconds, 1)},
+    }
+    if save is not None:
+        same = RankOneEdit.load(save).digest == edit.digest
+        report["file"] = {"bytes": Path(save).stat().st_size, "reloads_equal": same}
+    return report
+
+
+def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The most probable next token, P(target) and the greedy continuation for each prompt."""
+    encoder = Encoder.of(model)
+    found = []
+    for label, prompt in ask:
+        (token, p), *_ = top_tokens(model, prompt, 1, encoder=encoder)
+        (scores,) = target_log_probs(model, [prompt], [request.target_new], encoder=encoder)
+        text = greedy_continuation(model, prompt, 12, encoder=encoder)
+        numbers = {"top": token, "p_top": p, "p_target": scores.sum().exp().item(), "text": text}
+        found.append({"label": label, "prompt": prompt, "before": numbers})
+    return found
+
+
+def _peak_memory_gb() -> float | None:
+    """The most memory that this process had; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e9 if sys.platform == "darwin" else 1e6), 2)
+
+
+def _print(report: dict[str, Any], as_json: bool) -> None:
+    """Print a report, in what its reader can decode."""
+    if as_json:
+        unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "") == "utf8"
+        print(json.dumps(report, indent=1, ensure_ascii=not unicode))
+    else:
+        _show(report)
+    sys.stdout.flush()
+
+
+def _show(report: dict[str, Any]) -> None:
+    """Print a report for people."""
+    for key, value in report.items():
+        if key == "answers":
+            for answer in value:
+                print(f"\n[{answer['label']}] {answer['prompt']}")
+                for when in ("before", "after"):
+                    said = answer[when]
+                    text = " ".join(said["text"].split())
+                    print(f"  {when:6} P(target) {said['p_target']:.4f}   ... {text}")
+            print()
+        elif isinstance(value, str) and "\n" in value:
+            print(f"\n{value}\n")
+        elif isinstance(value, dict):
+            print(f"{key}:")
+            for name, item in value.items():
+                print(f"  {name}: {_short(item)}")
+        else:
+            print(f"{key}: {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_short(item) for item in value) or "none"
+    return str(value)

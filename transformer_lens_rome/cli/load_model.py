@@ -1,0 +1,24 @@
+"""Load the model that a command names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.model.load import ModelClass, wrap
+from transformer_lens_rome.torch_states import torch_defaults
+
+
+@torch_defaults()
+def load_model(name: str, model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
+    """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
+    if name == "demo":
+        return load_demo_model(model_class, device=device)
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        hf = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        return wrap(name, hf, tokenizer, model_class, device)

@@ -1,0 +1,258 @@
+"""Edits as values: scale, save, load. `ledger` puts them on a model and off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.edits.base import BaseEdit, read_edit
+from transformer_lens_rome.edits.health import EditHealth
+from transformer_lens_rome.edits.request import EditRequest
+from transformer_lens_rome.model.adapter import Weight, weight_hash
+from transformer_lens_rome.torch_states import torch_defaults
+
+__all__ = [
+    "DenseEdit",
+    "Edit",
+    "EditHealth",
+    "EditRequest",
+    "FactoredEdit",
+    "Factors",
+    "RankOneEdit",
+    "load_edit",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankOneEdit(BaseEdit):
+    """W_out + u lamᵀ: the key k_star gets the value v_star (Meng et al. 2022, Eq. 2).
+
+    Attributes:
+        k_star: The key that is given a new value, `[d_mlp]`.
+        u: C⁻¹ k, the direction in key space along which W_out changes, `[d_mlp]`.
+        lam: Λ, what each unit of `key · u` adds to the value, `[d_model]`.
+        v_star: The value that k_star has after the edit: `k_star @ (W_out + delta) + b_out`,
+            `[d_model]`.
+    """
+
+    k_star: Float[Tensor, "d_mlp"] = field(repr=False)
+    u: Float[Tensor, "d_mlp"] = field(repr=False)
+    lam: Float[Tensor, "d_model"] = field(repr=False)
+    v_star: Float[Tensor, "d_model"] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape)
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of W_out."""
+        return {Weight("W_out", self.layer): (len(self.u), len(self.lam))}
+
+    @torch_defaults()
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of W_out: outer(u, lam)."""
+        return torch.outer(self.u, self.lam)
+
+    @torch_defaults()
+    def scale(self, alpha: float) -> RankOneEdit:
+        """The same edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
+        v_star = self.v_star + (alpha - 1) * (self.k_star @ self.u) * self.lam
+        unmeasured = EditHealth(subject_token=self.health.subject_token)
+        return dataclasses.replace(self, lam=alpha * self.lam, v_star=v_star, health=unmeasured)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DenseEdit(BaseEdit):
+    """Any change of one W_out, as two factors: `left @ right`; and of the bias after it.
+
+    Attributes:
+        left: `[d_mlp, rank]`; or the change itself, `[d_mlp, d_model]`, where it has no lower rank.
+        right: `[rank, d_model]`; None in that case.
+        bias: The change of b_out, `[d_model]`; None where it stays.
+    """
+
+    left: Float[Tensor, "d_mlp rank"] = field(repr=False)
+    right: Float[Tensor, "rank d_model"] | None = field(default=None, repr=False)
+    bias: Float[Tensor, "d_model"] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rank, (_, d_model) = self.left.shape[1], self.sizes()[Weight("W_out", self.layer)]
+        whole = self.right is None or len(self.right) == rank
+        self._check_fit(whole and (self.bias is None or self.bias.shape == (d_model,)))
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of W_out, and of b_out if it changes."""
+        last = self.left if self.right is None else self.right
+        found = {Weight("W_out", self.layer): (len(self.left), last.shape[1])}
+        return found | (
+            {} if self.bias is None else {Weight("b_out", self.layer): tuple(self.bias.shape)}
+        )
+
+    @torch_defaults()
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of W_out: left @ right."""
+        return self.left if self.right is None else self.left @ self.right
+
+    def changes(self) -> dict[Weight, Tensor]:
+        """The change of W_out, and of b_out if there is one."""
+        own = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
+        return super().changes() | own
+
+    @torch_defaults()
+    def scale(self, alpha: float) -> DenseEdit:
+        """The same edit, alpha times as strong."""
+        bias = None if self.bias is None else alpha * self.bias
+        return dataclasses.replace(self, left=alpha * self.left, bias=bias, health=EditHealth())
+
+
+Factors = tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_out"]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FactoredEdit(BaseEdit):
+    """A change of several matrices of several blocks, each as two factors: `left @ right`.
+
+    Attributes:
+        factors: For each matrix, `left` `[d_in, rank]` and `right` `[rank, d_out]`.
+        hashes: For each matrix, sha256 of what the edit was made on.
+    """
+
+    factors: Mapping[Weight, Factors] = field(repr=False)
+    hashes: Mapping[Weight, str] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if set(self.factors) != set(self.hashes):
+            raise ValueError("an edit needs one hash for each matrix that it changes")
+        if not all(isinstance(digest, str) for digest in self.hashes.values()):
+            raise ValueError("hashes are sha256 as text; see adapter.weight_hash")
+        own = {where: _checked(where, *self.factors[where]) for where in _ordered(self.factors)}
+        if own and self.layer != min(where.layer for where in own):
+            raise ValueError(f"layer {self.layer} is not the first that this edit changes")
+        object.__setattr__(self, "factors", own)
+
+    @classmethod
+    def of(
+        cls, factors: Mapping[Weight, Factors], hashes: Mapping[Weight, str], **known: Any
+    ) -> FactoredEdit:
+        """An edit from its factors, in the order of layers; the rest are the fields of any edit."""
+        order = _ordered(factors)
+        together = hashlib.sha256("".join(hashes[where] for where in order).encode()).hexdigest()
+        return cls(
+            layer=min((where.layer for where in order), default=0),
+            model_hash=together,
+            factors=factors,
+            hashes={where: hashes[where] for where in order},
+            **known,
+        )
+
+    def changes(self) -> dict[Weight, Tensor]:
+        """The change of every matrix."""
+        return {where: self.change(where) for where in self.factors}
+
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """The shape of every matrix."""
+        return {w: (len(left), right.shape[1]) for w, (left, right) in self.factors.items()}
+
+    @torch_defaults()
+    def change(self, where: Weight) -> Float[Tensor, "d_in d_out"]:
+        """The change of one matrix: left @ right."""
+        left, right = self.factors[where]
+        return left @ right
+
+    def made_on(self) -> dict[Weight, str]:
+        """sha256 of the matrices that it was made on."""
+        return dict(self.hashes)
+
+    @torch_defaults()
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The change of W_out, if that of one layer is all that changes.
+
+        Raises:
+            ValueError: other matrices change too, or none does.
+        """
+        if [where.name for where in self.factors] != ["W_out"]:
+            names = ", ".join(f"{where.name} of layer {where.layer}" for where in self.factors)
+            raise ValueError(
+                f"this edit changes {names or 'nothing'}, not one W_out alone; see changes()"
+            )
+        (delta,) = self.changes().values()
+        return delta
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors, by matrix: `W_out.3.left` and so on."""
+        return {
+            f"{where.name}.{where.layer}.{side}": tensor
+            for where, both in self.factors.items()
+            for side, tensor in zip(("left", "right"), both, strict=True)
+        }
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the matrices' names and factors."""
+        state = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            state.update(f"{name} {weight_hash(tensor)}".encode())
+        return state.hexdigest()
+
+    @torch_defaults()
+    def scale(self, alpha: float) -> FactoredEdit:
+        """The same edit, alpha times as strong."""
+        factors = {where: (left, alpha * right) for where, (left, right) in self.factors.items()}
+        return dataclasses.replace(self, factors=factors, health=EditHealth())
+
+    def extra(self) -> dict[str, Any]:
+        """What its file says beside what every edit's does."""
+        return {"hashes": [[*where, digest] for where, digest in self.hashes.items()]}
+
+    @classmethod
+    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fields that `tensors` and `extra` wrote."""
+        hashes = {Weight(name, layer): digest for name, layer, digest in info["hashes"]}
+        if not len(tensors) == 2 * len(hashes) == 2 * len(info["hashes"]):
+            raise ValueError(f"{len(tensors)} factors, {len(info['hashes'])} hashes")
+        names = {where: f"{where.name}.{where.layer}" for where in hashes}
+        factors = {w: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for w, n in names.items()}
+        return {"hashes": hashes, "factors": factors}
+
+
+def _ordered(places: Iterable[Weight]) -> list[Weight]:
+    return sorted(places, key=lambda where: (where.layer, where.name))
+
+
+def _checked(where: Weight, left: Tensor, right: Tensor) -> Factors:
+    """Factors that can change a matrix, as they will be when read from a file: contiguous."""
+    if where.name not in ("W_in", "W_gate", "W_out") or type(where.layer) is not int:
+        raise ValueError(f"{where} is not W_in, W_gate or W_out of a layer, counted from 0")
+    fit = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
+    if not fit or not left.is_floating_point() or left.dtype != right.dtype:
+        raise ValueError(
+            f"{where.name} of layer {where.layer} needs factors [d_in, rank] and [rank, d_out] of "
+            f"one floating-point type, got {tuple(left.shape)} {left.dtype} and "
+            f"{tuple(right.shape)} {right.dtype}"
+        )
+    return left.detach().contiguous(), right.detach().contiguous()
+
+
+Edit = RankOneEdit | DenseEdit | FactoredEdit
+
+
+def load_edit(path: Any) -> Edit:
+    """Read an edit of any kind.
+
+    Raises:
+        ValueError: not safetensors, truncated, no edit, or a part of it is missing.
+    """
+    tensors, info = read_edit(path)
+    for kind in (RankOneEdit, DenseEdit, FactoredEdit):
+        if info.get("kind") == kind.__name__:
+            return kind.made_of(path, tensors, info)
+    raise ValueError(f"{path} is an incomplete edit file (its kind is {info.get('kind')!r:.40})")

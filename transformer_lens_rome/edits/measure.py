@@ -1,0 +1,65 @@
+"""Is an edit sound? Measure what it did on the model, and say in words what looks wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from transformer_lens_rome.edits.kinds import Edit, EditHealth
+from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.prompts.encoder import Encoder, Row
+from transformer_lens_rome.prompts.scores import TargetScore, score_rows
+
+_ROWS = 1024  # of a matrix, taken to float64 at a time
+
+
+def measured(model: Any, encoder: Encoder, edit: Edit) -> EditHealth:
+    """What can be said of any edit: the target before and after, and the size of the change."""
+    return measured_row(model, encoder, edit)[2]
+
+
+def measured_row(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
+    """The bare prompt as a row, its score before the edit, and what can be said of any edit."""
+    request = edit.request
+    bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
+    (before,) = score_rows(model, [bare])
+    with applied(model, edit):
+        (after,) = score_rows(model, [bare])
+    relative_norm, rounding_error, warnings = _size(model, edit)
+    health = EditHealth(
+        p_before=before.log_probs.sum().exp().item(),
+        p_after=after.log_probs.sum().exp().item(),
+        relative_norm=relative_norm,
+        rounding_error=rounding_error,
+        warnings=warnings,
+    )
+    return bare, before, health
+
+
+@torch.no_grad()
+def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
+    """||delta W|| / ||W|| over all weights that change, the rounding error, and a warning.
+
+    Of this edit alone, on the weights as they are now.
+    """
+    weight, change, lost = 0.0, 0.0, 0.0
+    for where, delta in edit.changes().items():
+        whole = adapter.parameter(model, where).detach()
+        for old, more in zip(whole.split(_ROWS), delta.split(_ROWS), strict=True):
+            wide, more = old.cpu().double(), more.cpu().double()  # not every device has float64
+            weight += wide.square().sum().item()
+            change += more.square().sum().item()
+            after = (wide + more).to(old.dtype)
+            lost += (after.double() - wide - more).square().sum().item()
+    if not change:
+        return 0.0, 0.0, ()
+    error = (lost / change) ** 0.5
+    warnings = ()
+    if error > 0.1:
+        warnings = (
+            f"rounding to {str(whole.dtype).removeprefix('torch.')} loses {min(error, 1.0):.0%} of "
+            "the change, which is too small for that dtype; load the model in float32",
+        )
+    return (change / weight) ** 0.5 if weight else None, error, warnings

@@ -1,0 +1,214 @@
+"""Fluency and consistency of generated text: GE and RS (Meng et al. 2022, section 3.4).
+
+    GE   2/3 H2 + 4/3 H3, halved: entropies in bits of the bigrams and trigrams of a text
+    RS   the cosine of two TF-IDF vectors: of all generated texts, and of texts about subjects
+         that do have the new target as their object
+
+As released, a text is 100 tokens long, its prompt counted, sampled with top-k 5, and both numbers
+are of whole texts, prompts too. Here sampling has a seed, and words are what NLTK's Treebank
+tokenizer gives after an untrained sentence splitter, so that no language data is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.extras import needed
+from transformer_lens_rome.files.arrays import read_npy
+from transformer_lens_rome.files.cache import cache_folder
+from transformer_lens_rome.files.download import Published, download
+from transformer_lens_rome.files.fields import fits
+from transformer_lens_rome.files.strict_json import read_json, read_list
+
+HOST = "https://rome.baulab.info/data/dsets/"
+PUBLISHED = {
+    "attribute_snippets.json": (
+        926_285_719,
+        "10b5c1cd105e54d5983c72de1b45bfc88bc7af786f7b99def2557886ff23385b",
+    ),
+    "idf.npy": (11_042_168, "c073d642589d4ac6432f467230329b36364a01e72de63a77a3624b745b923dda"),
+    "tfidf_vocab.json": (
+        31_639_072,
+        "8a78c4f20d8d85dadfd14e283d71af255482ff18aa0eb8a81716024c05ff888b",
+    ),
+}
+
+
+def cleaned(text: str) -> str:
+    """A generated text as the released code compares it: NFKD, without blank lines."""
+    return unicodedata.normalize("NFKD", text).replace("\n\n", " ")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, for GE.
+
+    Raises:
+        ImportError: NLTK is not installed; the message says which extra has it.
+    """
+    nltk = needed("nltk", "generation")
+    sentences = nltk.tokenize.PunktSentenceTokenizer().tokenize(text)
+    splitter = nltk.tokenize.NLTKWordTokenizer()
+    return [word for sentence in sentences for word in splitter.tokenize(sentence)]
+
+
+def ngram_entropy(tokens: Sequence[str]) -> float:
+    """(2/3 H2 + 4/3 H3) / 2 of one text, in bits; 0 for a text of fewer than two words."""
+    two, three = (_entropy(zip(*(tokens[i:] for i in range(n)))) for n in (2, 3))
+    return (2 / 3 * two + 4 / 3 * three) / 2
+
+
+def _entropy(items: Iterable[Any]) -> float:
+    counts = Counter(items)
+    total = sum(counts.values())
+    return -sum(n / total * math.log2(n / total) for n in counts.values())
+
+
+def fluency(texts: Sequence[str]) -> float:
+    """GE: the mean n-gram entropy of some texts, in bits."""
+    return sum(ngram_entropy(words(text)) for text in texts) / len(texts)
+
+
+@dataclass(frozen=True)
+class TfIdf:
+    """TF-IDF as scikit-learn's defaults have it: lower-cased words of two or more characters.
+
+    Attributes:
+        idf: The weight of each known term.
+    """
+
+    idf: Mapping[str, float] = field(repr=False)
+
+    @classmethod
+    def load(cls, vocabulary: Any = None, idf: Any = None) -> TfIdf:
+        """Read the published weights: `tfidf_vocab.json` and `idf.npy`, downloaded without paths.
+
+        Raises:
+            ValueError: not such files, or they do not belong together.
+            OSError: no such file, or no network.
+        """
+        path = _published("tfidf_vocab.json", vocabulary)
+        places, weights = read_json(path), read_npy(_published("idf.npy", idf)).reshape(-1).tolist()
+        whole = isinstance(places, dict) and all(type(i) is int for i in places.values())
+        if not whole or sorted(places.values()) != list(range(len(weights))):
+            raise ValueError(f"the vocabulary {path} and the idf weights do not belong together")
+        if not all(0 <= weight < 1000 for weight in weights):  # ln(n) + 1 of n documents
+            raise ValueError(f"{idf or 'idf.npy'} holds weights that no number of documents gives")
+        return cls({term: weights[i] for term, i in places.items()})
+
+    @classmethod
+    def fit(cls, documents: Iterable[str]) -> TfIdf:
+        """Smoothed weights, ln((1 + n) / (1 + df)) + 1, from n documents."""
+        seen, n = Counter(), 0
+        for document in documents:
+            seen.update(set(_terms(document)))
+            n += 1
+        return cls({term: math.log((1 + n) / (1 + df)) + 1 for term, df in seen.items()})
+
+    def vector(self, text: str) -> dict[str, float]:
+        """Counts of known terms times their weights, of length 1 (or empty)."""
+        counts = Counter(term for term in _terms(text) if term in self.idf)
+        raw = {term: count * self.idf[term] for term, count in counts.items()}
+        norm = math.sqrt(sum(value * value for value in raw.values()))
+        return {term: value / norm for term, value in raw.items()}
+
+    def similarity(self, one: str, other: str) -> float:
+        """The cosine of two texts' vectors, 0 to 1."""
+        a, b = self.vector(one), self.vector(other)
+        return sum(value * b.get(term, 0.0) for term, value in a.items())
+
+
+def _terms(text: str) -> list[str]:
+    return re.findall(r"(?u)\b\w\w+\b", text.lower())
+
+
+@dataclass(frozen=True)
+class References:
+    """What RS compares with: texts about subjects that have a record's new target as object.
+
+    Attributes:
+        texts: Joined texts by "relation_id/target_id".
+        tfidf: The weights of terms.
+        digest: sha256 of both, in sixteen digits: what results depend on.
+    """
+
+    texts: Mapping[str, str] = field(repr=False)
+    tfidf: TfIdf = field(repr=False)
+    digest: str = ""
+
+    @classmethod
+    def extract(
+        cls, records: Iterable[CounterFactRecord], snippets: Any = None, tfidf: TfIdf | None = None
+    ) -> References:
+        """Keep what some records need of the snippets (926 MB), which are streamed.
+
+        Args:
+            records: Those to be evaluated.
+            snippets: `attribute_snippets.json`, downloaded if it is None.
+            tfidf: The published weights if it is None.
+
+        Raises:
+            ValueError: not a snippets file.
+            OSError: no such file, or no network.
+        """
+        wanted, texts = {key(record) for record in records}, {}
+        for name, found in _snippets(_published("attribute_snippets.json", snippets)):
+            if name in wanted:
+                texts.setdefault(name, []).extend(found)
+        joined = {name: " ".join(found) for name, found in texts.items()}
+        return cls.of(joined, tfidf or TfIdf.load())
+
+    @classmethod
+    def of(cls, texts: Mapping[str, str], tfidf: TfIdf) -> References:
+        """References from texts at hand, by "relation_id/target_id"."""
+        known = {
+            term: tfidf.idf[term]
+            for text in texts.values()
+            for term in set(_terms(text))
+            if term in tfidf.idf
+        }
+        state = json.dumps([sorted(texts.items()), sorted(known.items())])
+        return cls(dict(texts), tfidf, hashlib.sha256(state.encode()).hexdigest()[:16])
+
+    def consistency(self, record: CounterFactRecord, texts: Sequence[str]) -> float | None:
+        """RS of a record's generated texts, 0 to 1; None where there is nothing to compare with."""
+        if not (reference := self.texts.get(key(record))):
+            return None
+        return self.tfidf.similarity(" ".join(texts), reference)
+
+
+def _snippets(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each item of a snippets file, as it streams by: its name and its texts."""
+    for i, item in enumerate(read_list(path)):
+        try:
+            found = [sample["text"] for sample in item["samples"]]
+            names = [item["relation_id"], item["target_id"]]
+            if not fits([*names, *found], list[str]):
+                raise TypeError("a text or a name is none")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a snippets file (item {i}: {error!r:.200})") from error
+        yield "/".join(names), found
+
+
+def key(record: CounterFactRecord) -> str:
+    """Under what a record's references stand."""
+    return f"{record.relation_id}/{record.target_new_id}"
+
+
+def _published(name: str, path: Any) -> Path:
+    """A file of the authors: the one given, else the one in the cache folder, downloaded once."""
+    if path is not None:
+        return Path(path)
+    kept = cache_folder() / name
+    if not kept.is_file():
+        download(Published(HOST + name, *PUBLISHED[name]), kept)
+    return kept

@@ -1,0 +1,259 @@
+"""CounterFact's records (Meng et al. 2022, section 3.4 and App. D), from either of two schemas.
+
+    published   {"case_id", "requested_rewrite": {"prompt", "subject", "relation_id", "target_new":
+                {"str", "id"}, "target_true": {"str", "id"}}, "paraphrase_prompts", ...}
+    flat        {"case_id", "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt",
+                "locality_prompt"}, the subject already in the prompt
+
+Which one a file has is seen from each record. Text is kept as it is, non-breaking spaces too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+from transformer_lens_rome.edits.kinds import EditRequest
+from transformer_lens_rome.files.cache import cache_folder
+from transformer_lens_rome.files.download import Published, download
+from transformer_lens_rome.files.strict_json import parse, read_bytes, stripped
+
+logger = logging.getLogger(__name__)
+
+URL = "https://rome.baulab.info/data/dsets/counterfact.json"
+_SIZE = 45_108_470
+_SHA256 = "d017056125178a13728594e66a801357a8db9ed7973a7425554bb4271de9fc6f"
+
+
+@dataclass(frozen=True)
+class CounterFactRecord:
+    """One counterfactual to write, and what is asked about it.
+
+    Attributes:
+        case_id: Its number in the data set.
+        request: Prompt, subject, new and true target.
+        paraphrase_prompts: Other wordings, with the same subject: generalisation.
+        neighborhood_prompts: The same relation, subjects whose true object is the request's true
+            target: specificity.
+        attribute_prompts: The same relation, subjects whose true object is the new target.
+        generation_prompts: Beginnings of text about the subject.
+        relation_id: The relation's Wikidata name, such as "P103"; empty in the flat schema.
+        target_new_id: The new target's, such as "Q1860".
+        target_true_id: The true target's.
+    """
+
+    case_id: int
+    request: EditRequest
+    paraphrase_prompts: tuple[str, ...]
+    neighborhood_prompts: tuple[str, ...]
+    attribute_prompts: tuple[str, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    relation_id: str = ""
+    target_new_id: str = ""
+    target_true_id: str = ""
+
+
+@dataclass(frozen=True)
+class CounterFact(Sequence[CounterFactRecord]):
+    """A list of records, with what was left out of it.
+
+    Attributes:
+        records: The records in the file's order.
+        skipped: What was wrong with each record that was left out.
+        digest: sha256 of the file.
+    """
+
+    records: tuple[CounterFactRecord, ...]
+    skipped: tuple[str, ...] = ()
+    digest: str = ""
+
+    @classmethod
+    def load(
+        cls, path: Any = None, *, limit: int | None = None, strict: bool = True
+    ) -> CounterFact:
+        """Read records from a JSON file.
+
+        Args:
+            path: The file; None: the published one, downloaded once to the cache folder and
+                checked (45 MB, sha256).
+            limit: Keep the first so many records.
+            strict: False leaves out records that are not whole, and counts them.
+
+        Raises:
+            ValueError: not JSON, no list, or (with `strict`) records that are not whole; the
+                message says which, and what is wrong with each.
+            OSError: no such file, or no network.
+        """
+        if path is None:
+            path = cache_folder() / "counterfact.json"
+            if not path.is_file():
+                download(Published(URL, _SIZE, _SHA256), path)
+        items, digest = read_items(path)
+        records, faults = _parse(items, limit)
+        leave_out(path, faults, len(items), strict)
+        return cls(tuple(records), tuple(faults), digest)
+
+    @overload
+    def __getitem__(self, index: int) -> CounterFactRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[CounterFactRecord, ...]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[CounterFactRecord]:
+        return iter(self.records)
+
+
+def read_items(path: Any) -> tuple[list[Any], str]:
+    """The items of a JSON file that holds a list, and the file's sha256.
+
+    Raises:
+        ValueError: not JSON, no list, or larger than any data set.
+        OSError: no such file.
+    """
+    data = read_bytes(path)
+    items = parse(data, str(path))
+    if not isinstance(items, list):
+        raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
+    return items, hashlib.sha256(data).hexdigest()
+
+
+def leave_out(path: Any, faults: Sequence[str], total: int, strict: bool) -> None:
+    """Refuse a file for its faults, or say how many records are left out of it."""
+    if faults and strict:
+        shown = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
+        raise ValueError(
+            f"{path}: {len(faults)} of {total} records are not whole; strict=False leaves "
+            f"them out\n  {shown}"
+        )
+    if faults:
+        logger.warning("%s: %d records left out; see .skipped", path, len(faults))
+
+
+def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord], list[str]]:
+    """The records that are whole, and what is wrong with the others."""
+    records: list[CounterFactRecord] = []
+    faults: list[str] = []
+    places: dict[int, int] = {}
+    for i, item in enumerate(items):
+        if limit is not None and len(records) >= limit:
+            break
+        try:
+            record = as_record(item)
+            if (first := places.setdefault(record.case_id, i)) != i:
+                raise ValueError(f"case_id: {record.case_id} is record {first}'s already")
+            records.append(record)
+        except ValueError as error:
+            faults.append(f"record {i}: {error}")
+    return records, faults
+
+
+def as_record(item: Any) -> CounterFactRecord:
+    """One record, as it is or from a dictionary of either schema.
+
+    Raises:
+        ValueError: it is not whole; the message names the field at fault.
+    """
+    if isinstance(item, CounterFactRecord):
+        return item
+    if not isinstance(item, Mapping):
+        raise ValueError(f"it is a {type(item).__name__}, not an object")
+    return _published(item) if "requested_rewrite" in item else _flat(item)
+
+
+def _published(item: Mapping[str, Any]) -> CounterFactRecord:
+    rewrite = _field(item, "requested_rewrite", Mapping)
+    new, true = (_field(rewrite, name, Mapping) for name in ("target_new", "target_true"))
+    return CounterFactRecord(
+        case_id=_case_id(item),
+        request=_request(
+            prompt=_field(rewrite, "prompt", str),
+            subject=_field(rewrite, "subject", str),
+            new=_field(new, "str", str, within="target_new"),
+            true=_field(true, "str", str, within="target_true"),
+        ),
+        paraphrase_prompts=_texts(item, "paraphrase_prompts"),
+        neighborhood_prompts=_texts(item, "neighborhood_prompts"),
+        attribute_prompts=_texts(item, "attribute_prompts", required=False),
+        generation_prompts=_texts(item, "generation_prompts", required=False),
+        relation_id=_name(rewrite, "relation_id"),
+        target_new_id=_name(new, "id", within="target_new"),
+        target_true_id=_name(true, "id", within="target_true"),
+    )
+
+
+def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
+    prompt, subject = _field(item, "prompt", str), _field(item, "subject", str)
+    if "{}" not in prompt:
+        if (times := prompt.count(subject) if subject else 0) != 1:
+            raise ValueError(
+                f"subject: {subject!r:.60} stands {times} times in the prompt {prompt!r:.200}"
+            )
+        prompt = prompt.replace(subject, "{}")
+    return CounterFactRecord(
+        case_id=_case_id(item),
+        request=_request(
+            prompt=prompt,
+            subject=subject,
+            new=_field(item, "target_new", str),
+            true=_field(item, "ground_truth", str),
+        ),
+        paraphrase_prompts=(_text(item, "rephrase_prompt"),),
+        neighborhood_prompts=(_text(item, "locality_prompt"),),
+    )
+
+
+def _request(*, prompt: str, subject: str, new: str, true: str) -> EditRequest:
+    if not stripped(true):
+        raise ValueError("target_true: it is empty")
+    try:
+        return EditRequest(prompt, subject, new, true)
+    except ValueError as error:
+        raise ValueError(f"request: {error}") from error
+
+
+def _field(item: Mapping[str, Any], name: str, kind: type | Callable, within: str = "") -> Any:
+    """A field of the expected type."""
+    full = f"{within}.{name}" if within else name
+    if name not in item:
+        raise ValueError(f"{full}: it is missing")
+    if not isinstance(item[name], kind):
+        raise ValueError(f"{full}: it is {item[name]!r:.60}, a {type(item[name]).__name__}")
+    return item[name]
+
+
+def _name(item: Mapping[str, Any], name: str, within: str = "") -> str:
+    """A short text that may be missing."""
+    return "" if item.get(name) is None else _field(item, name, str, within)
+
+
+def _case_id(item: Mapping[str, Any]) -> int:
+    if type(found := item.get("case_id")) is not int:
+        raise ValueError(f"case_id: it is {found!r:.60}, not a whole number")
+    return found
+
+
+def _text(item: Mapping[str, Any], name: str) -> str:
+    if not stripped(text := _field(item, name, str)):
+        raise ValueError(f"{name}: it is empty")
+    return text
+
+
+def _texts(item: Mapping[str, Any], name: str, *, required: bool = True) -> tuple[str, ...]:
+    if not required and name not in item:
+        return ()
+    texts = _field(item, name, list)
+    if required and not texts:
+        raise ValueError(f"{name}: it is empty")
+    for j, text in enumerate(texts):
+        if not isinstance(text, str) or not stripped(text):
+            raise ValueError(f"{name}[{j}]: it is {text!r:.60}, not a text")
+    return tuple(texts)

@@ -1,0 +1,33 @@
+"""Editing methods: ROME, and those that the paper compares it with. Each registers by name."""
+
+from transformer_lens_rome.methods.base import (
+    EditMethod,
+    described,
+    get_method,
+    provenance,
+    register_method,
+)
+from transformer_lens_rome.methods.fine_tuning import FineTuning
+from transformer_lens_rome.methods.hypernetworks.knowledge_editor import KnowledgeEditor
+from transformer_lens_rome.methods.hypernetworks.mend import Mend
+from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
+from transformer_lens_rome.methods.hypernetworks.training import Training
+from transformer_lens_rome.methods.knowledge_neurons import KnowledgeNeurons
+from transformer_lens_rome.methods.rome import Rome
+from transformer_lens_rome.methods.rome_config import RomeConfig
+
+__all__ = [
+    "EditMethod",
+    "FineTuning",
+    "KnowledgeEditor",
+    "KnowledgeNeurons",
+    "Mend",
+    "Rome",
+    "RomeConfig",
+    "Training",
+    "convert_editor",
+    "described",
+    "get_method",
+    "provenance",
+    "register_method",
+]

@@ -1,0 +1,322 @@
+"""ROME: write one fact into one MLP (Meng et al. 2022, arXiv:2202.05262v5, section 3).
+
+    k* = mean over prefixes of the key at the last subject token                          (Eq. 3)
+    v* = the value that makes the model say the target, found by gradient descent         (Eq. 4)
+    W_out  <-  W_out + u Λᵀ,   u = C⁻¹ k*,   Λ = (v* - value(k*)) / (u · k*)               (Eq. 2)
+
+Where paper, released code and this module differ:
+
+    what                     paper            released code            here
+    key in u                 mean             mean over prefixes       mean over prefixes
+    key in Λ                 the same         bare prompt's            mean over prefixes
+    v* starts at             -                bare prompt's value      mean value over prefixes
+    norm for decay, clamp    -                bare prompt's value      mean value over prefixes
+    clamp ||delta||          none             4 (3 for GPT-2 M)        the same; 0.75 behind a norm
+    prefixes                 50 of 2-10       1 + 10 of 5 + 10 of 10   1 + 10 of 5 + 10 of 10
+    weight decay, KL factor  1.5e-3, 1e2      0.5, 0.0625              0.5, 0.0625
+    stop at loss             5e-2             5e-2                     5e-2
+    steps                    20               20 losses, 19 updates    20 losses, 19 updates
+
+`RomeConfig()` is the last column, `RomeConfig.released()` the one before it. With one key
+everywhere, the mean key gets the value v* exactly; r-ROME (arXiv:2403.07175) showed that the
+released mixture of two keys is what makes some edits destroy the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
+from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit
+from transformer_lens_rome.files.strict_json import check_text
+from transformer_lens_rome.methods.base import provenance, register_method
+from transformer_lens_rome.methods.rome_config import RomeConfig, default_clamp, released_clamp
+from transformer_lens_rome.methods.rome_health import measure_health
+from transformer_lens_rome.methods.v_star import Batch, optimise
+from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.default_layer import default_layer
+from transformer_lens_rome.model.keys import read_keys_and_values
+from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_prefixes
+from transformer_lens_rome.statistics.second_moment import SecondMoment
+from transformer_lens_rome.statistics.sources import default_second_moment
+
+logger = logging.getLogger(__name__)
+
+Request = EditRequest | Mapping[str, Any]
+
+
+@model_call
+def rome_edit(
+    model: Any,
+    request: Request | Sequence[Request],
+    *,
+    layer: int | None = None,
+    second_moment: SecondMoment | None = None,
+    prefixes: Sequence[str] | None = None,
+    config: RomeConfig = RomeConfig(),
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> AppliedEdit:
+    """Write a fact, or one after another a list of facts, into one MLP of the model, in place.
+
+    Takes the arguments of `compute_rome_edit`. Use the result in a `with` statement, or call its
+    `revert()`, to get exactly the old weights again.
+    """
+    edits = compute_rome_edit(
+        model,
+        request,
+        layer=layer,
+        second_moment=second_moment,
+        prefixes=prefixes,
+        config=config,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        progress=progress,
+    )
+    edits = edits if isinstance(edits, list) else [edits]
+    with ExitStack() as undo_on_error:
+        done = [undo_on_error.enter_context(apply_edit(model, edit)) for edit in edits]
+        undo_on_error.pop_all()
+    return AppliedEdit(model, tuple(edits), tuple(one.ledgers[0] for one in done))
+
+
+@model_call
+def compute_rome_edit(
+    model: Any,
+    request: Request | Sequence[Request],
+    *,
+    layer: int | None = None,
+    second_moment: SecondMoment | None = None,
+    prefixes: Sequence[str] | None = None,
+    config: RomeConfig = RomeConfig(),
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> Any:
+    """The rank-one edit that writes a fact; the model stays as it was.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        request: An `EditRequest`, a dict in the released ROME format, or a list of them: then each
+            edit is made with those before it on the model, and a list of edits is returned.
+        layer: The block to edit, from 0. None: the model's default layer.
+        second_moment: C at that layer. None: from the cache, the authors' files or a streamed
+            corpus, see `default_second_moment`.
+        prefixes: Texts put before the prompt, `""` for the bare prompt. None: sampled from the
+            model, as in the paper.
+        config: The constants.
+        seed: For sampled prefixes; nothing else is random.
+        prepend_bos: Overrides the checkpoint's own rule.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: bad request, layer, prefixes or statistics; the message says what to do.
+        NotImplementedError: a model that cannot be edited.
+    """
+    if isinstance(request, str):
+        raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
+    several = not isinstance(request, (EditRequest, Mapping))
+    requests = [_as_request(r) for r in (request if several else [request])]
+    if not requests:
+        raise ValueError("the list of requests is empty; give at least one EditRequest")
+    setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
+    edits: list[RankOneEdit] = []
+    with ExitStack() as stack:
+        for one in requests:
+            if edits:
+                stack.enter_context(applied(model, edits[-1]))
+            edits.append(_compute(setting, one))
+    return edits if several else edits[0]
+
+
+def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
+    several = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    texts = prefixes if several else ()
+    if not texts or not all(isinstance(text, str) and "{}" not in text for text in texts):
+        raise ValueError(
+            'prefixes is a list of texts to put before the prompt, with "" for the bare prompt '
+            f"(write 'Hello.' for the template 'Hello. {{}}'); got {prefixes!r:.200}"
+        )
+    for text in texts:
+        check_text(text)
+    if config.key == "released" and prefixes[0] != "":
+        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
+
+
+def _as_request(request: Request) -> EditRequest:
+    return request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
+
+
+class _Setting(NamedTuple):
+    """Everything that the edits of one call share."""
+
+    model: Any
+    encoder: Encoder
+    layer: int
+    second_moment: SecondMoment
+    prefixes: tuple[str, ...]
+    config: RomeConfig
+    seed: int
+    progress: bool
+
+
+def _resolve(
+    model: Any,
+    layer: int | None,
+    second_moment: SecondMoment | None,
+    prefixes: Sequence[str] | None,
+    config: RomeConfig,
+    seed: int,
+    prepend_bos: bool | None,
+    progress: bool,
+) -> _Setting:
+    """Check what was given and find, and announce, what was not."""
+    adapter.model_class(model)
+    layer = default_layer(model) if layer is None else layer
+    refusals.check_editable(model, [layer])
+    if prefixes is not None:
+        _check_prefixes(prefixes, config)
+    if isinstance(second_moment, Mapping):
+        raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
+    encoder = Encoder.of(model, prepend_bos)
+    bos = encoder.prepends_bos
+    if second_moment is None:
+        second_moment = default_second_moment(model, layer, prepend_bos=bos, progress=progress)
+    second_moment.check_fits(model, layer, bos)
+    if prefixes is None:
+        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+        logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
+    if config.clamp is None:
+        released = config.key == "released"
+        clamp = released_clamp(model) if released else default_clamp(model, layer)
+        config = dataclasses.replace(config, clamp=clamp)
+    return _Setting(model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress)
+
+
+class _Update(NamedTuple):
+    """The solution of Eq. 2 and the key that gets v* by it."""
+
+    k_star: Float[Tensor, "d_mlp"]
+    u: Float[Tensor, "d_mlp"]
+    lam: Float[Tensor, "d_model"]
+    v_star: Float[Tensor, "d_model"]
+
+
+def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
+    """One edit: keys and values, v*, the rank-one solve, and its health."""
+    model, layer, encoder, config = setting.model, setting.layer, setting.encoder, setting.config
+    rows = [
+        encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
+        for prefix in setting.prefixes
+    ]
+    batch = Batch.of(rows, encoder.templated_row("{} is a", request.subject))
+    forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
+    keys, values = (read[: len(rows)] for read in read_keys_and_values(forward, layer))
+    v = values[0] if config.key == "released" else values.mean(0)
+    found = optimise(
+        forward,
+        layer,
+        batch,
+        v,
+        steps=config.steps,
+        lr=config.lr,
+        clamp=config.clamp,
+        weight_decay=config.weight_decay,
+        kl_factor=config.kl_factor,
+        stop_loss=config.stop_loss,
+        progress=setting.progress,
+    )
+    update = solve_rank_one(keys, values, v + found.delta, setting.second_moment, config)
+    edit = RankOneEdit(
+        **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
+        layer=layer,
+        request=request,
+        config=dataclasses.asdict(config),
+        model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
+        provenance=_provenance(setting),
+    )
+    health = measure_health(model, encoder, edit, keys.mean(0), found, setting.second_moment)
+    for warning in health.warnings:
+        logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
+    return dataclasses.replace(edit, health=health)
+
+
+def solve_rank_one(
+    keys: Float[Tensor, "prefix d_mlp"],
+    values: Float[Tensor, "prefix d_model"],
+    v_star: Float[Tensor, "d_model"],
+    second_moment: SecondMoment,
+    config: RomeConfig,
+) -> _Update:
+    """Eq. 2: the smallest change in the metric of C that gives the key k* the value v*.
+
+    With `config.key == "released"` the key that gets v* is the first row's, the bare prompt's.
+    """
+    k_mean = keys.mean(0)  # Eq. 3
+    u = second_moment.solve(k_mean, ridge=config.ridge).to(keys)  # C⁻¹ k*
+    k_star = keys[0] if config.key == "released" else k_mean
+    value = values[0] if config.key == "released" else values.mean(0)  # W k*, bias included
+    lam = (v_star - value) / (u @ k_star)  # Eq. 2, Λ
+    return _Update(k_star, u, lam, v_star)
+
+
+def _provenance(setting: _Setting) -> dict[str, Any]:
+    return provenance(setting.model, setting.encoder.prepends_bos) | {
+        "prefixes": list(setting.prefixes),
+        "seed": setting.seed,
+        "second_moment": setting.second_moment.summary(),
+    }
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
+
+    name: ClassVar[str] = "rome"
+    layer: int | None = None
+    second_moment: SecondMoment | None = None
+    prefixes: tuple[str, ...] | None = None
+    config: RomeConfig = RomeConfig()
+    prepend_bos: bool | None = None
+    progress: bool = False
+
+    @model_call
+    def prepared(self, model: Any, *, seed: int = 0) -> Rome:
+        """The same with layer, statistics and prefixes found, once for all edits of a run."""
+        found = _resolve(
+            model,
+            self.layer,
+            self.second_moment,
+            self.prefixes,
+            self.config,
+            seed,
+            self.prepend_bos,
+            self.progress,
+        )
+        return dataclasses.replace(
+            self,
+            layer=found.layer,
+            second_moment=found.second_moment,
+            prefixes=found.prefixes,
+            config=found.config,
+        )
+
+    def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
+        """The edit that writes one fact."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return compute_rome_edit(model, request, seed=seed, **options)
+
+
+register_method("rome", Rome)

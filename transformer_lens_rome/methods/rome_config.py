@@ -1,0 +1,82 @@
+"""The constants of a ROME edit; `rome` tells where paper, released code and defaults differ."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformer_lens_rome.model.adapter import short_name
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.default_layer import norm_follows_mlp
+from transformer_lens_rome.prompts.sampling import PREFIX_LENGTHS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RomeConfig:
+    """The constants of an edit.
+
+    Attributes:
+        steps: Evaluations of the objective; there is one update fewer.
+        lr: Adam's learning rate.
+        clamp: Largest ||delta|| in units of the value's norm. None: the released constant, or less
+            where a norm follows the MLP (`defaults.default_clamp`). Loosen it if the target is
+            not reached, tighten it if neighbours change.
+        weight_decay: Factor of ||delta|| / ||v||² in the objective.
+        kl_factor: Factor of the KL term; larger keeps what else is said of the subject.
+        stop_loss: Stop as soon as the objective is below this.
+        ridge: Added to C's diagonal, in units of its mean; 0 solves with C as it is.
+        key: "mean" uses one k*, the mean over prefixes, everywhere. "released" uses it in u only,
+            and the bare prompt's key and value in Λ, as the published code does.
+        prefix_lengths: (tokens, number of texts) pairs for sampled prefixes.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    clamp: float | None = None
+    weight_decay: float = 0.5
+    kl_factor: float = 0.0625
+    stop_loss: float = 5e-2
+    ridge: float = 0.0
+    key: Literal["mean", "released"] = "mean"
+    prefix_lengths: tuple[tuple[int, int], ...] = PREFIX_LENGTHS
+
+    def __post_init__(self) -> None:
+        if self.key not in ("mean", "released"):
+            raise ValueError(f"key must be 'mean' or 'released', got {self.key!r}")
+        for name in ("steps", "lr", "clamp"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "kl_factor", "stop_loss", "ridge"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def released(cls, *, clamp: float | None = None, ridge: float = 0.0) -> RomeConfig:
+        """The published code to the letter; `clamp=None` is 4, but 3 for GPT-2 medium."""
+        return cls(clamp=clamp, ridge=ridge, key="released")
+
+
+CLAMPS = {"gpt2-medium": 3.0}
+"""Released configurations that differ from 4."""
+
+
+@model_call
+def default_clamp(model: Any, layer: int) -> float:
+    """How far the value may move, in units of its norm.
+
+    The released 4 (3 for GPT-2 medium); 0.75 where a norm follows the MLP. That norm makes the
+    effect of a larger value saturate, while the weight's change at every other key keeps growing.
+    """
+    normed = norm_follows_mlp(model, layer)
+    clamp = 0.75 if normed else released_clamp(model)
+    logger.info("clamp %s (%s norm after the MLP)", clamp, "a" if normed else "no")
+    return clamp
+
+
+def released_clamp(model: Any) -> float:
+    """The published code's clamp for this model."""
+    return CLAMPS.get(short_name(model), 4.0)

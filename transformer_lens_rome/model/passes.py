@@ -1,0 +1,301 @@
+"""Forward passes of both model classes: whole, or continued from a cache.
+
+The second part of `adapter`, which knows where things are in a model; here it is run. The third,
+`recording`, runs single blocks.
+
+Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
+so what stands after a row's last token changes nothing in it, whatever the architecture does with
+masks, positions or sliding windows. Only where tokens follow on cached ones does padding stand on
+the left, behind a mask, so that in every row they follow without a gap.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.adapter import Hook, Point, architecture, model_class
+
+NO_ROW = torch.zeros(0, dtype=torch.long)  # where only what is on the way is wanted
+
+# ---------------------------------------------------------------- whole
+
+
+class _AllRead(Exception):
+    """Ends a forward pass as soon as everything asked for has been read."""
+
+
+def read(
+    model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
+) -> dict[Point, Tensor]:
+    """Activations at some points of one forward pass, which stops once it has passed them all."""
+    return read_during(model, points, lambda: final_residual(model, tokens))
+
+
+@torch.no_grad()
+def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> dict[Point, Tensor]:
+    """Activations at some points of any pass, which stops once it has passed them all."""
+    found: dict[Point, Tensor] = {}
+
+    def reader(point: Point) -> Hook:
+        def keep(tensor: Tensor) -> None:
+            found[point] = tensor.detach().clone()
+            if len(found) == len(set(points)):
+                raise _AllRead
+
+        return keep
+
+    try:
+        with adapter.hooks(model, [(point, reader(point)) for point in points]):
+            run()
+    except _AllRead:
+        pass
+    return found
+
+
+def logits_at(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    rows: Int[Tensor, "n"],
+    positions: Int[Tensor, "n"],
+) -> Float[Tensor, "n d_vocab"]:
+    """Next-token logits at chosen (row, position) pairs; no other position is unembedded."""
+    rows, positions = rows.to(tokens.device), positions.to(tokens.device)
+    if model_class(model) == "hooked":
+        final = final_residual(model, tokens)
+        return unembed(model, final[rows.to(final.device), positions.to(final.device)])
+    with _unembed_only(model, rows, positions):
+        logits = final_residual(model, tokens)
+    return _chosen(model, logits, rows)
+
+
+def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+    """One forward pass over right-padded tokens.
+
+    Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
+    """
+    check_context(model, tokens.shape[1])
+    tokens = tokens.to(model.cfg.device)
+    mask = torch.ones_like(tokens)
+    if model_class(model) == "hooked":
+        return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+    return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
+
+
+def check_context(model: Any, length: int) -> None:
+    """Refuse a text that is longer than the model's context.
+
+    Raises:
+        ValueError: it is.
+    """
+    if length > (model.cfg.n_ctx or length):
+        raise ValueError(
+            f"a text of {length} tokens is longer than the model's context of {model.cfg.n_ctx}; "
+            "shorten the prompt or its prefix"
+        )
+
+
+def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts that may share a pass: all of them, but for models with LongRoPE.
+
+    There the longest text of a pass decides how all of them are rotated, so texts on either side of
+    the model's limit run apart.
+    """
+    limit = adapter.rotation_limit(model) or max(lengths, default=0)
+    short = [i for i, length in enumerate(lengths) if length <= limit]
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    return [some for some in (short, long) if some]
+
+
+# ---------------------------------------------------------------- the end of a pass
+
+
+def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """Logits from residuals after the last block: final norm, unembedding, soft cap."""
+    parts = [part.transpose(0, 1).flatten(1) for part in _logits(model, residual)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def log_probs(
+    model: Any, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
+) -> Float[Tensor, "n k"]:
+    """Log-probabilities of some tokens from residuals after the last block, in float32.
+
+    The logits' log-sum-exp is taken where they lie, so this is for passes without gradients.
+    """
+    start, chosen, sums = 0, 0.0, []
+    for part in _logits(model, residual, together=16):
+        part, (blocks, _, width) = part.float(), part.shape
+        at = labels - start  # [n, k], in this part where it is within its tokens
+        inside = (at >= 0) & (at < blocks * width)
+        at = at.clamp(0, blocks * width - 1)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        chosen = chosen + inside * part[at // width, rows, at % width]
+        top = part.amax(-1, keepdim=True)
+        exponents = part.sub_(top).exp_().sum(-1)
+        sums.append(exponents.log() + top[..., 0])
+        start += blocks * width
+    return chosen - torch.cat(sums).logsumexp(0)[:, None]
+
+
+def _logits(
+    model: Any, residual: Float[Tensor, "n d_model"], **options: int
+) -> Iterator[Float[Tensor, "block n tokens"]]:
+    """Logits in parts, each a stack of blocks of the vocabulary."""
+    final = model.ln_final(residual[:, None])[:, 0]
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
+    for part in products(final, model.W_U, model.b_U, **options):
+        yield cap * torch.tanh(part / cap) if cap > 0 else part
+
+
+def products(
+    x: Float[Tensor, "n d_model"],
+    W_U: Float[Tensor, "d_model d_vocab"],
+    b_U: Float[Tensor, "d_vocab"],
+    *,
+    block: int = 2048,
+    together: int | None = None,
+) -> Iterator[Float[Tensor, "block n tokens"]]:
+    """`x @ W_U + b_U`, on a CPU as so many blocks of the vocabulary together, and what is left.
+
+    One product of a few rows with a wide matrix is what CPU libraries do worst: for 12 rows and
+    262,144 tokens, forward and backward, the blocks were 1.6 times as fast on two cores
+    (`examples/benchmarks/unembedding.py`).
+    """
+    whole = W_U.shape[1] // block * block if x.device.type == "cpu" else 0
+    if whole:
+        together = together or whole // block
+        blocks = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1).split(together)
+        biases = b_U[:whole].unflatten(0, (-1, 1, block)).split(together)
+        for weights, bias in zip(blocks, biases, strict=True):
+            yield torch.baddbmm(bias, x.expand(len(weights), -1, -1), weights)
+    if whole < W_U.shape[1]:
+        yield torch.addmm(b_U[whole:], x, W_U[:, whole:])[None]
+
+
+@contextmanager
+def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]:
+    """A bridge's passes give logits `[n, 1, d_vocab]` at chosen places, not at all of them."""
+
+    def choose(_module: Any, args: tuple) -> tuple:
+        hidden = args[0]
+        chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
+        return (chosen[:, None], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_vocab"]:
+    """What `_unembed_only` left of a pass's logits."""
+    if logits.shape[:2] != (len(rows), 1):
+        raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
+    return logits[:, 0]
+
+
+# ---------------------------------------------------------------- continued from a cache
+
+
+@torch.no_grad()
+def next_logits(
+    model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
+) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
+    """Logits after the last of some new tokens, and the cache to pass with the next ones."""
+    return continue_from(model, tokens, cache, None, torch.arange(len(tokens)))
+
+
+@torch.no_grad()
+def keys_and_values(
+    model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+) -> Any:
+    """The cache after some left-padded tokens; what is run after it leaves it as it is.
+
+    Raises:
+        NotImplementedError: there is none, or it holds states that each pass overwrites.
+    """
+    _, cache = continue_from(model, tokens, None, mask, NO_ROW)
+    if cache is None:
+        raise NotImplementedError("the model gives no cache of keys and values")
+    if any(hasattr(layer, "update_recurrent_state") for layer in getattr(cache, "layers", ())):
+        raise NotImplementedError("the model's cache holds recurrent states")
+    if model_class(model) == "hooked":
+        cache.freeze()
+    return cache
+
+
+def continue_from(
+    model: Any,
+    tokens: Int[Tensor, "row new"],
+    cache: Any,
+    mask: Int[Tensor, "row old_and_new"] | None,
+    rows: Int[Tensor, "n"],
+) -> tuple[Float[Tensor, "n d_vocab"], Any]:
+    """Run new tokens after cached ones; logits after the last token of some rows, and the cache.
+
+    The mask is 0 where padding stands, among cached and new tokens; None: nowhere.
+    """
+    tokens, new = tokens.to(model.cfg.device), tokens.shape[1]
+    mask = None if mask is None else mask.to(tokens.device)
+    if model_class(model) == "bridge":
+        last = torch.full_like(rows, new - 1)
+        with _unembed_only(model, rows, last), cache_by_both_names(model.blocks):
+            logits, cache = model(
+                tokens,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                return_type="logits_and_cache",
+            )
+        return _chosen(model, logits, rows), cache
+    if cache is None:
+        cache = _empty_hooked_cache(model, len(tokens))
+    # the cache remembers the mask of what it holds; without a mask, a start token that is also the
+    # padding token would be taken for padding
+    mask = torch.ones_like(tokens) if mask is None else mask[:, -new:]
+    last = model.cfg.n_layers
+    final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
+    return unembed(model, final[rows.to(final.device), -1]), cache
+
+
+@contextmanager
+def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
+    """While this is open, attention gets the cache as `past_key_values` too.
+
+    So TransformerLens 4.3's bridges know it; transformers 5.24 hands it on as `cache`. Without it
+    they would take the first of some new tokens for the first of the text, and say nothing. What
+    transformers says of the old name is for TransformerLens, and not shown to the user.
+    """
+
+    def name(_module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if (cache := kwargs.get("cache")) is None:
+            return None
+        return args, {"past_key_values": cache, **kwargs}
+
+    attention = [block.attn for block in blocks if hasattr(block, "attn")]
+    handles = [part.register_forward_pre_hook(name, with_kwargs=True) for part in attention]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(Both )?`past_key_values`", FutureWarning)
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _empty_hooked_cache(model: Any, batch: int) -> Any:
+    """A key-value cache for a HookedTransformer; 3.x renamed the class."""
+    try:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+    except ImportError:
+        from transformer_lens import HookedTransformerKeyValueCache as Cache
+    return Cache.init_cache(model.cfg, model.cfg.device, batch)

@@ -1,0 +1,1 @@
+"""Texts as tokens, what a model says to them, and text that it writes."""

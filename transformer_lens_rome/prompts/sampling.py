@@ -1,0 +1,226 @@
+"""Text that the model writes itself: context prefixes for an edit, and a corpus for statistics.
+
+Tokens are drawn on the CPU from a generator of our own, so the caller's random state stays put.
+Special tokens are never drawn: a sampled text does not end early.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_rome.model import adapter, passes
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
+from transformer_lens_rome.prompts.encoder import Encoder, check_texts, pad
+
+PREFIX_LENGTHS = ((5, 10), (10, 10))
+"""The released code's (length in tokens, number of texts) pairs; the length counts the start."""
+
+
+class _GrowingText:
+    """Texts that a model is writing, and what it says next.
+
+    Earlier tokens are kept as keys and values where that gives what whole passes give. Where it
+    does not, and while hooks of the user's own, which may count positions, are on the model, each
+    step is a whole pass; so it is above a model's rotation limit, where earlier keys would change.
+
+    Attributes:
+        model: A HookedTransformer or TransformerBridge.
+        cached: Whether earlier tokens are kept as keys and values.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cached = not has_users_hooks(model) and _can_be_cached(model)
+        self._cache: Any = None
+        self._tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def logits_after(self, new: Int[Tensor, "n new"]) -> Float[Tensor, "n d_vocab"]:
+        """Append some tokens to each text; next-token logits after them."""
+        self._tokens = new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
+        length = self._tokens.shape[1]
+        passes.check_context(self.model, length)
+        if self.cached and length <= (adapter.rotation_limit(self.model) or length):
+            logits, self._cache = passes.next_logits(self.model, new, self._cache)
+            return logits
+        return _logits_after(self.model, self._tokens)
+
+
+def _logits_after(model: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n d_vocab"]:
+    each = torch.arange(len(tokens))
+    return passes.logits_at(model, tokens, each, torch.full_like(each, tokens.shape[1] - 1))
+
+
+def _can_be_cached(model: Any) -> bool:
+    """Whether tokens that follow on cached ones give what whole passes give."""
+    return holds(model, "text is written by whole passes", lambda: _error_of_caching(model))
+
+
+def _error_of_caching(model: Any) -> float:
+    """By how much the logits after two short texts differ when they are read in pieces."""
+    tokens, cache = (7 * torch.arange(18).unflatten(0, (2, 9)) + 1) % model.cfg.d_vocab, None
+    for new in tokens.split((5, 3, 1), dim=1):
+        found, cache = passes.next_logits(model, new, cache)
+    return difference(found, _logits_after(model, tokens))
+
+
+@model_call
+def sample_tokens(
+    model: Any,
+    n: int,
+    length: int,
+    *,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    encoder: Encoder | None = None,
+    progress: bool = False,
+) -> Int[Tensor, "n length"]:
+    """Sample n texts of `length` tokens, the start token included, at temperature 1."""
+    encoder = encoder or Encoder.of(model)
+    generator = generator or torch.Generator().manual_seed(0)
+    special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
+    tokens = torch.full((n, 1), encoder.start_id)
+    new, text = tokens, _GrowingText(model)
+    for _ in tqdm(range(length - 1), desc="sampling text", disable=not progress):
+        logits = text.logits_after(new).float().cpu()
+        logits[:, special] = -torch.inf
+        if top_k is None:
+            new = _draw(logits, generator)
+        else:
+            best = logits.topk(top_k)
+            new = best.indices.gather(1, _draw(best.values, generator))
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
+
+
+def _draw(logits: Float[Tensor, "n choice"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
+    """One choice a row, where the summed probabilities pass a uniform number.
+
+    For a vocabulary of 262,144 this takes a fraction of the time of `torch.multinomial`, which
+    draws a number for every choice.
+    """
+    passed = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator) * passed[:, -1:]
+    return torch.searchsorted(passed, uniform, right=True).clamp(max=logits.shape[1] - 1)
+
+
+@model_call
+def sample_prefixes(
+    model: Any,
+    lengths: Sequence[tuple[int, int]] = PREFIX_LENGTHS,
+    *,
+    seed: int = 0,
+    encoder: Encoder | None = None,
+) -> list[str]:
+    """The bare prompt's empty prefix, then texts sampled with top-k 5, each ending in a full stop.
+
+    Source: Meng et al. 2022, section 3.1 and appendix E.5 (ten texts of 5 tokens, ten of 10).
+    Whitespace is collapsed and braces become spaces, so that a text can stand in a template; a
+    text of nothing else is left out.
+    """
+    encoder = encoder or Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = [""]
+    for length, n in lengths:
+        tokens = sample_tokens(model, n, length, top_k=5, generator=generator, encoder=encoder)
+        texts = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+        prefixes += [f"{clean}." for text in texts if (clean := _sanitise(text))]
+    return prefixes
+
+
+def _sanitise(text: str) -> str:
+    text = unicodedata.normalize("NFKD", text)
+    return re.sub(r"[\s{}\ufffd]+", " ", text).strip()
+
+
+@model_call
+def sampled_texts(
+    model: Any,
+    n: int,
+    *,
+    length: int = 128,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[str]:
+    """A corpus that needs no data: n texts of `length` tokens that the model writes itself.
+
+    Sampled from the whole distribution at temperature 1, so the keys they give are those of the
+    text that the model believes in.
+    """
+    encoder = Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[str] = []
+    while len(texts) < n:
+        rows = min(batch_size, n - len(texts))
+        tokens = sample_tokens(
+            model, rows, length, generator=generator, encoder=encoder, progress=progress
+        )
+        texts += encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+    return texts
+
+
+@model_call
+def sample_continuations(
+    model: Any,
+    prompts: Sequence[str],
+    length: int = 100,
+    *,
+    top_k: int = 5,
+    seed: int = 0,
+    encoder: Encoder | None = None,
+) -> list[str]:
+    """Texts of `length` tokens (BOS not counted), each of which begins with its prompt.
+
+    Of a prompt of more tokens than that, no more than the shortest prompt's length is sure to stay.
+
+    All run as one batch: where a shorter prompt is continued already, a longer one still gives its
+    own tokens. Special tokens are never drawn, so no text ends early.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
+    encoder = encoder or Encoder.of(model)
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
+    check_texts("prompts", prompts)
+    rows = [encoder.row(prompt) for prompt in prompts]
+    if not all(row.ids for row in rows):
+        raise ValueError("a prompt holds no token to go on from; give some text")
+    given, own = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
+    tokens = new = given[:, : int(own.min())]
+    text = _GrowingText(model)
+    while tokens.shape[1] < length + encoder.prepends_bos:
+        logits = text.logits_after(new).float().cpu()
+        logits[:, special] = -torch.inf
+        best = logits.topk(top_k)
+        new = best.indices.gather(1, _draw(best.values, generator))
+        column = tokens.shape[1]
+        if column < given.shape[1]:
+            new = torch.where(column < own, given[:, column : column + 1], new)
+        tokens = torch.cat([tokens, new], dim=1)
+    return encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+@model_call
+def greedy_continuation(
+    model: Any, prompt: str, n_tokens: int = 20, *, encoder: Encoder | None = None
+) -> str:
+    """The text that the model continues a prompt with, always taking the most probable token."""
+    encoder = encoder or Encoder.of(model)
+    new, text, found = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model), []
+    if not new.numel():
+        raise ValueError("the prompt holds no token to go on from; give some text")
+    for _ in range(n_tokens):
+        new = text.logits_after(new).argmax(-1, keepdim=True).cpu()
+        found.append(new.item())
+    return encoder.tokenizer.decode(found, skip_special_tokens=True)

@@ -1,0 +1,130 @@
+"""Log-probabilities that a model gives: of targets after prompts, and of the likeliest tokens.
+
+Rows that begin alike are run once, and only scored positions are unembedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
+
+
+@model_call
+def target_log_probs(
+    model: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    batch_size: int = 16,
+    prepend_bos: bool | None = None,
+    encoder: Encoder | None = None,
+) -> list[Float[Tensor, "n_target_tokens"]]:
+    """Teacher-forced log P(target token | everything before it) for each target, in nats.
+
+    One tensor for each (prompt, target) pair, in the order given; batching changes nothing beyond
+    float rounding. The mean of a tensor is minus the paper's length-normalised NLL, its sum the
+    log-probability of the whole target.
+    """
+    check_texts("prompts", prompts)
+    check_texts("targets", targets)
+    encoder = encoder or Encoder.of(model, prepend_bos)
+    rows = [encoder.row(text, target=goal) for text, goal in zip(prompts, targets, strict=True)]
+    return [score.log_probs for score in score_rows(model, rows, batch_size=batch_size)]
+
+
+class TargetScore(NamedTuple):
+    """How a model rates one row's target, given everything before it.
+
+    Attributes:
+        log_probs: log P of each target token, in nats, on the CPU in float32.
+        correct: Whether each target token is the most probable one.
+    """
+
+    log_probs: Float[Tensor, "n_target_tokens"]
+    correct: Bool[Tensor, "n_target_tokens"]
+
+
+@model_call
+@torch.no_grad()
+def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
+    """Score every row's target, in the order given.
+
+    Rows that begin alike up to their last target token, such as one prompt with two targets, are
+    one text in the batch, and each place in it is unembedded once. Short texts share batches.
+    """
+    found: dict[int, TargetScore] = {}
+    asked = [row.ids[: row.target[-1]] for row in rows]
+    for side in passes.apart(model, [len(ids) for ids in asked]):
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, ids in zip(side, _longest([asked[i] for i in side]), strict=True):
+            groups.setdefault(ids, []).append(i)
+        texts = sorted(groups, key=len)
+        for first in range(0, len(texts), batch_size):
+            some = texts[first : first + batch_size]
+            chosen = [i for ids in some for i in groups[ids]]
+            text_of = [k for k, ids in enumerate(some) for _ in groups[ids]]
+            scores = _scores(model, some, text_of, [rows[i] for i in chosen])
+            found.update(zip(chosen, scores, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def _scores(
+    model: Any, texts: Sequence[tuple[int, ...]], text_of: Sequence[int], rows: Sequence[Row]
+) -> list[TargetScore]:
+    """Scores of some rows, each of which begins one of some texts, from one pass."""
+    triples = [(k, p - 1, row.ids[p]) for k, row in zip(text_of, rows) for p in row.target]
+    where, at, labels = torch.tensor(triples).T
+    places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
+    logits = passes.logits_at(model, pad([Row(ids) for ids in texts]), *places.T)
+    log_probs = logits.float().log_softmax(-1).cpu()
+    picked, correct = log_probs[which, labels], log_probs.argmax(-1)[which] == labels
+    sizes = [len(row.target) for row in rows]
+    return list(map(TargetScore, picked.split(sizes), correct.split(sizes)))
+
+
+def _longest(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """For each text, one of them that begins with it and that no other begins with."""
+    longest: dict[tuple[int, ...], tuple[int, ...]] = {}
+    after: tuple[int, ...] = ()
+    for text in sorted(set(texts), reverse=True):  # what begins with a text comes right after it
+        longest[text] = longest[after] if after[: len(text)] == text else text
+        after = text
+    return [longest[text] for text in texts]
+
+
+def target_index(
+    rows: Sequence[Row],
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """(row, position that predicts it, token id) of every target token of every row."""
+    triples = [(i, p - 1, row.ids[p]) for i, row in enumerate(rows) for p in row.target]
+    where, at, labels = torch.tensor(triples).T
+    return where, at, labels
+
+
+@model_call
+@torch.no_grad()
+def top_tokens(
+    model: Any,
+    prompt: str,
+    k: int = 5,
+    *,
+    prepend_bos: bool | None = None,
+    encoder: Encoder | None = None,
+) -> list[tuple[str, float]]:
+    """The k most probable next tokens after a prompt, with their probabilities."""
+    encoder = encoder or Encoder.of(model, prepend_bos)
+    row = encoder.row(prompt)
+    if not row.ids:
+        raise ValueError("the prompt holds no token to predict from; give some text")
+    last = torch.tensor([len(row.ids) - 1])
+    logits = passes.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
+    best = logits.float().softmax(-1).topk(k)
+    return [(encoder.tokenizer.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices)]

@@ -1,0 +1,1 @@
+"""C, the second moment of keys: collected from texts, or found."""

@@ -1,0 +1,1 @@
+"""Where a model recalls a fact: causal traces, and their averages."""

@@ -1,0 +1,142 @@
+"""Windows of layers for activation patching, in the manner of `transformer_lens.patching`.
+
+The paper restores MLP or attention outputs in windows of layers, because one layer alone brings
+little back. `get_act_patch_window` does that for users who have corrupted tokens, a clean cache and
+a metric already; a trace of ours becomes a `PatchingResult` of TransformerLens 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from transformer_lens_rome.model.calls import model_call
+
+_HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+
+
+def window_of(layer: int, window: int, n_layers: int) -> range:
+    """The layers restored around a centre, as released: layer - w//2 .. layer + ceil(w/2) - 1."""
+    return range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
+
+
+@model_call
+@torch.no_grad()
+def get_act_patch_window(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "batch pos"],
+    clean_cache: Mapping[str, Tensor],
+    metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    *,
+    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    window: int = 10,
+    positions: Sequence[int] | None = None,
+    reduce: Literal["scalar", "none"] = "scalar",
+    progress: bool = True,
+) -> Any:
+    """Patch a window of layers' clean outputs into the corrupted run, one position at a time.
+
+    With `window=1` it is `get_act_patch_mlp_out` or `get_act_patch_attn_out`. A whole forward pass
+    a cell, since the metric sees all logits; `causal_trace` is many times faster where the metric
+    is one of its own.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge.
+        corrupted_tokens: Token ids of the corrupted prompts.
+        clean_cache: From `model.run_with_cache(clean_tokens)`, of the same shape.
+        metric: From logits to a scalar, or to one number for each prompt with `reduce="none"`.
+        kind: What is patched.
+        window: How many layers, around each layer (see `window_of`); "resid" patches one.
+        positions: Only these, for instance the last subject token; None: all.
+        reduce: "none" keeps each prompt's number and gives a `PatchingResult`.
+        progress: Show a progress bar.
+
+    Returns:
+        `[layer, position]`, or a `PatchingResult` with the corrupted run as its baseline.
+
+    Raises:
+        ValueError: an unknown kind, a window below 1, or a cache that lacks layers or has another
+            shape.
+        ImportError: `reduce="none"` before TransformerLens 4, which has no `PatchingResult`.
+    """
+    if kind not in _HOOKS or window < 1 or reduce not in ("scalar", "none"):
+        raise ValueError(
+            f"kind is one of {list(_HOOKS)}, window at least 1 and reduce 'scalar' or 'none', got "
+            f"{kind!r}, {window} and {reduce!r}"
+        )
+    window = 1 if kind == "resid" else window
+    if reduce == "none":
+        _result_class()  # before the work, not after it
+    n_layers, length = model.cfg.n_layers, corrupted_tokens.shape[1]
+    names = [f"blocks.{layer}.{_HOOKS[kind]}" for layer in range(n_layers)]
+    if missing := [name for name in names if name not in clean_cache]:
+        raise ValueError(
+            f"the clean cache lacks {missing[0]}; cache all of blocks.*.{_HOOKS[kind]}"
+        )
+    if (shape := tuple(clean_cache[names[0]].shape[:2])) != tuple(corrupted_tokens.shape):
+        raise ValueError(
+            f"the clean cache is of {shape} tokens and the corrupted ones are "
+            f"{tuple(corrupted_tokens.shape)}; both prompts need as many tokens"
+        )
+    positions = range(length) if positions is None else positions
+    cells = [(layer, position) for layer in range(n_layers) for position in positions]
+    values = []
+    for layer, position in tqdm(cells, desc=f"patching {kind}", disable=not progress):
+        hooks = [
+            (names[at], _patch(clean_cache[names[at]], position))
+            for at in window_of(layer, window, n_layers)
+        ]
+        values.append(metric(model.run_with_hooks(corrupted_tokens, fwd_hooks=hooks)))
+    stacked = torch.stack(values).unflatten(0, (n_layers, len(positions)))
+    if reduce == "scalar":
+        return stacked
+    return patching_result(stacked, metric(model(corrupted_tokens)), positions)
+
+
+def _patch(clean: Float[Tensor, "batch pos d_model"], position: int) -> Callable:
+    def put(activation: Tensor, hook: Any = None) -> Tensor:
+        activation = activation.clone()
+        activation[:, position] = clean[:, position].to(activation)
+        return activation
+
+    return put
+
+
+def patching_result(
+    values: Float[Tensor, "layer pos sample"],
+    baseline: Float[Tensor, "sample"],
+    positions: Sequence[int],
+    name: str = "metric",
+) -> Any:
+    """Per-sample values as a `transformer_lens.patching.PatchingResult`.
+
+    Raises:
+        ImportError: this version of TransformerLens has none (4.x has).
+    """
+    import pandas as pd
+
+    cells = [(layer, position) for layer in range(len(values)) for position in positions]
+    return _result_class()(
+        values=values,
+        axis_names=["layer", "pos"],
+        index_df=pd.DataFrame(cells, columns=["layer", "pos"]),
+        metric_names=[name],
+        reduced=False,
+        baseline=baseline,
+    )
+
+
+def _result_class() -> Any:
+    try:
+        from transformer_lens.patching import PatchingResult
+    except ImportError as error:
+        raise ImportError(
+            "this version of TransformerLens has no PatchingResult; version 4 has. Use "
+            "to_dataframe(), or a metric that gives one number"
+        ) from error
+    return PatchingResult

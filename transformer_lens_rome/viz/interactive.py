@@ -1,0 +1,69 @@
+"""Interactive views with circuitsvis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from circuitsvis.attention import attention_heads
+from circuitsvis.logits import token_log_probs
+from circuitsvis.tokens import colored_tokens_multi
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens_rome.tracing.results import CausalTrace
+from transformer_lens_rome.viz.page import View, beside, component, stack
+
+
+def tokens_by_layer(trace: CausalTrace) -> View:
+    """The prompt's tokens, coloured by indirect effect; point at a layer to choose it."""
+    labels = [f"layer {layer}" for layer in range(trace.scores.shape[0])]
+    tokens = [_text(token) for token in trace.tokens]
+    return component(colored_tokens_multi(tokens, trace.indirect_effect.T, labels))
+
+
+def log_probs_before_and_after(
+    tokens: Int[Tensor, "pos"],
+    before: Float[Tensor, "pos d_vocab"],
+    after: Float[Tensor, "pos d_vocab"],
+    to_string: Callable[[list[int]], str],
+) -> View:
+    """Tokens coloured by log-probability, with the top ten at each, before and after an edit.
+
+    Args:
+        tokens: Token ids, of which the first is not predicted and not shown.
+        before: Log-probabilities of what follows each token, in nats.
+        after: The same with the edit.
+        to_string: From a list of one token id to its text, such as `tokenizer.decode`.
+    """
+
+    def text(token: int) -> str:
+        return _text(to_string([int(token)]))
+
+    sides = []
+    for name, log_probs in (("before", before), ("after", after)):
+        shown = token_log_probs(tokens.cpu(), log_probs.float().cpu(), text)
+        sides.append(stack(name, component(shown)))
+    return beside(*sides)
+
+
+def attention_before_and_after(
+    tokens: list[str],
+    before: Float[Tensor, "head dest src"],
+    after: Float[Tensor, "head dest src"],
+) -> View:
+    """One layer's attention patterns before and after an edit, and by how much they differ."""
+    shown = [_text(token) for token in tokens]
+    sides = [
+        stack(name, component(attention_heads(patterns.float().cpu(), shown)))
+        for name, patterns in (("before", before), ("after", after))
+    ]
+    moved = (after - before).abs().max().item()
+    return stack(f"largest change of an attention weight: {moved:.3g}", beside(*sides))
+
+
+def _text(token: str) -> str:
+    """A token that circuitsvis, which takes it for HTML in one place and text in another, shows.
+
+    An invisible word joiner keeps "<bos>" from being a tag, and "&lt;" from being an entity.
+    """
+    return token.replace("<", "<\u2060").replace("&", "&\u2060")
