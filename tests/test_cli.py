@@ -186,7 +186,7 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     latex = json.loads(capsys.readouterr().out)["table"]
     assert r"\begin{tabular}{lrr" in latex and r"ft+l & 3 & 0 &" in latex
     assert main(["table", str(records)]) == 2
-    assert "is not a run's file" in capsys.readouterr().err
+    assert "is not the file of a run" in capsys.readouterr().err
 
 
 @needs_bridge

@@ -116,7 +116,7 @@ def test_a_record_that_is_not_whole_is_named_with_its_field(tmp_path, record, pa
 
 
 def test_a_case_id_stands_once(tmp_path):
-    with pytest.raises(ValueError, match="record 1: case_id: 2 is record 0's already"):
+    with pytest.raises(ValueError, match="record 1: case_id: 2 is already used by record 0"):
         load(tmp_path, [FLAT, FLAT])
 
 

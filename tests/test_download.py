@@ -128,7 +128,7 @@ def test_nothing_is_asked_of_anybody_else(tmp_path, monkeypatch, url):
 
     monkeypatch.setattr("socket.create_connection", asked)
     monkeypatch.setattr("socket.getaddrinfo", asked)
-    with pytest.raises(ValueError, match="is not among what is downloaded from"):
+    with pytest.raises(ValueError, match="is not an allowed source"):
         download(Published(url, 4, "0" * 64), tmp_path / "data")
     assert not list(tmp_path.iterdir())
 
@@ -149,7 +149,7 @@ def test_the_authors_are_asked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("url", ELSEWHERE[:4])
 def test_a_redirect_to_anybody_else_is_not_followed(server, tmp_path, url):
     server.elsewhere = url
-    with pytest.raises(ValueError, match="is not among what is downloaded from"):
+    with pytest.raises(ValueError, match="is not an allowed source"):
         download(right(server), tmp_path / "data")
     assert len(server.asked) == 1 and not list(tmp_path.iterdir())
 

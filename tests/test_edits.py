@@ -24,7 +24,7 @@ from transformer_lens_rome.model.adapter import b_out, w_out, weight_hash
         ({"subject": "  "}, "subject is empty"),
         ({"target_new": ""}, "target_new is empty"),
         ({"target_new": " "}, "target_new is empty"),
-        ({"subject": "the {} of Rome"}, "holds '{}'"),
+        ({"subject": "the {} of Rome"}, "contains '{}'"),
     ],
 )
 def test_request_refuses_what_cannot_be_edited(fields, complaint):

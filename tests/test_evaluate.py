@@ -158,7 +158,7 @@ def test_tables_and_comparisons(gpt2):
     difference, p = strong.compare(weak)["EM"]
     wanted = strong.scores()["EM"].mean - weak.scores()["EM"].mean
     assert difference.mean == pytest.approx(wanted) and 0 < p <= 1
-    with pytest.raises(ValueError, match="another model_hash"):
+    with pytest.raises(ValueError, match="differ in model_hash"):
         strong.compare(dataclasses.replace(weak, setting={"model_hash": "x"}))
 
 
@@ -225,7 +225,7 @@ def test_a_method_that_changes_the_model_stops_the_run(gpt2, layer, fails, tmp_p
                 raise ValueError("and fails")
             return edit
 
-    with pytest.raises(RuntimeError, match="is not what it was, after record 0"):
+    with pytest.raises(RuntimeError, match="has changed after record 0"):
         evaluate(gpt2, Spoils(), out=tmp_path / "run.jsonl")
     assert len((tmp_path / "run.jsonl").read_bytes().splitlines()) == 1  # no row was kept
 
@@ -237,7 +237,7 @@ def test_a_change_outside_the_mlps_stops_the_run_too(gpt2):
                 next(model.parameters()).mul_(1.5)
             return super().compute(model, request, seed=seed)
 
-    with pytest.raises(RuntimeError, match="is not what it was, after record 0"):
+    with pytest.raises(RuntimeError, match="has changed after record 0"):
         evaluate(gpt2, Spoils())
 
 
@@ -271,7 +271,7 @@ def test_two_records_of_one_number_are_refused(gpt2):
 def test_options_that_would_do_nothing_are_refused(gpt2, tmp_path):
     with pytest.raises(ValueError, match="generate=True"):
         evaluate(gpt2, references=References.of({}, TfIdf({})))
-    with pytest.raises(ValueError, match="name unedited.jsonl"):
+    with pytest.raises(ValueError, match="the name unedited.jsonl"):
         evaluate(gpt2, None, out=tmp_path / "mine.jsonl")
     with pytest.raises(ValueError, match="workers must be 1 or more"):
         evaluate(gpt2, workers=0)
@@ -344,7 +344,7 @@ def test_a_torn_last_line_is_done_again(gpt2, tmp_path, cut):
 def test_a_file_that_is_not_a_runs_is_left_as_it_is(gpt2, tmp_path, content):
     path = tmp_path / "records.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="something else than a run"):
+    with pytest.raises(ValueError, match="is not the file of a run"):
         evaluate(gpt2, out=path)
     assert path.read_bytes() == content
 
@@ -363,7 +363,7 @@ def test_an_unedited_file_of_another_run_is_refused(gpt2, tmp_path):
     evaluate(gpt2, out=tmp_path / "one" / "run.jsonl")
     evaluate(gpt2, out=tmp_path / "two" / "run.jsonl", attributes=True)
     (tmp_path / "two" / "unedited.jsonl").replace(tmp_path / "one" / "unedited.jsonl")
-    with pytest.raises(ValueError, match="is of another model, setting or data set"):
+    with pytest.raises(ValueError, match="belongs to another model, setting or data set"):
         Results.load(tmp_path / "one" / "run.jsonl")
 
 
@@ -375,7 +375,7 @@ def test_damage_in_the_middle_is_said(gpt2, tmp_path):
     with pytest.raises(ValueError, match="line 3 is damaged"):
         evaluate(gpt2, out=out)
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match="something else than a run"):
+    with pytest.raises(ValueError, match="is not the file of a run"):
         evaluate(gpt2, out=tmp_path / "other.jsonl")
 
 

@@ -14,7 +14,7 @@ from transformer_lens_rome import applied, evaluate_counterfact, get_method
 from transformer_lens_rome.edits.kinds import EditRequest, load_edit
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.methods.base import described
-from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model import adapter, users_hooks
 
 SHAPES = ("gpt2", "gemma3")
 TEXTS = [f"the people of {place} like to walk by the river and by the sea" for place in "ABCDEF"]
@@ -70,7 +70,7 @@ def method(request, methods):
 def state(model):
     """All that a computation must leave alone."""
     parameters = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    return parameters, model.training, adapter.has_hooks(model)
+    return parameters, model.training, users_hooks.has_hooks(model)
 
 
 def alike(one, two):

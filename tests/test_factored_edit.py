@@ -10,7 +10,7 @@ from rome_setting import LAYER, REQUEST, factored_edit, random_edit
 from test_mlp_matrices import matrices
 
 from transformer_lens_rome import applied, apply_edit
-from transformer_lens_rome.edits import ledger as ledger_module
+from transformer_lens_rome.edits import base_bytes
 from transformer_lens_rome.edits.kinds import EditHealth, FactoredEdit
 from transformer_lens_rome.edits.ledger import active_edits, edited_weights, revert_all, without
 from transformer_lens_rome.model import adapter
@@ -73,7 +73,7 @@ def test_nested_with_other_kinds_and_undone_in_any_order(gpt2, order):
 @pytest.mark.parametrize("call", range(1, 5))
 @pytest.mark.parametrize("undoing", [False, True])
 def test_a_failure_in_the_middle_leaves_all_or_nothing(gpt2, monkeypatch, call, undoing):
-    model, real, calls = gpt2, ledger_module._write, []
+    model, real, calls = gpt2, base_bytes.write, []
     base, edit = weights(model), factored_edit(model, FOUR)
 
     def write(*args):
@@ -85,7 +85,7 @@ def test_a_failure_in_the_middle_leaves_all_or_nothing(gpt2, monkeypatch, call, 
     undo = apply_edit(model, edit) if undoing else None
     before = weights(model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ledger_module, "_write", write)
+        patch.setattr(base_bytes, "write", write)
         undo.revert() if undoing else apply_edit(model, edit)
     assert len(calls) == 2 * call and same(weights(model), before)  # as many were taken back
     assert active_edits(model, 0) == active_edits(model, 2) == ((edit,) if undoing else ())
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_before_any_write(gpt2, monkeypatch, wrong)
         monkeypatch.setattr(
             adapter, "parameter", lambda m, at: int8 if at == where else known(m, at)
         )
-    said = {"gate": "none", "shape": r"\(128, 32\)", "nan": "W_in of layer 1 holds NaN"}
+    said = {"gate": "none", "shape": r"\(128, 32\)", "nan": "W_in of layer 1 contains NaN"}
     said |= {"quantised": "W_in of layer 1 is quantised", "layer": "layers 0 to 2"}
     with pytest.raises((ValueError, NotImplementedError), match=said[wrong]):
         apply_edit(gpt2, bad, force=True)

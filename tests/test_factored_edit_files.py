@@ -124,5 +124,5 @@ def test_a_description_that_is_no_json_object_is_refused_by_name(tmp_path, text)
     path = tmp_path / "edit.safetensors"
     described = {"transformer_lens_rome": text}
     files.save_file({"left": torch.zeros(1)}, path, metadata=described)
-    with pytest.raises(ValueError, match="edit.safetensors holds no JSON object"):
+    with pytest.raises(ValueError, match="edit.safetensors contains no JSON object"):
         load_edit(path)

@@ -156,7 +156,7 @@ class Damages(RandomEdits):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_kind_of_damage_ends_the_run_at_its_record(gpt2, damage, tmp_path):
     path = tmp_path / "run.jsonl"
-    with pytest.raises(RuntimeError, match="is not what it was, after record 1"):
+    with pytest.raises(RuntimeError, match="has changed after record 1"):
         evaluate(gpt2, Damages(damage, RECORDS[1].request.subject), out=path)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [row["case_id"] for row in rows[1:]] == [0]  # of the damaged model there is none

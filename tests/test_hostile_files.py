@@ -118,7 +118,7 @@ def test_a_header_that_cannot_be_is_refused_by_name(tmp_path, kind):
     path = tmp_path / "stranger.safetensors"
     path.write_bytes(HEADERS[kind])
     for read in (load_edit, SecondMoment.load):
-        with pytest.raises(ValueError, match=r"stranger.safetensors is not a whole safetensors"):
+        with pytest.raises(ValueError, match=r"stranger.safetensors is not a complete safetensors"):
             read(path)
 
 
@@ -170,7 +170,7 @@ def test_an_array_that_cannot_be_is_refused_by_name(tmp_path, kind):
                 9,
             )
             break
-        with pytest.raises(ValueError, match="h.3.mlp.npz is not a whole statistics"):
+        with pytest.raises(ValueError, match="h.3.mlp.npz is not a complete statistics"):
             SecondMoment.from_npz(path)
 
 
@@ -251,7 +251,7 @@ def test_each_field_of_an_edit_has_its_type(tokenizer, tmp_path, where, value):
     _changed(path, model, ("health", "p_after"), 0.5)
     assert load_edit(path).health.p_after == 0.5  # the control
     _changed(path, model, where, value)
-    with pytest.raises(ValueError, match=r"edit (is an incomplete edit file|holds no JSON)"):
+    with pytest.raises(ValueError, match=r"edit (is an incomplete edit file|contains no JSON)"):
         load_edit(path)
 
 
@@ -261,7 +261,7 @@ def test_an_edit_holds_numbers(tokenizer, tmp_path, name, number):
     edit = random_edit(make_model(CLASSES[-1], "gpt2", tokenizer))
     getattr(edit, name)[3] = number
     edit.save(tmp_path / "edit")
-    with pytest.raises(ValueError, match=f"edit is an incomplete edit file.*{name} holds NaN"):
+    with pytest.raises(ValueError, match=f"edit is an incomplete edit file.*{name} contains NaN"):
         load_edit(tmp_path / "edit")
 
 
@@ -427,9 +427,9 @@ def test_a_strangers_name_breaks_no_table(tmp_path):
 _RUN = """
 import sys
 from transformer_lens_rome import load_edit
-from transformer_lens_rome.baselines.published_editors import _read
-from transformer_lens_rome.counterfact.generation import TfIdf
-from transformer_lens_rome.second_moment import SecondMoment
+from transformer_lens_rome.methods.hypernetworks.published_editors import _read
+from transformer_lens_rome.evaluation.generation import TfIdf
+from transformer_lens_rome.statistics.second_moment import SecondMoment
 from pathlib import Path
 opened = []
 sys.addaudithook(lambda name, args: opened.append((name, args)))

@@ -107,7 +107,7 @@ def test_bad_input(gpt2, options, words):
     _, cache = gpt2.run_with_cache(CLEAN)
     with pytest.raises(ValueError, match=words):
         get_act_patch_window(gpt2, OTHER, cache, metric, **options)
-    with pytest.raises(ValueError, match="as many tokens"):
+    with pytest.raises(ValueError, match="same number of tokens"):
         get_act_patch_window(gpt2, OTHER[:, :4], cache, metric)
     _, cache = gpt2.run_with_cache(CLEAN, names_filter="blocks.0.hook_mlp_out")
     with pytest.raises(ValueError, match="lacks blocks.1.hook_mlp_out"):

@@ -305,7 +305,7 @@ def test_every_public_function_runs_under_torchs_defaults_alone_on_its_model():
     found = dict(functions_of_models())
     assert {"rome_edit", "causal_trace", "compute", "fit", "attribute"} <= set(found)
     plain = {
-        n for n, one in found.items() if not one.__code__.co_filename.endswith("model_call.py")
+        n for n, one in found.items() if not one.__code__.co_filename.endswith("model/calls.py")
     }
     assert plain - set(ALONE) == set()
 

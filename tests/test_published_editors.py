@@ -238,7 +238,7 @@ def test_a_file_that_would_run_code_does_not(one, content, tmp_path, where):
     else:
         content["model"]["edit_lrs"] = Runs(mark)
     path = saved(content, tmp_path)
-    with pytest.raises(ValueError, match="without running what is in it.*it asks for posix.system"):
+    with pytest.raises(ValueError, match="without running code from it.*it needs posix.system"):
         convert_editor(path, one, counterfact=False)
     assert not mark.exists()
     torch.load(path, weights_only=False)
@@ -248,7 +248,7 @@ def test_a_file_that_would_run_code_does_not(one, content, tmp_path, where):
 def test_a_configuration_cannot_smuggle(one, content, tmp_path):
     mark = tmp_path / "mark"
     content["model"]["model_config"].task_specific_params = Runs(mark)
-    with pytest.raises(ValueError, match="without running what is in it"):
+    with pytest.raises(ValueError, match="without running code from it"):
         convert_editor(saved(content, tmp_path), one, counterfact=False)
     assert not mark.exists()
 
@@ -262,16 +262,16 @@ KEY, SHAPE = "mend.(128, 32).u_std", (128,)
         (lambda s: s.pop("edit_lrs"), "lacks .*edit_lrs"),
         (lambda s: s.pop("mend.(32, 128).mlp.layers.1.u"), "layers.1.u"),
         (lambda s: s.pop("mend.(32, 128).u_s"), "u_s"),
-        (lambda s: s.update({"mend.(1, 2).k": torch.ones(1)}), "holds .*mend.\\(1, 2\\).k"),
+        (lambda s: s.update({"mend.(1, 2).k": torch.ones(1)}), "unknown .*mend.\\(1, 2\\).k"),
         (lambda s: s.update({KEY: torch.ones(64)}), "shape \\(128,\\) .* shape \\(64,\\)"),
         (lambda s: s.update({KEY: torch.ones(SHAPE).double()}), "torch.float32 .* torch.float64"),
         (lambda s: s.update({KEY: torch.ones(SHAPE).to_sparse()}), "dense"),
         (lambda s: s.update({KEY: torch.ones(SHAPE, device="meta")}), "dense"),
         (lambda s: s.update({KEY: 3}), "it is a int"),
-        (lambda s: s[KEY].fill_(torch.nan), "u_std holds NaN"),
-        (lambda s: s["edit_lrs"].data.fill_(torch.inf), "edit_lrs holds NaN or infinity"),
-        (lambda s: s[KEY].fill_(-1), "u_std is no deviation"),
-        (lambda s: s["mend.(128, 32).k"].fill_(1), "no deviation"),
+        (lambda s: s[KEY].fill_(torch.nan), "u_std contains NaN"),
+        (lambda s: s["edit_lrs"].data.fill_(torch.inf), "edit_lrs contains NaN or infinity"),
+        (lambda s: s[KEY].fill_(-1), "u_std is not a standard deviation"),
+        (lambda s: s["mend.(128, 32).k"].fill_(1), "not a standard deviation"),
         (lambda s: s.update({0: 1}), "no dictionary of tensors"),
     ],
 )

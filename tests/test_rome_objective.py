@@ -19,6 +19,7 @@ from rome_setting import (
 
 from transformer_lens_rome import RomeConfig, applied, get_method, rome_edit, target_log_probs
 from transformer_lens_rome.edits import measure as health
+from transformer_lens_rome.methods.rome_config import default_clamp
 from transformer_lens_rome.methods.v_star import Batch, optimise
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model import default_layer as defaults
@@ -273,7 +274,7 @@ def test_defaults_follow_the_model(model):
     assert behind_a_norm == ("gemma" in model.cfg.model_name)
     fraction = 18 if behind_a_norm else 3
     assert edit.layer == defaults.default_layer(model) == model.cfg.n_layers // fraction
-    assert edit.config["clamp"] == defaults.default_clamp(model, edit.layer)
+    assert edit.config["clamp"] == default_clamp(model, edit.layer)
     assert (edit.config["clamp"] < plain) == behind_a_norm
 
 

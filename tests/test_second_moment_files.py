@@ -40,10 +40,10 @@ def test_other_files_are_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:5], b"", b"not a tensor" * 20):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
             SecondMoment.load(path)
     torch.save({"sum_kk": torch.eye(3)}, path)  # a pickle is never read
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         SecondMoment.load(path)
     write_tensors(path, {"sum_kk": torch.eye(3)}, {"format": "transformer_lens_rome.edit.1"})
     with pytest.raises(ValueError, match=r"is a transformer_lens_rome\.edit"):

@@ -191,7 +191,7 @@ def refused(model):
     try:
         check_model(model)
     except ValueError as error:
-        assert "random now" in str(error)
+        assert "not deterministic" in str(error)
         return True
     return False
 

@@ -235,10 +235,10 @@ def test_replacing_hides_the_embedding_itself(gpt2):
 # ---------------------------------------------------------------- bad input
 
 BAD = (
-    ({"subject": "Eiffel"}, "does not stand in the prompt"),
-    ({"prompt": "Paris, Paris", "subject": "Paris"}, "stands 2 times"),
+    ({"subject": "Eiffel"}, "does not occur in the prompt"),
+    ({"prompt": "Paris, Paris", "subject": "Paris"}, "occurs 2 times"),
     ({"prompt": "Paris, Paris", "subject": "Paris", "occurrence": 2}, "occurrence 2"),
-    ({"subject": ""}, "does not stand"),
+    ({"subject": ""}, "does not occur"),
     ({"answer": " "}, "needs a token"),
     ({"kind": "mid"}, "kind must be"),
     ({"metric": "loss"}, "metric must be"),
@@ -249,7 +249,7 @@ BAD = (
     ({"noise": torch.zeros(3, 1, 5)}, "noise must have the shape"),
     ({"noise": Gaussian(float("nan"))}, "NaN"),
     ({"noise": Gaussian(1.0), "noise_std": 1.0}, "not both"),
-    ({"other_subject": "Paris Tower", "noise_std": 1.0}, "takes the place of noise"),
+    ({"other_subject": "Paris Tower", "noise_std": 1.0}, "replaces the noise"),
 )
 
 

@@ -113,7 +113,7 @@ def test_another_circuitsvis_is_noticed():
     rendered = colored_tokens(["a"], [1.0])
     assert page.component(rendered).interactive
     rendered.local_src = rendered.local_src.replace("CircuitsVis.render", "Other.render")
-    with pytest.raises(RuntimeError, match="circuitsvis renders otherwise"):
+    with pytest.raises(RuntimeError, match="circuitsvis renders in another form"):
         page.component(rendered)
 
 

@@ -41,7 +41,7 @@ def path(tmp_path):
 def test_records_are_those_of_the_published_layout(path):
     found = Zsre.load(path(item(), item(src="The tower of The tower?"), item(subject="Rome")))
     assert [record.case_id for record in found] == [0, 2] and len(found) == 2
-    assert "stands 2 times" in found.skipped[0] and found.skipped[0].startswith("record 1: subject")
+    assert "occurs 2 times" in found.skipped[0] and found.skipped[0].startswith("record 1: subject")
     first = found[0]
     assert first.request.text == item()["src"] and first.request.target_new == "The best of Paris"
     assert first.locality_prompt == "nq question: who is the best in Cuba?"
@@ -55,7 +55,7 @@ def test_records_are_those_of_the_published_layout(path):
         ({"answers": []}, "record 0: answers"),
         ({"loc": "who"}, "record 0: loc: it begins"),
         ({"rephrase": 3}, "record 0: rephrase: it is 3"),
-        ({"subject": "Berlin"}, "stands 0 times"),
+        ({"subject": "Berlin"}, "occurs 0 times"),
         ({"src": "Where {} is The tower?"}, "record 0: request"),
     ],
 )

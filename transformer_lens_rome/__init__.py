@@ -1,7 +1,7 @@
 """Locate, change and measure facts in the TransformerLens model that you already have."""
 
-import transformer_lens_rome.methods  # noqa: F401  (they register themselves)
-import transformer_lens_rome.viz  # noqa: F401  (it teaches `showing` its pictures)
+import transformer_lens_rome.methods  # noqa: F401  (registers the methods)
+import transformer_lens_rome.viz  # noqa: F401  (registers the views in `showing`)
 from transformer_lens_rome.edit_report import show_edit
 from transformer_lens_rome.edits.export_hf import export_hf
 from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest, RankOneEdit, load_edit
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, from the metadata that it was installed with."""
+    """Return `__version__` from the metadata of the installed package."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -1,8 +1,8 @@
-"""The same work on many items: one after another here, or side by side on Ray.
+"""Process many items: sequentially in this process, or in parallel on Ray.
 
-Every Ray worker holds one copy of the model and takes an item at a time. What is done to an item
-depends on nothing else, so the results are those of a single process. A worker that dies is
-replaced, and its item is done again.
+Every Ray worker has one copy of the model and processes one item at a time. The result for an item
+depends only on that item, so the results equal those of a single process. A worker that dies is
+replaced, and its item is processed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Work = Callable[..., Any]
 
 
 def in_order(model: Any, work: Work, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
-    """`work(model, record=item)` for each item, in this process."""
+    """Yield each item and `work(model, record=item)`, computed in this process."""
     for item in items:
         yield item, work(model, record=item)
 
@@ -31,21 +31,23 @@ def in_order(model: Any, work: Work, items: Sequence[Item]) -> Iterator[tuple[It
 def on_workers(
     workers: int, address: str | None, model: Any, work: Work, items: Sequence[Item]
 ) -> Iterator[tuple[Item, Any]]:
-    """The same on Ray, as results come in.
+    """Yield each item and its result from Ray workers, in the order of completion.
+
+    An exception that `work` raises is raised here.
 
     Args:
-        workers: How many copies of the model work side by side; GPUs and cores are shared out.
-        address: An existing cluster's, such as "auto"; None: the one that this process is connected
-            to, else one on this machine, for this call.
-        model: What is copied to the workers.
+        workers: The number of copies of the model; GPUs and cores are divided among them.
+        address: The address of an existing cluster, such as "auto". None uses the cluster that this
+            process is connected to, or else starts one on this machine for this call.
+        model: The model, which is copied to the workers.
         work: A function that can be pickled.
-        items: What it is done to.
+        items: The items to process.
 
     Raises:
-        ImportError: Ray is not installed; the message says which extra has it.
-        ValueError: an address, though this process is connected to a cluster.
-        NotImplementedError: a model on several devices.
-        RuntimeError: an item's worker died three times. What the work raises.
+        ImportError: Ray is not installed; the message gives the pip command.
+        ValueError: `address` is given, but this process is already connected to a cluster.
+        NotImplementedError: The model is on several devices.
+        RuntimeError: Three workers died while processing the same item.
     """
     ray = needed("ray", "distributed")
     if not items:
@@ -62,11 +64,12 @@ def on_workers(
 
 @contextmanager
 def _in_main_memory(model: Any) -> Iterator[Any]:
-    """The model without a device of its own, since a worker may have others; then back again."""
+    """Move the model to the CPU within this context, since a worker may have other devices."""
     devices = {tensor.device for tensor in model.parameters()}
     if len(devices) > 1:
         raise NotImplementedError(
-            f"a model on several devices ({len(devices)}) is not copied to workers; load it on one"
+            f"a model on several devices ({len(devices)}) cannot be copied to workers; "
+            "load it on one device"
         )
     (device,) = devices
     if device.type == "cpu":
@@ -79,7 +82,7 @@ def _in_main_memory(model: Any) -> Iterator[Any]:
 
 
 class _Worker:
-    """What runs in a worker's process."""
+    """The actor in a worker's process."""
 
     def __init__(self, model: Any, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -92,10 +95,11 @@ class _Worker:
 
 
 class _Pool:
-    """Workers, and what each of them is doing."""
+    """The workers and their current items."""
 
     def __init__(self, ray: Any, size: int, model: Any, work: Any) -> None:
-        self.ray, self.size, self.workers = ray, size, []
+        self.ray, self.size = ray, size
+        self.workers: list[Any] = []
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores = share_of_cores(size, [int(node.get("CPU", 0)) for node in nodes])
         gpus = share_of_gpus(size, int(sum(node.get("GPU", 0) for node in nodes)))
@@ -104,7 +108,7 @@ class _Pool:
         self.busy: dict[Any, tuple[Any, Any, int]] = {}  # result -> (worker, item, attempt)
 
     def run(self, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
-        """Give every idle worker the next item; yield what comes back."""
+        """Give every idle worker the next item; yield the items and results."""
         waiting = [(item, 1) for item in reversed(items)]
         for _ in range(self.size):
             self._give(self._new(), *waiting.pop())
@@ -116,24 +120,27 @@ class _Pool:
             except _deaths(self.ray) as error:
                 if attempt == 3:
                     raise RuntimeError(f"three workers died, the last with: {error}") from error
-                logger.warning("a worker died and is replaced; its item is done again: %s", error)
+                logger.warning("a worker died; a new one processes its item again: %s", error)
                 self._end(worker)
                 self._give(self._new(), item, attempt + 1)
                 continue
             if waiting:
                 self._give(worker, *waiting.pop())
-            else:  # what it held may be what another worker waits for
+            else:  # another worker may be waiting for its cores or GPU
                 self._end(worker)
             yield item, result
 
     def _new(self) -> Any:
+        """Start a worker."""
         self.workers.append(self._make())
         return self.workers[-1]
 
     def _give(self, worker: Any, item: Any, attempt: int) -> None:
+        """Start processing an item on a worker."""
         self.busy[worker.__call__.remote(item)] = worker, item, attempt
 
     def _end(self, worker: Any) -> None:
+        """Stop a worker."""
         self.workers.remove(worker)
         self.ray.kill(worker)
 
@@ -144,13 +151,13 @@ class _Pool:
 
 
 def _deaths(ray: Any) -> tuple[type[Exception], ...]:
-    """What says that a worker is gone, and not that its work failed."""
+    """Return the exceptions that mean that a worker has died, not that its work raised."""
     names = ("RayActorError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
     return tuple(getattr(ray.exceptions, name) for name in names)
 
 
 def share_of_cores(workers: int, nodes: Sequence[int]) -> int:
-    """The most cores a worker can have if all are to run at once on machines of so many cores."""
+    """Return the most cores per worker with which all workers run at once on the nodes."""
     for cores in range(max(nodes), 1, -1):
         if sum(node // cores for node in nodes) >= workers:
             return cores
@@ -158,7 +165,7 @@ def share_of_cores(workers: int, nodes: Sequence[int]) -> int:
 
 
 def share_of_gpus(workers: int, gpus: int) -> float:
-    """One GPU a worker, or the share of one that lets all workers fit."""
+    """Return one GPU per worker, or the largest share of one with which all workers fit."""
     if gpus == 0 or gpus >= workers:
         return min(gpus, 1)
     return int(10_000 / -(-workers // gpus)) / 10_000
@@ -166,19 +173,20 @@ def share_of_gpus(workers: int, gpus: int) -> float:
 
 @contextmanager
 def _cluster(ray: Any, workers: int, address: str | None) -> Iterator[None]:
-    """A cluster to work on; one that was there before stays."""
+    """Connect to a cluster within this context; an existing connection is kept."""
     if ray.is_initialized():
         if address is not None:
             raise ValueError(
-                "this process is connected to a Ray cluster already; leave ray_address out, or "
+                "this process is connected to a Ray cluster already; omit ray_address, or "
                 "call ray.shutdown() first"
             )
         yield
         return
-    own = {"address": "local", "include_dashboard": False}
-    own["num_cpus"] = max(workers, os.cpu_count() or 1)
-    where = own if address is None else {"address": address}
-    ray.init(logging_level=logging.WARNING, log_to_driver=False, **where)
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        cores = max(workers, os.cpu_count() or 1)
+        options = {"address": "local", "include_dashboard": False, "num_cpus": cores}
+    ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     try:
         yield
     finally:

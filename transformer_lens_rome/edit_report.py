@@ -1,10 +1,11 @@
-"""What did an edit change? Traces, top tokens, neurons and neighbours, before and after."""
+"""Compare a model before and after an edit: traces, top tokens, neurons and other prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,22 +23,25 @@ from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.tracing.causal_trace import causal_trace
 from transformer_lens_rome.tracing.results import CausalTrace, Kind
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _LIKELY = 10
-"""How many of the likeliest tokens a page shows at each place."""
+"""The number of most probable tokens that a page shows at each position."""
 
 
 @dataclass(frozen=True)
 class PromptChange:
-    """What the edit changed at one prompt.
+    """The changes at one prompt due to the edit.
 
     Attributes:
         prompt: The text.
         top_before, top_after: The most probable next tokens, with their probabilities.
         p_before, p_after: Probability of the edit's target after this prompt.
         divergence: KL(before || after) of the next token, in nats.
-        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens but BOS, with each
-            token's key k and value v at the edited layer before the edit.
-        token: The token where that is.
+        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens except BOS, with
+            each token's key k and value v at the edited layer before the edit.
+        token: The token with the largest shift.
     """
 
     prompt: str
@@ -52,22 +56,24 @@ class PromptChange:
 
 @dataclass(frozen=True, eq=False)
 class EditReport(Result, Shown):
-    """What an edit changed; the last value of a notebook cell shows it.
+    """The changes due to an edit; a notebook shows it as the last value of a cell.
 
     Attributes:
-        request: What was asked for.
+        request: The requested fact.
         layer: The edited layer.
-        before: Trace of the edited prompt without the edit, of what the model said then.
-        after: The same with the edit, of the edit's target.
-        prompts: What changed at each prompt, the edited one first.
-        shares: The part of each neuron in what the edit adds to the value at the edited prompt's
-            last subject token: with key k, `<k_i delta_i, k delta> / ||k delta||^2`. Sums to 1.
-        tokens: The edited prompt with the target, token by token, as text.
-        ids: Their ids.
-        log_probs: What the model expected after each of them, before and after, in nats.
-        texts: The text of each token that was likely somewhere, by its id.
-        attention: Attention patterns in the layer where they changed most, before and after.
-        attention_layer: That layer.
+        before: Trace of the edited prompt without the edit, for the model's answer without it.
+        after: Trace of the edited prompt with the edit, for the edit's target.
+        prompts: The changes at each prompt, the edited one first.
+        shares: The share of each neuron in the vector that the edit adds to the value at the edited
+            prompt's last subject token: with key k, `<k_i delta_i, k delta> / ||k delta||^2`. The
+            shares sum to 1.
+        tokens: The tokens of the edited prompt with the target, as text.
+        ids: The ids of these tokens.
+        log_probs: Log-probabilities of the next token after each of them, before and after the
+            edit, in nats.
+        texts: The text of each token that was likely at some position, by its id.
+        attention: Attention patterns before and after, in the layer where they changed most.
+        attention_layer: The layer of `attention`.
     """
 
     request: EditRequest
@@ -86,16 +92,16 @@ class EditReport(Result, Shown):
     FORMAT: ClassVar[str] = "transformer_lens_rome.edit_report.1"
 
     def top_neurons(self, k: int = 10) -> list[tuple[int, float]]:
-        """The neurons with the largest shares."""
+        """Return the k neurons with the largest shares, and their shares."""
         best = self.shares.topk(min(k, len(self.shares)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     def neurons_for(self, share: float) -> int:
-        """How many neurons, the largest first, make up a share of what is added to the value."""
+        """Return the smallest number of neurons, largest first, with this total share."""
         return int((self.shares.sort(descending=True).values.cumsum(0) < share).sum()) + 1
 
-    def plot(self) -> Any:
-        """One figure of it all, with matplotlib (the `plot` extra)."""
+    def plot(self) -> Figure:
+        """Return one matplotlib figure of the report (the `plot` extra)."""
         return figure(self)
 
 
@@ -113,24 +119,24 @@ def show_edit(
     force: bool = False,
     progress: bool = True,
 ) -> EditReport:
-    """Compare the model without and with an edit; afterwards it is as it was, edited or not.
+    """Compare the model without and with an edit; afterwards the model is in its old state.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        edit: An edit, on the model or not.
-        prompts: What else to ask: paraphrases, neighbours, prompts that should not change.
-        kind: What the traces restore, as for `causal_trace`.
+        edit: An edit, applied to the model or not.
+        prompts: Other prompts: paraphrases, neighbours, prompts that should not change.
+        kind: The states that the traces restore, as for `causal_trace`.
         noise_std: Noise of the traces; None: 3 sigma of the subject's embeddings.
-        n_samples: How many noises are drawn.
-        seed: For drawing them.
-        prepend_bos: Overrides the checkpoint's own rule.
-        force: Also where W_out is not the weight that the edit was made on.
+        n_samples: The number of noise samples.
+        seed: The seed of the noise.
+        prepend_bos: Overrides the checkpoint's rule.
+        force: Accept an edit that was made on another weight than the model's W_out.
         progress: Show progress bars.
 
     Raises:
-        ValueError: not an edit or not a list of prompts, an edit that changes nothing, or other
-            matrices than one W_out, or was made on another weight, or a weight that something
-            else changed since it was edited.
+        ValueError: `edit` is not an edit or `prompts` is not a list, the edit changes nothing or
+            more than one W_out, it was made on another weight, or other code changed the weight
+            since it was edited.
     """
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
     if not isinstance(edit, Edit) or isinstance(prompts, str):
@@ -140,16 +146,25 @@ def show_edit(
         raise ValueError("this edit changes nothing; there is nothing to show")
     force = force or any(edit.digest == one.digest for one in active_edits(model, edit.layer))
     encoder, request = Encoder.of(model, prepend_bos), edit.request
-    options = {"kind": kind, "noise_std": noise_std, "n_samples": n_samples, "seed": seed}
-    options |= {"prepend_bos": prepend_bos, "progress": progress}
-    options |= {"occurrence": _occurrence(request)}
-    traced = (model, request.text, request.subject)
+    trace = partial(
+        causal_trace,
+        model,
+        request.text,
+        request.subject,
+        kind=kind,
+        noise_std=noise_std,
+        n_samples=n_samples,
+        seed=seed,
+        prepend_bos=prepend_bos,
+        progress=progress,
+        occurrence=_occurrence(request),
+    )
     with without(model, edit):
         was = _State.of(model, encoder, edit, prompts)
-        before = causal_trace(*traced, **options)
+        before = trace()
         with applied(model, edit, force=force):
             now = _State.of(model, encoder, edit, prompts)
-            after = causal_trace(*traced, answer=request.target_new, **options)
+            after = trace(answer=request.target_new)
     delta = edit.delta().to(was.keys[0])
     row = encoder.templated_row(request.prompt, request.subject)
     return EditReport(
@@ -159,12 +174,12 @@ def show_edit(
         after=after,
         prompts=tuple(_changes(encoder, was, now, delta)),
         shares=_shares(was.keys[0][row.subject[-1]], delta),
-        **_explored(encoder, was, now),
+        **_explorable(encoder, was, now),
     )
 
 
 def _occurrence(request: EditRequest) -> int:
-    """Which of the places where the subject stands in the text is the edited one."""
+    """Return the index of the edited occurrence of the subject in the text."""
     subject, before = request.subject.strip(), request.prompt.index("{}")
     start = request.text.index(subject, before)
     return sum(request.text.startswith(subject, i) for i in range(start))
@@ -172,10 +187,10 @@ def _occurrence(request: EditRequest) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What is read from the model, once without and once with the edit.
+    """Activations and scores of the model, with or without the edit.
 
-    The lists have an entry a prompt, the edited one first; `log_probs` and `patterns` are of the
-    edited prompt followed by the target.
+    The lists have an entry per prompt, the edited one first. `full_ids`, `log_probs` and `patterns`
+    belong to the edited prompt followed by the target.
     """
 
     prompts: list[str]
@@ -184,31 +199,31 @@ class _State:
     ids: list[list[int]]
     keys: list[Float[Tensor, "pos d_mlp"]]
     values: list[Float[Tensor, "pos d_model"]]
-    told: list[int]
+    full_ids: list[int]
     log_probs: Float[Tensor, "pos d_vocab"]
     patterns: Float[Tensor, "layer head dest src"]
 
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, encoder: Encoder, edit: Edit, prompts: Sequence[str]) -> _State:
-        """Read it all."""
+        """Run the model and read its activations and scores."""
         request, texts = edit.request, [edit.request.text, *prompts]
         ids = [encoder.row(text).ids for text in texts]
         key, value = Point("key", edit.layer), Point("value", edit.layer)
-        read = [passes.read(model, torch.tensor([row]), [key, value]) for row in ids]
+        activations = [passes.read(model, torch.tensor([row]), [key, value]) for row in ids]
         scores = target_log_probs(model, texts, [request.target_new] * len(texts), encoder=encoder)
-        told = encoder.row(request.text, None, request.target_new).ids
+        full_ids = encoder.row(request.text, None, request.target_new).ids
         points = [Point("pattern", layer) for layer in range(model.cfg.n_layers)]
-        patterns = passes.read(model, torch.tensor([told]), points)
+        patterns = passes.read(model, torch.tensor([full_ids]), points)
         return cls(
             prompts=texts,
             next=[_log_probs(model, row, [len(row) - 1])[0] for row in ids],
             p_target=[score.sum().exp().item() for score in scores],
             ids=[list(row) for row in ids],
-            keys=[found[key][0].float().cpu() for found in read],
-            values=[found[value][0].float().cpu() for found in read],
-            told=list(told),
-            log_probs=_log_probs(model, told, range(len(told))),
+            keys=[read[key][0].float().cpu() for read in activations],
+            values=[read[value][0].float().cpu() for read in activations],
+            full_ids=list(full_ids),
+            log_probs=_log_probs(model, full_ids, range(len(full_ids))),
             patterns=torch.stack([patterns[point][0].float().cpu() for point in points]),
         )
 
@@ -216,14 +231,14 @@ class _State:
 def _log_probs(
     model: Any, ids: Sequence[int], positions: Sequence[int]
 ) -> Float[Tensor, "pos d_vocab"]:
-    """Log-probabilities of what follows some tokens of a text."""
+    """Return log-probabilities of the next token at some positions of a text."""
     at = torch.tensor(list(positions))
     logits = passes.logits_at(model, torch.tensor([list(ids)]), torch.zeros_like(at), at)
     return logits.float().log_softmax(-1).cpu()
 
 
 def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) -> Tensor:
-    """Each neuron's part of what the edit adds to the value of this key."""
+    """Return each neuron's share of the vector that the edit adds to the value of this key."""
     added = key @ delta
     return key * (delta @ added) / added.square().sum()
 
@@ -231,7 +246,7 @@ def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) 
 def _changes(
     encoder: Encoder, was: _State, now: _State, delta: Float[Tensor, "d_mlp d_model"]
 ) -> Iterator[PromptChange]:
-    """One comparison a prompt."""
+    """Yield one comparison per prompt."""
     decode = encoder.tokenizer.decode
 
     def top(log_probs: Tensor) -> tuple[tuple[str, float], ...]:
@@ -255,17 +270,17 @@ def _changes(
         )
 
 
-def _explored(encoder: Encoder, was: _State, now: _State) -> dict[str, Any]:
-    """What there is to explore: log-probabilities, and attention where it changed most."""
+def _explorable(encoder: Encoder, was: _State, now: _State) -> dict[str, Any]:
+    """Return the report's log-probabilities, and the attention of the layer that changed most."""
     decode = encoder.tokenizer.decode
     at = int((now.patterns - was.patterns).abs().amax((1, 2, 3)).argmax())
     log_probs = torch.stack([was.log_probs, now.log_probs])
     likely = log_probs.topk(min(_LIKELY, log_probs.shape[-1])).indices.unique().tolist()
     return {
-        "tokens": tuple(decode([i]) for i in was.told),
-        "ids": torch.tensor(was.told),
+        "tokens": tuple(decode([i]) for i in was.full_ids),
+        "ids": torch.tensor(was.full_ids),
         "log_probs": log_probs,
-        "texts": {str(i): decode([i]) for i in (*likely, *was.told)},
+        "texts": {str(i): decode([i]) for i in (*likely, *was.full_ids)},
         "attention": torch.stack([was.patterns[at], now.patterns[at]]),
         "attention_layer": at,
     }

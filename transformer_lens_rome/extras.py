@@ -1,4 +1,4 @@
-"""What comes with an optional extra only."""
+"""Import the modules of optional extras."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def needed(module: str, extra: str) -> Any:
-    """A module that an extra installs.
+    """Import a module that an extra installs.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: The module is not installed; the message gives the pip command.
     """
     try:
         return import_module(module)

@@ -1,15 +1,16 @@
-"""Many facts written one after another, while the model is watched and held back from collapse.
+"""Sequential editing: many facts, one after another, with a guard against model collapse.
 
-Every edit is made on the model with those before it. After each, the mean negative log-likelihood
-of held-out text, in nats a token (its exponential is the perplexity), is compared with what it was:
+Each edit is made on the model with the earlier edits on it. After each edit, the mean negative
+log-likelihood (NLL) of held-out text, in nats a token, is measured; its exponential is the
+perplexity. Two rises are computed:
 
-    rise by one edit       NLL(after this edit) - NLL(before it)
-    rise by all of them    NLL(after this edit) - NLL(of the unedited model)
+    rise by one edit     NLL(after this edit) - NLL(before this edit)
+    rise by all edits    NLL(after this edit) - NLL(of the unedited model)
 
-A `Guard` says how large each may be. An edit above the first limit is taken off again, and the
-sequence goes on without it; where all together come above the second, the last is taken off, and
-the sequence ends. Both undo exactly. Single edits that disable a model (Gupta et al. 2024,
-arXiv:2403.07175) show in the first, the slow drift of many sound edits in the second.
+A `Guard` sets a limit for each. An edit above the first limit is undone, and the sequence continues
+without it. An edit above the second limit is undone, and the sequence ends. Both undo exactly. The
+first limit detects single edits that disable a model (Gupta et al. 2024, arXiv:2403.07175). The
+second detects the slow drift caused by many good edits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Guard:
-    """How far a sequence of edits may move a model.
+    """Limits on the damage that a sequence of edits may do to a model.
 
     Attributes:
         one_edit: Largest rise of the held-out NLL by one edit, nats a token.
-        all_edits: Largest rise over the unedited model, nats a token.
+        all_edits: Largest rise by all edits, over the unedited model, nats a token.
     """
 
     one_edit: float = 0.05
@@ -63,13 +64,15 @@ class Step:
     """One request of a sequence.
 
     Attributes:
-        number: Its place, from 1.
-        request: What was asked for.
-        nll: Held-out NLL with this edit on the model, nats a token; None where none was made.
-        kept: Whether the edit is on the model.
-        reason: Why it is not.
-        p_after: Probability of its target just after it; None if the method does not measure it.
-        relative_norm: ||delta W|| / ||W||; None likewise.
+        number: The request's number, from 1.
+        request: The request.
+        nll: Held-out NLL with this edit on the model, nats a token; None if no edit was made or
+            the NLL was not finite.
+        kept: Whether the edit was kept on the model.
+        reason: The reason why it was not kept.
+        p_after: Probability of the target just after the edit; None if the method does not measure
+            it.
+        relative_norm: ||delta W|| / ||W||; None if the method does not measure it.
     """
 
     number: int
@@ -83,14 +86,14 @@ class Step:
 
 @dataclass(frozen=True)
 class EditSequence:
-    """A sequence of edits on a model; leaving a `with` block, or `revert()`, takes them off.
+    """A sequence of edits on a model; `revert()`, or the end of a `with` block, undoes them.
 
     Attributes:
-        model: The model that was changed.
+        model: The edited model.
         nll: Held-out NLL of the unedited model, nats a token.
-        steps: What was done, one for each request that was reached.
-        applied: The edits that were kept, on the model, in order.
-        stopped: Why the sequence ended before its last request; empty if it did not.
+        steps: The steps in order, one for each request that was tried.
+        applied: The edits that were kept on the model, in order.
+        stopped: The reason why the sequence ended before its last request; empty if it did not.
     """
 
     model: Any = field(repr=False)
@@ -100,7 +103,7 @@ class EditSequence:
     stopped: str = ""
 
     def revert(self) -> None:
-        """Take all of them off again; the weights are the old bytes."""
+        """Undo all edits; the weights are restored byte by byte."""
         self.applied.revert()
 
     def __enter__(self) -> EditSequence:
@@ -123,37 +126,38 @@ def edit_in_sequence(
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> EditSequence:
-    """Write facts one after another; each edit that does too much damage is taken off again.
+    """Write facts one after another, and undo each edit that does too much damage.
 
     Args:
         model: A HookedTransformer or TransformerBridge without edits on it.
-        requests: What to write.
+        requests: The facts to write.
         method: A method or its registered name.
-        texts: Held-out texts, on which damage is measured: a few hundred tokens are enough.
-        guard: The limits. None: every edit is kept after which the NLL is a number.
-        folder: Gets every edit as it is made, and `steps.jsonl`. A sequence that was killed, or is
-            given more requests, goes on where it was.
-        seed: For what a method draws.
-        prepend_bos: Overrides the checkpoint's own rule, for the held-out texts.
+        texts: Held-out texts on which damage is measured; a few hundred tokens are enough.
+        guard: The limits. None: keep every edit after which the NLL is finite.
+        folder: A folder for the kept edits and `steps.jsonl`. A sequence that was stopped, or gets
+            more requests, continues from this folder.
+        seed: The seed of the method's draws.
+        prepend_bos: Overrides the checkpoint's BOS rule, for the held-out texts.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no requests, texts with less than two tokens, edits on the model, a folder of
-            another sequence, or what the method says of the first request: of a later one it is
-            noted, and the next is tried. The model is then as it was.
+        ValueError: There are no requests, the texts have fewer than two tokens, there are edits on
+            the model, the folder belongs to another sequence, or the method rejects the first
+            request. If it rejects a later request, the step records the reason and the next
+            request is tried. On an error the model is left as it was.
     """
-    requests = [_as_request(request) for request in requests]
-    if not requests:
+    parsed = [_as_request(request) for request in requests]
+    if not parsed:
         raise ValueError("the list of requests is empty; give at least one EditRequest")
     check_unedited(model)
     encoder = Encoder.of(model, prepend_bos)
     rows = held_out_rows(encoder, texts)
-    method = get_method(method) if isinstance(method, str) else method
-    if prepared := getattr(method, "prepared", None):
-        method = prepared(model, seed=seed)
-    with _steps_file(model, encoder, method, guard, rows, seed, folder) as file:
-        run = _Run(model, method, guard, rows, seed, file)
-        return run.through(requests, progress)
+    editor = get_method(method) if isinstance(method, str) else method
+    if prepared := getattr(editor, "prepared", None):
+        editor = prepared(model, seed=seed)
+    with _steps_file(model, encoder, editor, guard, rows, seed, folder) as file:
+        run = _Run(model, editor, guard, rows, seed, file)
+        return run.edit_all(parsed, progress)
 
 
 def _as_request(request: EditRequest | Mapping[str, Any]) -> EditRequest:
@@ -165,7 +169,7 @@ def _as_request(request: EditRequest | Mapping[str, Any]) -> EditRequest:
 
 @dataclass
 class _Run:
-    """What every step of a sequence needs."""
+    """The data that all steps of a sequence share."""
 
     model: Any
     method: EditMethod
@@ -174,8 +178,8 @@ class _Run:
     seed: int
     file: RunFile | None
 
-    def through(self, requests: list[EditRequest], progress: bool) -> EditSequence:
-        """All steps; on an error every edit is off again."""
+    def edit_all(self, requests: list[EditRequest], progress: bool) -> EditSequence:
+        """Do all steps; on an error undo every edit."""
         first = last = held_out_nll(self.model, self.rows)
         steps: list[Step] = []
         kept: list[AppliedEdit] = []
@@ -186,13 +190,15 @@ class _Run:
                 step, done = self._step(number, request, first, last)
                 steps.append(step)
                 if done is not None:
+                    if step.nll is None:
+                        raise ValueError(f"step {number} is kept without an NLL; {_OTHER}")
                     kept.append(done)
                     last = step.nll
                 elif self.guard and step.nll is not None and step.nll - last <= self.guard.one_edit:
                     stopped = f"request {number}: {step.reason}"
                     break
         except BaseException:
-            revert_all(self.model)  # there were no others on it
+            revert_all(self.model)  # no other edits were on the model
             raise
         together = AppliedEdit.of(self.model, kept)
         return EditSequence(self.model, first, tuple(steps), together, stopped)
@@ -200,20 +206,16 @@ class _Run:
     def _step(
         self, number: int, request: EditRequest, first: float, last: float
     ) -> tuple[Step, AppliedEdit | None]:
-        """One edit made, or read from the folder, and kept or taken off."""
-        known = self.file.rows.get(number) if self.file else None
-        if known is not None:
-            step = _as_step(known)
-            if step.request != request:
-                raise ValueError(f"{self.file.path} holds another request {number}; {_OTHER}")
-            return step, self._again(step) if step.kept else None
+        """Make one edit, or read it from the folder, then keep or undo it."""
+        if self.file and (row := self.file.rows.get(number)) is not None:
+            return self._read_step(self.file, row, request)
         try:
             edit = self.method.compute(self.model, request, seed=self.seed)
-        except ValueError as error:  # of the request, unless it is the first: the next one may do
+        except ValueError as error:  # the next request may still work, unless this is the first
             if number == 1:
                 raise
             logger.warning("request %d gives no edit: %s", number, error)
-            return self._noted(Step(number, request, None, False, f"no edit: {error}")), None
+            return self._write_step(Step(number, request, None, False, f"no edit: {error}")), None
         done = apply_edit(self.model, edit)
         with ExitStack() as undo:
             undo.enter_context(done)
@@ -229,31 +231,41 @@ class _Run:
                 edit.health.relative_norm,
             )
             if step.kept and self.file:
-                edit.save(self._path(number))
-            self._noted(step)
+                edit.save(_edit_path(self.file, number))
+            self._write_step(step)
             if step.kept:
                 undo.pop_all()
                 return step, done
-        logger.warning("request %d: %s; its edit is off again", number, reason)
+        logger.warning("request %d: %s; its edit was undone", number, reason)
         return step, None
 
-    def _again(self, step: Step) -> AppliedEdit:
-        return apply_edit(self.model, load_edit(self._path(step.number)))
+    def _read_step(
+        self, file: RunFile, row: Mapping[str, Any], request: EditRequest
+    ) -> tuple[Step, AppliedEdit | None]:
+        """Return a step of an earlier run, and apply its saved edit if it was kept."""
+        step = _as_step(row)
+        if step.request != request:
+            raise ValueError(f"{file.path} contains another request {step.number}; {_OTHER}")
+        if not step.kept:
+            return step, None
+        return step, apply_edit(self.model, load_edit(_edit_path(file, step.number)))
 
-    def _path(self, number: int) -> Path:
-        return self.file.path.parent / f"{number:05d}.safetensors"
-
-    def _noted(self, step: Step) -> Step:
+    def _write_step(self, step: Step) -> Step:
+        """Append a step to the file, if there is one."""
         if self.file:
             self.file.append(dataclasses.asdict(step))
         return step
+
+
+def _edit_path(file: RunFile, number: int) -> Path:
+    return file.path.parent / f"{number:05d}.safetensors"
 
 
 _OTHER = "give another folder"
 
 
 def _refusal(guard: Guard | None, nll: float, last: float, first: float) -> str:
-    """Why an edit after which the held-out NLL is this is taken off; empty if it is not."""
+    """Return the reason to undo an edit, from the held-out NLL after it; "" to keep it."""
     if not math.isfinite(nll):
         return f"held-out NLL is {nll}"
     if guard and nll - last > guard.one_edit:
@@ -271,8 +283,8 @@ def _steps_file(
     rows: list[Row],
     seed: int,
     folder: Any,
-) -> Any:
-    """The file of a sequence's steps, refused where it is another one's."""
+) -> AbstractContextManager[RunFile | None]:
+    """Open the file of a sequence's steps; raise ValueError if it belongs to another sequence."""
     if folder is None:
         return nullcontext()
     ids = json.dumps([row.ids for row in rows]).encode()
@@ -289,7 +301,7 @@ def _steps_file(
 
 
 def _steps(path: Any, setting: Mapping[str, Any]) -> RunFile:
-    """The file of a sequence's steps, each of which is a `Step`."""
+    """Open a file whose rows are `Step` values."""
     return RunFile(path, setting, {}, lambda _first: _as_step, key="number")
 
 

@@ -1,6 +1,8 @@
-"""Which layer, which constants: test edits on a few records, scored as CounterFact scores them.
+"""A sweep over layers: test edits on a few records, scored with CounterFact's metrics.
 
-For each record, with p the geometric mean over a target's tokens:
+Use it to choose the layer and the constants of ROME. For each record, with p the geometric mean
+over a target's tokens:
+
     ES  efficacy        p(new) > p(true) after the prompt
     PS  generalisation  the same after a paraphrase
     NS  specificity     p(true) > p(new) after a prompt on a neighbouring subject
@@ -41,7 +43,7 @@ _METRICS = ("ES", "PS", "NS")
 
 @dataclass(frozen=True)
 class LayerScore:
-    """Scores of test edits at one layer, in percent; `before` are those of the unedited model."""
+    """Scores of test edits at one layer, in percent; `before`: scores of the unedited model."""
 
     layer: int
     n: int
@@ -65,24 +67,24 @@ def sweep_layers(
     out: Any = None,
     progress: bool = True,
 ) -> list[LayerScore]:
-    """Edit each record at each layer, score it, undo it; the best layer has the highest S.
+    """Edit each record at each layer, score the edit, undo it; the best layer has the highest S.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        records: From `CounterFact.load`, or as dictionaries of either of its schemas; of each, the
-            first paraphrase and the first neighbour are scored.
+        records: From `CounterFact.load`, or dictionaries of either of its schemas. The first
+            paraphrase and the first neighbourhood prompt of each record are scored.
         layers: Layers to try, from 0.
-        second_moments: C by layer, as `collect_second_moment(model, texts, layers)` gives it.
+        second_moments: C by layer, as `collect_second_moment(model, texts, layers)` returns it.
         prefixes: As in `compute_rome_edit`.
         config: As in `compute_rome_edit`.
         seed: As in `compute_rome_edit`.
-        out: A JSON Lines file that gets every record's numbers as they come; a sweep that was
-            stopped goes on where it was.
+        out: A JSON Lines file to which each record's numbers are written as soon as they are known.
+            A stopped sweep continues from it.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no records, one that is not whole, a layer out of range, or `out` holds rows of
-            another setting.
+        ValueError: There are no records, a record is invalid, a layer is out of range, or `out`
+            contains rows of another setting.
     """
     if not records:
         raise ValueError("records is empty; give sweep_layers a few dozen CounterFact records")
@@ -100,7 +102,7 @@ def sweep_layers(
         else:
             moment = second_moments[layer]
         method = Rome(layer, moment, tuple(prefixes), config)
-        setting = _setting(model, method, seed)
+        setting = _setting(model, method, layer, moment, seed)
         rows = []
         for record in tqdm(records, desc=f"edits at layer {layer}", disable=not progress):
             case = record.case_id
@@ -111,11 +113,11 @@ def sweep_layers(
                 row = {"layer": layer, "case_id": case, "before": before[case]} | row | setting
                 _append(out, row)
             elif any(row.get(name) != value for name, value in setting.items()) or not (
-                _alike(row["before"], before[case])
+                _close(row["before"], before[case])
             ):
                 raise ValueError(
-                    f"{out} holds edits at layer {layer} of another model, other records, another "
-                    "configuration, seed, prefixes or statistics; give another file"
+                    f"{out} contains edits at layer {layer} of another model, other records, "
+                    "another configuration, seed, prefixes or statistics; give another file"
                 )
             rows.append(row)
         scores.append(_layer_score(layer, rows))
@@ -123,27 +125,29 @@ def sweep_layers(
     return scores
 
 
-def _setting(model: Any, method: Rome, seed: int) -> dict[str, Any]:
-    """What a row depends on beside its record, as JSON gives it back."""
+def _setting(
+    model: Any, method: Rome, layer: int, moment: SecondMoment, seed: int
+) -> dict[str, Any]:
+    """Return the setting of a row, apart from its record, as it is after reading from JSON."""
     setting = {
         "seed": seed,
         "config": dataclasses.asdict(method.config),
         "prefixes": method.prefixes,
-        "model_hash": adapter.weight_hash(adapter.w_out(model, method.layer)),
-        "second_moment": adapter.weight_hash(method.second_moment.sum_kk),
+        "model_hash": adapter.weight_hash(adapter.w_out(model, layer)),
+        "second_moment": adapter.weight_hash(moment.sum_kk),
     }
     return json.loads(json.dumps(setting))
 
 
-def _alike(mine: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> bool:
-    """Whether scores are those of one record on one model; devices differ by far less."""
-    return all(abs(a - b) < 0.1 for m in _METRICS for a, b in zip(mine[m], others[m], strict=True))
+def _close(one: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> bool:
+    """Return whether scores are of the same record and model; devices differ by far less."""
+    return all(abs(a - b) < 0.1 for m in _METRICS for a, b in zip(one[m], other[m], strict=True))
 
 
 def _test_edit(
     model: Any, encoder: Encoder, record: CounterFactRecord, method: Rome, seed: int
 ) -> dict[str, Any]:
-    """One edit: mean log-probabilities [new, true] of each prompt after it."""
+    """Make one edit; return the mean log-probabilities [new, true] of each prompt after it."""
     started = time.perf_counter()
     edit = method.compute(model, record.request, seed=seed)
     seconds = time.perf_counter() - started
@@ -163,8 +167,13 @@ def _layer_score(layer: int, rows: Sequence[Mapping[str, Any]]) -> LayerScore:
 
 
 def _score(model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str, list[float]]:
-    """Mean log-probabilities [new, true] after each of the three prompts."""
+    """Return the mean log-probabilities [new, true] after each of the three prompts."""
     request = record.request
+    if request.target_true is None:
+        raise ValueError(
+            f"record {record.case_id} has no true target; a sweep scores both targets, so give "
+            "the request target_true="
+        )
     asked = [request.text, record.paraphrase_prompts[0], record.neighborhood_prompts[0]]
     prompts = [prompt for prompt in asked for _ in range(2)]
     targets = [request.target_new, request.target_true] * len(asked)
@@ -173,20 +182,20 @@ def _score(model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str,
 
 
 def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """ES, PS, NS and S of some records."""
+    """Return ES, PS, NS and S of the records."""
 
     def wins(metric: str, new: float, true: float) -> bool:
         return true > new if metric == "NS" else new > true
 
-    found = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _METRICS}
-    return found | {"S": harmonic_mean(list(found.values()))}
+    percents = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _METRICS}
+    return percents | {"S": harmonic_mean(list(percents.values()))}
 
 
 def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """Rows that an earlier run wrote; a last line cut short by a crash is taken off.
+    """Read the rows of an earlier run, and remove a last line that a crash cut short.
 
     Raises:
-        ValueError: a line is not a sweep's; the file stays as it is.
+        ValueError: A line is not a row of a sweep; the file is then not changed.
     """
     if out is None or not Path(out).is_file():
         return {}
@@ -196,17 +205,17 @@ def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
     for i, line in enumerate(whole.splitlines()):
         row = parse(line, f"{out}: line {i + 1}")
         if not _is_row(row):
-            raise ValueError(f"{out}: line {i + 1} is not a sweep's; give another file")
+            raise ValueError(f"{out}: line {i + 1} is not a row of a sweep; give another file")
         rows[row["layer"], row["case_id"]] = row
     if not rows and data[:1] not in (b"", b"{"):
-        raise ValueError(f"{out} holds something else than a sweep; give another file")
+        raise ValueError(f"{out} is not the file of a sweep; give another file")
     if whole != data:
         Path(out).write_bytes(whole)
     return rows
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a line is what `sweep_layers` writes, as far as scores are made of it."""
+    """Return whether a line has the fields from which scores are computed."""
     if not isinstance(row, dict) or not all(type(row.get(n)) is int for n in ("layer", "case_id")):
         return False
     for scores in (row.get("before"), row.get("after")):

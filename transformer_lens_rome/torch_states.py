@@ -1,16 +1,16 @@
-"""torch's own defaults, while this package computes, and one thread at a time.
+"""Run this package's code under torch's defaults, and in one thread at a time.
 
-torch keeps states for a thread or for the whole process that change what the same code computes:
-autocast, inference mode, the default dtype and device, the precision of float32 products. What this
-package computes is the same in all of them, as it is computed under torch's defaults. The caller's
-states are back when a function returns or raises.
+Some states of torch, of a thread or of the process, change the results of the same code: autocast,
+inference mode, the default dtype and device, the precision of float32 products. This package
+computes under torch's defaults, so its results do not depend on these states. The caller's states
+are restored when a function returns or raises.
 
-Two states are left alone. Nothing is drawn from torch's global random state; and gradients are on
-or off as a computation needs them.
+Two states are not set here. torch's global random state is never used, and each computation turns
+gradients on or off as it needs them.
 
 Hooks belong to a model and states to the process, not to a thread. So a second thread that calls a
-function of this package waits until the first one's has returned. What runs models side by side
-are processes: `workers=`.
+function of this package waits until the first call has returned. To run models in parallel, use
+processes: `workers=`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ONE_THREAD = threading.RLock()
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """No autocast, no inference mode, float32 and the CPU as defaults, full matmul precision."""
+    """Within this context: no autocast, no inference mode, float32, CPU, full matmul precision."""
     if not _ONE_THREAD.acquire(blocking=False):
         logger.info("waiting for another thread's call to return")
         _ONE_THREAD.acquire()
@@ -47,18 +47,22 @@ def torch_defaults() -> Iterator[None]:
 
 
 def _default_dtype() -> Callable[[], None]:
-    """Make float32 the default; returns what sets the caller's again."""
+    """Make float32 the default dtype; return a function that restores the caller's."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     return lambda: torch.set_default_dtype(before)
 
 
 def _matmul_precision() -> Callable[[], None]:
-    """Compute float32 products in full; returns what sets the caller's precision again."""
+    """Compute float32 products in full precision; return a function that restores the caller's."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set for one backend, which this function of torch's refuses to read
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    except RuntimeError:  # the caller set one backend only, and torch then cannot read it
+        cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
+        backends = (
+            cuda.matmul,
+            mkldnn.matmul,  # type: ignore[attr-defined]  # set at run time, not known to mypy
+        )
         each = [(backend, backend.fp32_precision) for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"

@@ -1,4 +1,4 @@
-"""The parser of the command line, and what each command does."""
+"""The parser of the command line, and the function of each command."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from transformer_lens_rome.viz import save_html
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    # what a locale could not decode is UTF-8 all the same
+    # bytes that the locale could not decode are read as UTF-8
     given = [os.fsencode(text).decode("utf-8", "surrogateescape") for text in given]
     options = _parser().parse_args(given)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what it cannot encode is escaped, not an error
+        if hasattr(stream, "reconfigure"):  # escape what the stream cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
         report = options.run(options)
         _print(report, options.json)
-    except BrokenPipeError:  # whoever read the report has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog="transformer_lens_rome", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--model-class", choices=("bridge", "hooked"), default=default_class())
     shared.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     shared.add_argument("--json", action="store_true", help="print one JSON object")
-    shared.add_argument("--verbose", action="store_true", help="say which defaults are used")
+    shared.add_argument("--verbose", action="store_true", help="log which defaults are used")
 
     layer = argparse.ArgumentParser(add_help=False)
     layer.add_argument("--layer", type=int, help="block to edit, from 0 (default: the model's)")
@@ -75,15 +76,17 @@ def _parser() -> argparse.ArgumentParser:
 
     edit = commands.add_parser("edit", parents=[shared, layer], help="edit a fact in any model")
     edit.add_argument("model", help="hub name, folder, or 'demo'")
-    edit.add_argument("prompt", help="with {} where the subject goes")
+    edit.add_argument("prompt", help="the prompt, with {} in place of the subject")
     edit.add_argument("subject")
     edit.add_argument("target")
     edit.add_argument("--ask", action="append", default=[], help="another prompt to compare")
-    edit.add_argument("--statistics", help="a second-moment file (default: found or made)")
+    edit.add_argument(
+        "--statistics", help="a second-moment file (default: cached, downloaded or collected)"
+    )
     edit.add_argument("--released", action="store_true", help="the released code's configuration")
     edit.add_argument("--seed", type=int, default=0)
-    edit.add_argument("--save", help="write the edit here (safetensors)")
-    edit.add_argument("--export", help="write the edited checkpoint to this folder")
+    edit.add_argument("--save", help="file to write the edit to (safetensors)")
+    edit.add_argument("--export", help="folder to write the edited checkpoint to")
     edit.set_defaults(run=run_edit)
 
     stats = commands.add_parser(
@@ -91,21 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("model", help="hub name, folder, or 'demo'")
     stats.add_argument("out", help="file to write (safetensors)")
-    stats.add_argument("--text", help="a text file (default: text that the model writes itself)")
+    stats.add_argument("--text", help="a text file (default: text sampled from the model)")
     stats.add_argument("--max-tokens", type=int, default=100_000)
     stats.set_defaults(run=run_statistics)
 
-    trace = commands.add_parser("trace", parents=[shared], help="where a fact is recalled")
+    trace = commands.add_parser("trace", parents=[shared], help="trace where a fact is recalled")
     trace.add_argument("model", help="hub name, folder, or 'demo'")
-    trace.add_argument("prompt", help="text up to where the answer should follow")
+    trace.add_argument("prompt", help="text that the answer should follow")
     trace.add_argument("subject", help="the part of the prompt to corrupt")
-    trace.add_argument("--answer", help="what should follow (default: the model's top token)")
+    trace.add_argument("--answer", help="the answer (default: the model's top token)")
     trace.add_argument("--kind", choices=("resid", "mlp", "attn"), default="resid")
     trace.add_argument("--window", type=int, default=10, help="layers restored at once")
-    trace.add_argument("--samples", type=int, default=10, help="how many noises")
+    trace.add_argument("--samples", type=int, default=10, help="number of noise samples")
     trace.add_argument("--seed", type=int, default=0)
-    trace.add_argument("--save", help="write the trace here (safetensors)")
-    trace.add_argument("--html", help="write a page that shows it here")
+    trace.add_argument("--save", help="file to write the trace to (safetensors)")
+    trace.add_argument("--html", help="file to write a page with the trace to")
     trace.set_defaults(run=run_trace)
     add_parsers(commands, [shared])
     return parser
@@ -114,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
 def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     """Edit a fact in the bundled model, save and reload the edit, undo it."""
     print(
-        "Loads Gemma-3-270M, edits one fact, asks the model before and after, undoes the edit: "
-        "about half a minute on two cores, and once another to unpack the model.",
+        "Loads Gemma-3-270M, edits one fact, prompts the model before and after, undoes the edit. "
+        "This takes about half a minute on two cores; the first run takes another half minute to "
+        "unpack the model.",
         file=sys.stderr,
     )
     started = time.perf_counter()
@@ -138,11 +142,11 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_edit(options: argparse.Namespace) -> dict[str, Any]:
-    """Edit any fact in any model; save or export it; undo it."""
+    """Edit one fact in any model, save or export the edit, undo it."""
     request = EditRequest(options.prompt, options.subject, options.target)
     if options.export and options.model_class == "hooked":
         raise ValueError(
-            "a HookedTransformer keeps no Hugging Face model to export; use --model-class bridge, "
+            "a HookedTransformer has no Hugging Face model to export; use --model-class bridge, "
             "or export_hf(model, folder, hf_model=...) in Python"
         )
     model = load_model(options.model, options.model_class, device=options.device)
@@ -171,18 +175,18 @@ def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_text(path: str) -> str:
-    """A text file, which has to be UTF-8."""
+    """Read a text file, or raise ValueError if it is not UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if "\0" in text:
-            raise ValueError("it holds NUL")
+            raise ValueError("it contains NUL")
         return text
     except ValueError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); convert it first") from error
 
 
 def run_trace(options: argparse.Namespace) -> dict[str, Any]:
-    """Trace one fact; save it as data or as a page."""
+    """Trace one fact, and save the trace as data or as a page."""
     model = load_model(options.model, options.model_class, device=options.device)
     trace = causal_trace(
         model,
@@ -223,7 +227,7 @@ def _edit(
     options: argparse.Namespace,
     save: Any,
 ) -> dict[str, Any]:
-    """Compute, apply, compare, save, reload and undo one edit; all of it as plain values."""
+    """Compute, save, apply, compare and undo one edit; return a report of plain values."""
     config = RomeConfig.released() if getattr(options, "released", False) else RomeConfig()
     started = time.perf_counter()
     edit = compute_rome_edit(
@@ -264,20 +268,20 @@ def _edit(
 
 
 def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The most probable next token, P(target) and the greedy continuation for each prompt."""
+    """Return the top next token, P(target) and the greedy continuation for each prompt."""
     encoder = Encoder.of(model)
-    found = []
+    answers = []
     for label, prompt in ask:
         (token, p), *_ = top_tokens(model, prompt, 1, encoder=encoder)
         (scores,) = target_log_probs(model, [prompt], [request.target_new], encoder=encoder)
         text = greedy_continuation(model, prompt, 12, encoder=encoder)
         numbers = {"top": token, "p_top": p, "p_target": scores.sum().exp().item(), "text": text}
-        found.append({"label": label, "prompt": prompt, "before": numbers})
-    return found
+        answers.append({"label": label, "prompt": prompt, "before": numbers})
+    return answers
 
 
 def _peak_memory_gb() -> float | None:
-    """The most memory that this process had; None where the system does not tell (Windows)."""
+    """Return the peak memory of this process; None if the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:
@@ -287,7 +291,7 @@ def _peak_memory_gb() -> float | None:
 
 
 def _print(report: dict[str, Any], as_json: bool) -> None:
-    """Print a report, in what its reader can decode."""
+    """Print a report as JSON or as text; escape what the encoding of stdout lacks."""
     if as_json:
         unicode = str(getattr(sys.stdout, "encoding", "")).lower().replace("-", "") == "utf8"
         print(json.dumps(report, indent=1, ensure_ascii=not unicode))
@@ -303,9 +307,9 @@ def _show(report: dict[str, Any]) -> None:
             for answer in value:
                 print(f"\n[{answer['label']}] {answer['prompt']}")
                 for when in ("before", "after"):
-                    said = answer[when]
-                    text = " ".join(said["text"].split())
-                    print(f"  {when:6} P(target) {said['p_target']:.4f}   ... {text}")
+                    numbers = answer[when]
+                    text = " ".join(numbers["text"].split())
+                    print(f"  {when:6} P(target) {numbers['p_target']:.4f}   ... {text}")
             print()
         elif isinstance(value, str) and "\n" in value:
             print(f"\n{value}\n")

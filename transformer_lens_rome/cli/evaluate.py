@@ -1,4 +1,4 @@
-"""Two commands: `evaluate` a method on a data set, and make a `table` of saved runs."""
+"""Two commands: `evaluate` scores a method on a data set, `table` compares saved runs."""
 
 from __future__ import annotations
 
@@ -30,36 +30,40 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run = commands.add_parser("evaluate", parents=parents, help="score a method on a data set")
     run.add_argument("model", help="hub name, folder, or 'demo'")
     run.add_argument("method", help="'unedited', 'rome', 'ft', 'ft+l', 'kn', 'ke', 'mend' ...")
-    run.add_argument("out", help="file for the rows (.jsonl); a stopped run goes on from it")
+    run.add_argument("out", help="file for the rows (.jsonl); a stopped run continues from it")
     run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
     run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
-    run.add_argument("--limit", type=int, help="use the first so many records")
-    run.add_argument("--lenient", action="store_true", help="leave out records that are not whole")
-    run.add_argument("--layer", type=int, help="block to edit, from 0 (default: the method's)")
+    run.add_argument("--limit", type=int, help="number of records to use, from the first")
+    run.add_argument("--lenient", action="store_true", help="leave out invalid records")
+    run.add_argument(
+        "--layer", type=int, help="block to edit, from 0 (default: the method's choice)"
+    )
     run.add_argument("--statistics", help="a second-moment file, for ROME")
     run.add_argument("--editor", help="a trained editor's file, for KE and MEND")
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
-    run.add_argument("--workers", type=int, default=1, help="copies of the model, on Ray")
-    run.add_argument("--ray", metavar="ADDRESS", help="an existing Ray cluster")
+    run.add_argument("--workers", type=int, default=1, help="number of copies of the model, on Ray")
+    run.add_argument("--ray", metavar="ADDRESS", help="address of an existing Ray cluster")
     run.add_argument("--seed", type=int, default=0)
     run.set_defaults(run=run_evaluate)
 
-    table = commands.add_parser("table", help="a table of runs that `evaluate` saved")
+    table = commands.add_parser("table", help="print a table of runs that `evaluate` saved")
     table.add_argument("runs", nargs="+", help="files that `evaluate` wrote")
     table.add_argument("--style", choices=sorted(TABLES), default="markdown")
-    table.add_argument("--compare", action="store_true", help="also test the first against others")
+    table.add_argument(
+        "--compare", action="store_true", help="also test the first run against the others"
+    )
     table.add_argument("--json", action="store_true", help="print one JSON object")
     table.set_defaults(run=run_table, verbose=False)
 
 
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Score a method; what is printed can be had again from the file with `table`."""
+    """Score a method; `table` can print the same table again from the file."""
     _check(options)
-    known = {"layer": options.layer, "editor": options.editor}
+    settings = {"layer": options.layer, "editor": options.editor}
     if options.statistics:
-        known["second_moment"] = SecondMoment.load(options.statistics)
-    given = {name: value for name, value in known.items() if value is not None}
+        settings["second_moment"] = SecondMoment.load(options.statistics)
+    given = {name: value for name, value in settings.items() if value is not None}
     method = None if options.method == "unedited" else get_method(options.method, **given)
     shared = {
         "out": _out(options),
@@ -71,25 +75,27 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     strict = not options.lenient
     if options.dataset == "zsre":
         limit = 10_000 if options.limit is None else options.limit
-        asked = Zsre.load(options.records, limit=limit, strict=strict)
+        questions = Zsre.load(options.records, limit=limit, strict=strict)
+        left_out = questions.skipped
         model = load_model(options.model, options.model_class, device=options.device)
-        results = evaluate_zsre(model, asked, method, **shared)
+        results = evaluate_zsre(model, questions, method, **shared)
     else:
-        asked = CounterFact.load(options.records, limit=options.limit, strict=strict)
+        records = CounterFact.load(options.records, limit=options.limit, strict=strict)
+        left_out = records.skipped
         references = None
         if options.snippets:
             path = None if options.snippets == "download" else options.snippets
-            references = References.extract(asked, path)
+            references = References.extract(records, path)
         model = load_model(options.model, options.model_class, device=options.device)
         generation = {"generate": options.generate, "references": references}
-        results = evaluate_counterfact(model, asked, method, **shared, **generation)
+        results = evaluate_counterfact(model, records, method, **shared, **generation)
     failed = {str(case): reason for case, reason in results.failed.items()}
-    report = {"table": results.table(), "left_out": list(asked.skipped), "failed": failed}
+    report = {"table": results.table(), "left_out": list(left_out), "failed": failed}
     return report | ({"seconds": results.seconds} if results.after else {})
 
 
 def run_table(options: argparse.Namespace) -> dict[str, Any]:
-    """Tables and paired tests from saved runs."""
+    """Make a table, and optionally paired tests, from saved runs."""
     runs = [Results.load(path) for path in options.runs]
     report = {"table": TABLES[options.style](runs)}
     if options.compare:
@@ -99,7 +105,7 @@ def run_table(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse options that would do nothing."""
+    """Raise ValueError for options that have no effect together."""
     if options.statistics and options.method != "rome":
         raise ValueError(f"--statistics are for 'rome', not for {options.method!r}")
     if options.layer is not None and options.method not in ("rome", "ft", "ft+l"):
@@ -114,6 +120,6 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _out(options: argparse.Namespace) -> Path:
-    """The file of the rows; the unedited model's have their own name."""
+    """Return the file of the rows; for the unedited model it is always `unedited.jsonl`."""
     out = Path(options.out)
     return out.with_name("unedited.jsonl") if options.method == "unedited" else out

@@ -1,4 +1,4 @@
-"""Load the model that a command names."""
+"""Load the model of a command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformer_lens_rome.torch_states import torch_defaults
 
 @torch_defaults()
 def load_model(name: str, model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
-    """Any checkpoint from a hub name or a folder, unprocessed; `"demo"` is the bundled model."""
+    """Load a checkpoint from a hub name or a folder, unprocessed; `"demo"`: the bundled model."""
     if name == "demo":
         return load_demo_model(model_class, device=device)
     import transformers

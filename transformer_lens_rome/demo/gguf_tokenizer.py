@@ -1,9 +1,9 @@
 """The demo model's tokenizer, built from its model file.
 
-transformers 4 (that of TransformerLens 2) builds it without its merges, so that words fall into
-letters; transformers 5 builds the same as we do, anew at each load. The file holds pieces and their
-scores, as SentencePiece does; BPE needs merges: every pair of pieces whose union is a piece, better
-scores first.
+transformers 4 (used by TransformerLens 2) builds it without its merges, so words are split into
+letters. transformers 5 builds the same tokenizer as this module, again at each load. Like
+SentencePiece, the file contains pieces and their scores. BPE needs merges: all pairs of pieces that
+join to a piece, in order of decreasing score.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _CONTROL, _USER_DEFINED = 3, 4  # kinds of pieces in the file
 
 
 def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a Gemma model file."""
+    """Build the tokenizer of a Gemma model file."""
     from transformers import PreTrainedTokenizerFast
 
     pieces, scores, kinds = _read(path)
@@ -31,7 +31,7 @@ def gguf_tokenizer(path: Path) -> Any:
 
 
 def _read(path: Path) -> tuple[list[str], list[float], list[int]]:
-    """Pieces, scores and kinds of the vocabulary."""
+    """Read the pieces, scores and kinds of the vocabulary."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -45,19 +45,19 @@ def _read(path: Path) -> tuple[list[str], list[float], list[int]]:
 
 
 def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces to a third, in the order in which BPE must try them."""
+    """Return all pairs of pieces that join to a piece, in the order in which BPE must try them."""
     ids = {piece: i for i, piece in enumerate(pieces)}
-    found = []
+    candidates = []
     for piece, score in zip(pieces, scores, strict=True):
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in ids and right in ids:
-                found.append((-score, ids[piece], ids[left], ids[right], (left, right)))
-    return [pair for *_, pair in sorted(found)]
+                candidates.append((-score, ids[piece], ids[left], ids[right], (left, right)))
+    return [pair for *_, pair in sorted(candidates)]
 
 
 def _bpe(pieces: list[str], scores: list[float], special: list[str], added: list[str]) -> Any:
-    """Gemma's pipeline: spaces become a mark, unknown characters bytes, BOS comes first."""
+    """Build Gemma's pipeline: spaces become "▁", unknown characters become bytes, BOS is first."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     vocabulary = {piece: i for i, piece in enumerate(pieces)}

@@ -1,1 +1,1 @@
-"""An edit is a value: what it changes, how it is put on a model and taken off, and files of it."""
+"""Edits as values: their kinds and files, how to apply and undo them, and how to export them."""

@@ -1,4 +1,4 @@
-"""What every edit carries and can do, whatever it changes; and how it is kept in a file."""
+"""The base class of edits: common fields, common methods, and the file format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,22 +27,25 @@ from transformer_lens_rome.showing import Shown
 
 _FORMAT = "transformer_lens_rome.edit.1"
 MAX_MATRIX = 2**31
-"""Numbers in an edited matrix: twice those of a model with 405 billion parameters. Without a limit
-two vectors could ask for a matrix that no memory holds."""
+"""The most entries that an edited matrix may have: twice as many as in a model with 405 billion
+parameters. Without a limit, a file with two vectors could ask for a matrix larger than any memory.
+"""
+
+E = TypeVar("E", bound="BaseEdit")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BaseEdit(Shown):
-    """What every edit carries.
+    """The fields and methods of every edit.
 
     Attributes:
-        layer: The block that it changes, from 0; the first of them where there are several.
-        request: What was asked for.
+        layer: The block that it changes, from 0; the first one if it changes several.
+        request: The requested fact.
         config: The method's settings, as plain values.
-        model_hash: sha256 of the W_out that the edit was made on (`adapter.weight_hash`); of the
-            hashes of all weights that it changes, where that is more than one W_out.
+        model_hash: sha256 of the W_out that the edit was made on (`adapter.weight_hash`). If the
+            edit changes more than one W_out: sha256 of the hashes of all weights that it changes.
         health: See `EditHealth`.
-        provenance: Where it came from: model, prefixes, statistics, seed, BOS rule, versions.
+        provenance: How it was made: model, prefixes, statistics, seed, BOS rule, versions.
     """
 
     layer: int
@@ -53,31 +56,31 @@ class BaseEdit(Shown):
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("config", "provenance"):  # as they will be when read from a file: no tuples
+        for name in ("config", "provenance"):  # as read from a file: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of W_out."""
+        """Return the change of W_out."""
         raise NotImplementedError
 
     def changes(self) -> dict[Weight, Tensor]:
-        """The change of every parameter that is changed."""
+        """Return the change of every parameter that the edit changes."""
         return {Weight("W_out", self.layer): self.delta()}
 
     def change(self, where: Weight) -> Tensor:
-        """The change of one of those parameters."""
+        """Return the change of one parameter."""
         return self.changes()[where]
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """The shape of every parameter that is changed, without making a change."""
+        """Return the shape of every changed parameter, without computing the changes."""
         raise NotImplementedError
 
     def made_on(self) -> dict[Weight, str]:
-        """sha256 of the weights that it was made on."""
+        """Return the sha256 of each weight that the edit was made on."""
         return {Weight("W_out", self.layer): self.model_hash}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that define the change, by field name."""
+        """Return the tensors that define the change, by field name."""
         return {
             f.name: value
             for f in dataclasses.fields(self)
@@ -86,7 +89,7 @@ class BaseEdit(Shown):
 
     @property
     def digest(self) -> str:
-        """sha256 of the layer and the tensors: equal for an edit and its saved and loaded self."""
+        """sha256 of the layer and the tensors; saving and loading an edit does not change it."""
         state = hashlib.sha256(str(self.layer).encode())
         for tensor in self.tensors().values():
             state.update(weight_hash(tensor).encode())
@@ -105,36 +108,38 @@ class BaseEdit(Shown):
             "provenance": self.provenance,
             **self.extra(),
         }
-        own = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        write_tensors(path, own, info)  # safetensors refuses tensors that share memory
+        copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        write_tensors(path, copies, info)  # safetensors refuses tensors that share memory
 
     def extra(self) -> dict[str, Any]:
-        """What its file says beside what every edit's does."""
+        """Return the extra metadata of this kind of edit."""
         return {}
 
     @classmethod
     def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The fields that `tensors` and `extra` wrote."""
+        """Return the fields that `tensors` and `extra` wrote to the file."""
         return dict(tensors)
 
     @classmethod
-    def load(cls, path: Any) -> Any:
+    def load(cls: type[E], path: Any) -> E:
         """Read an edit that `save` wrote.
 
         Raises:
-            ValueError: not safetensors, truncated, not an edit, or an edit of another kind.
+            ValueError: the file is not safetensors, is truncated, or has no edit of this kind.
         """
         tensors, info = read_edit(path)
         if (kind := info.get("kind")) != cls.__name__:
-            raise ValueError(f"{path} holds a {kind!s:.40}; read it with {kind!s:.40}.load")
+            raise ValueError(f"{path} contains a {kind!s:.40}; read it with {kind!s:.40}.load")
         return cls.made_of(path, tensors, info)
 
     @classmethod
-    def made_of(cls, path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Any:
-        """The edit of this kind that a file holds.
+    def made_of(
+        cls: type[E], path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+    ) -> E:
+        """Return the edit of this kind from the contents of a file.
 
         Raises:
-            ValueError: a part of it is missing, of another type, or does not fit.
+            ValueError: a part is missing, has the wrong type, or does not fit the others.
         """
         try:
             check_finite(tensors)
@@ -148,23 +153,23 @@ class BaseEdit(Shown):
             raise ValueError(f"{path} is an incomplete edit file ({error!r:.400})") from error
 
     def _check_sizes(self) -> None:
-        """Refuse an edit of matrices that no model has, before any is made."""
+        """Raise ValueError for layers or sizes that no model has, before a matrix is made."""
         for where, size in self.sizes().items():
             if not 0 <= where.layer < MAX_LAYERS or math.prod(size) > MAX_MATRIX:
                 raise ValueError(f"no model has a matrix of {size} at layer {where.layer}")
 
     def _check_fit(self, shapes: bool) -> None:
-        """Refuse tensors whose shapes, as just compared, or dtypes do not fit together."""
+        """Raise ValueError if `shapes` (the shapes fit) is false, or if the dtypes differ."""
         if not shapes or len({tensor.dtype for tensor in self.tensors().values()}) > 1:
-            own = self.tensors().items()
-            found = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in own)
-            raise ValueError(f"the edit's tensors do not fit together: {found}")
+            named = self.tensors().items()
+            listed = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in named)
+            raise ValueError(f"the edit's tensors do not fit together: {listed}")
 
 
 def read_edit(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the description of an edit's file.
+    """Return the tensors and the metadata of an edit's file.
 
     Raises:
-        ValueError: not safetensors, truncated, or no edit.
+        ValueError: the file is not safetensors, is truncated, or contains no edit.
     """
     return read_tensors(path, _FORMAT)

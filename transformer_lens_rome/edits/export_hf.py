@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from transformer_lens_rome.edits.base_bytes import live_weight
 from transformer_lens_rome.edits.ledger import base_weight, edited_weights
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
@@ -18,20 +19,20 @@ from transformer_lens_rome.prompts.encoder import checkpoint_tokenizer
 
 @weights_call
 def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
-    """Write weights, configuration and tokenizer that `AutoModelForCausalLM` loads.
+    """Write weights, configuration and tokenizer in a format that `AutoModelForCausalLM` loads.
 
-    The tokenizer is the checkpoint's, with the tokens and the chat template that were added since.
+    The tokenizer is the checkpoint's, plus the tokens and the chat template that were added later.
 
     Args:
-        model: The model with its edits on.
-        folder: Where to write; made if it is not there.
-        hf_model: For a HookedTransformer, which holds only converted copies of the weights: the
-            Hugging Face model that it was loaded from. It is left as it is.
+        model: The edited model.
+        folder: The output folder; created if it does not exist.
+        hf_model: Needed for a HookedTransformer, which has only converted copies of the weights:
+            the Hugging Face model that it was loaded from. It is not changed.
 
     Raises:
-        ValueError: no Hugging Face model to start from, one with other weights, or a bridge whose
-            weights were processed; or an edit of a matrix that the checkpoint keeps fused with
-            another.
+        ValueError: there is no Hugging Face model to start from, its weights differ, the weights
+            of a bridge were processed, or an edited matrix is fused with another one in the
+            checkpoint.
     """
     inside = adapter.hf_model(model)
     if inside is None and hf_model is None:
@@ -46,9 +47,9 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
         every = [Weight("W_out", layer) for layer in range(model.cfg.n_layers)]
         for where in dict.fromkeys(every + edited):
             _replace(state, model, where)
-    else:  # its state dict holds the edited weights, unless it holds a copy from before the split
+    else:  # check that the state dict has the edited weights, not a copy from before a split
         for where in edited:
-            _find(state, adapter.parameter(model, where), where, "after")
+            _find(state, live_weight(model, where), where, "after")
     folder = Path(folder)
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     source.save_pretrained(folder, state_dict=whole)
@@ -58,60 +59,67 @@ def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """The checkpoint's tokenizer, with the tokens and the chat template that were added since.
+    """Return the checkpoint's tokenizer, plus tokens and chat template that were added later.
 
-    Not the model's own: TransformerLens loads that one anew, with BOS switched on.
+    The model's tokenizer is not used: TransformerLens loads it again, with BOS switched on.
     """
-    own = checkpoint_tokenizer(tokenizer)
-    if own is tokenizer:
+    original = checkpoint_tokenizer(tokenizer)
+    if original is tokenizer:
         return tokenizer
-    own, known = copy.deepcopy(own), own.added_tokens_decoder
+    exported, known = copy.deepcopy(original), original.added_tokens_decoder
     added = {i: t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if i not in known}
     for token in added.values():
-        own.add_tokens([token], special_tokens=token.special)
-    by_host = {tokenizer.eos_token, tokenizer.bos_token}  # what it puts where there is none
+        exported.add_tokens([token], special_tokens=token.special)
+    # TransformerLens fills missing special tokens with these
+    by_host = {tokenizer.eos_token, tokenizer.bos_token}
     for name, token in tokenizer.special_tokens_map.items():
-        was = own.special_tokens_map.get(name)
+        was = exported.special_tokens_map.get(name)
         if token != was and not (was is None and token in by_host):
-            own.add_special_tokens({name: token})
-    own.chat_template = tokenizer.chat_template
+            exported.add_special_tokens({name: token})
+    exported.chat_template = tokenizer.chat_template
     text = "".join(
         ["Ａ text — “with” ﬁ, e\u0301 and every added token: ", *map(str, added.values())]
     )
-    if own(text, add_special_tokens=False).input_ids != (
+    if exported(text, add_special_tokens=False).input_ids != (
         tokenizer(text, add_special_tokens=False).input_ids
     ):
         raise ValueError(
-            "the model's tokenizer gives other ids than its files do, even with the added tokens "
-            "in place; take the change back, export, and make it anew on the exported tokenizer"
+            "the model's tokenizer gives other ids than its files do, even with the added tokens; "
+            "undo the change, export, and repeat the change on the exported tokenizer"
         )
-    return own
+    return exported
 
 
 def _differs(model: Any, where: Weight) -> bool:
-    """Whether the edits on a weight change it."""
-    weight = adapter.parameter(model, where)
-    return not torch.equal(base_weight(model, where).to(weight), weight)
+    """Return whether the edits on a weight change its values."""
+    weight = live_weight(model, where)
+    return not torch.equal(_base(model, where).to(weight), weight)
+
+
+def _base(model: Any, where: Weight) -> Tensor:
+    base = base_weight(model, where)
+    assert base is not None  # an edited weight, or a W_out, which every editable model has
+    return base
 
 
 def _replace(state: dict[str, Tensor], model: Any, where: Weight) -> None:
-    """Put an edited weight in place of the tensor whose bytes are its base's, in either layout."""
-    name, turned = _find(state, base_weight(model, where), where, "before")
-    edited = adapter.parameter(model, where).detach()
+    """Replace the tensor that equals the base of a weight by the edited weight, in its layout."""
+    name, turned = _find(state, _base(model, where), where, "before")
+    edited = live_weight(model, where).detach()
     state[name] = (edited.T if turned else edited).to(state[name])
 
 
 def _find(
     state: dict[str, Tensor], weight: Tensor, where: Weight, when: Literal["before", "after"]
 ) -> tuple[str, bool]:
-    """The tensor with the bytes of a weight, and whether it is stored the other way round."""
+    """Return the name of the tensor equal to a weight, and whether it is stored transposed."""
     for name, tensor in state.items():
         for turned in (False, True) if tensor.ndim == 2 else (False,):
             stored = tensor.T if turned else tensor
             if stored.shape == weight.shape and torch.equal(stored.to(weight), weight):
                 return name, turned
     raise ValueError(
-        f"hf_model holds no tensor equal to {where.name} of layer {where.layer} {when} its edits; "
+        f"hf_model has no tensor equal to {where.name} of layer {where.layer} {when} its edits; "
         "pass the model that this HookedTransformer was loaded from (without weight processing), "
         "and undo changes that were not made by apply_edit; a matrix that the checkpoint keeps "
         "fused with another (Phi-3's W_in and W_gate) cannot be exported"
@@ -119,7 +127,7 @@ def _find(
 
 
 def _state_dict(hf: Any) -> dict[str, Tensor]:
-    """The state dict under the checkpoint's own names; a bridge adds names of its own to it."""
+    """Return the state dict under the checkpoint's names, without the names that a bridge adds."""
     with torch.device("meta"):
         own_names = set(type(hf)(hf.config).state_dict())
     state: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What an edit did to its own prompt, in numbers, as part of the edit."""
+"""Measurements of an edit on its own prompt, stored with the edit."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from transformer_lens_rome.showing import Shown
 
 @dataclass(frozen=True)
 class EditHealth(Shown):
-    """What an edit did, in numbers that tell a good one from a bad one.
+    """Measurements that tell a good edit from a bad one.
 
     Attributes:
-        subject_token: The token whose key was written, as text.
+        subject_token: The token whose key the edit uses, as text.
         losses: The objective at every step of the optimisation.
-        p_before, p_after: Probability of the target after the bare prompt, on the model itself.
-        clamp_hits: Steps after which delta was pulled back to the allowed norm.
-        relative_norm: ||delta W|| / ||W||, Frobenius, over all weights that change.
-        rounding_error: What rounding to the weights' dtype loses of this change, as a share of it:
+        p_before, p_after: The model's probability of the target after the bare prompt.
+        clamp_hits: Steps after which delta was scaled back to the allowed norm.
+        relative_norm: ||delta W|| / ||W||, Frobenius, over all changed weights.
+        rounding_error: Share of the change that rounding to the weights' dtype loses:
             ||W_after - W_before - delta W|| / ||delta W||.
-        k_C_k: k̄ᵀ C⁻¹ k̄ with the mean key k̄ over prefixes: Eq. 2's denominator where k* is k̄.
+        k_C_k: k̄ᵀ C⁻¹ k̄ with the mean key k̄ over prefixes: Eq. 2's denominator if k* is k̄.
         key_agreement: Cosine of the bare prompt's key and k̄.
-        warnings: What a user should look at, in words.
+        warnings: Problems that a user should check, as sentences.
     """
 
     subject_token: str = ""
@@ -40,21 +40,21 @@ class EditHealth(Shown):
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditHealth:
-        """The inverse of `to_dict`, also after a round through JSON.
+        """Return the health that `to_dict` wrote, also from values read from JSON.
 
         Raises:
-            ValueError: a value of another type than its field's.
+            ValueError: a value does not have the type of its field.
         """
         return make(cls, {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def said(health: EditHealth) -> Iterator[tuple[str, str]]:
-    """Names and values of what was measured, in words; the losses as first and last."""
+    """Yield the name and text of each measured value; of the losses, the first and the last."""
     for name, value in health.to_dict().items():
         if name == "losses" and value:
             yield name, f"{value[0]:.3g} to {value[-1]:.3g} in {len(value)} steps"

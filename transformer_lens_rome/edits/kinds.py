@@ -1,4 +1,4 @@
-"""Edits as values: scale, save, load. `ledger` puts them on a model and off again."""
+"""The kinds of edits: values to scale, save and load. `ledger` applies and undoes them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RankOneEdit(BaseEdit):
-    """W_out + u lamᵀ: the key k_star gets the value v_star (Meng et al. 2022, Eq. 2).
+    """W_out + u lamᵀ: the key k_star is mapped to v_star (Meng et al. 2022, Eq. 2).
 
     Attributes:
-        k_star: The key that is given a new value, `[d_mlp]`.
+        k_star: The key that gets a new value, `[d_mlp]`.
         u: C⁻¹ k, the direction in key space along which W_out changes, `[d_mlp]`.
-        lam: Λ, what each unit of `key · u` adds to the value, `[d_model]`.
+        lam: Λ, the vector added to the value per unit of `key · u`, `[d_model]`.
         v_star: The value that k_star has after the edit: `k_star @ (W_out + delta) + b_out`,
             `[d_model]`.
     """
@@ -52,17 +52,17 @@ class RankOneEdit(BaseEdit):
         self._check_fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape)
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """The shape of W_out."""
+        """Return the shape of W_out."""
         return {Weight("W_out", self.layer): (len(self.u), len(self.lam))}
 
     @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of W_out: outer(u, lam)."""
+        """Return the change of W_out: outer(u, lam)."""
         return torch.outer(self.u, self.lam)
 
     @torch_defaults()
     def scale(self, alpha: float) -> RankOneEdit:
-        """The same edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
+        """Return the edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
         v_star = self.v_star + (alpha - 1) * (self.k_star @ self.u) * self.lam
         unmeasured = EditHealth(subject_token=self.health.subject_token)
         return dataclasses.replace(self, lam=alpha * self.lam, v_star=v_star, health=unmeasured)
@@ -70,12 +70,12 @@ class RankOneEdit(BaseEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DenseEdit(BaseEdit):
-    """Any change of one W_out, as two factors: `left @ right`; and of the bias after it.
+    """A change of one W_out, as two factors `left @ right`, and optionally of its bias b_out.
 
     Attributes:
-        left: `[d_mlp, rank]`; or the change itself, `[d_mlp, d_model]`, where it has no lower rank.
-        right: `[rank, d_model]`; None in that case.
-        bias: The change of b_out, `[d_model]`; None where it stays.
+        left: `[d_mlp, rank]`; or the whole change, `[d_mlp, d_model]`, if it is not factored.
+        right: `[rank, d_model]`; None if the change is not factored.
+        bias: The change of b_out, `[d_model]`; None if b_out does not change.
     """
 
     left: Float[Tensor, "d_mlp rank"] = field(repr=False)
@@ -89,26 +89,28 @@ class DenseEdit(BaseEdit):
         self._check_fit(whole and (self.bias is None or self.bias.shape == (d_model,)))
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """The shape of W_out, and of b_out if it changes."""
+        """Return the shape of W_out, and of b_out if it changes."""
         last = self.left if self.right is None else self.right
-        found = {Weight("W_out", self.layer): (len(self.left), last.shape[1])}
-        return found | (
-            {} if self.bias is None else {Weight("b_out", self.layer): tuple(self.bias.shape)}
-        )
+        sizes: dict[Weight, tuple[int, ...]] = {
+            Weight("W_out", self.layer): (len(self.left), last.shape[1])
+        }
+        if self.bias is not None:
+            sizes[Weight("b_out", self.layer)] = tuple(self.bias.shape)
+        return sizes
 
     @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of W_out: left @ right."""
+        """Return the change of W_out: left @ right."""
         return self.left if self.right is None else self.left @ self.right
 
     def changes(self) -> dict[Weight, Tensor]:
-        """The change of W_out, and of b_out if there is one."""
-        own = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
-        return super().changes() | own
+        """Return the change of W_out, and of b_out if it changes."""
+        bias = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
+        return super().changes() | bias
 
     @torch_defaults()
     def scale(self, alpha: float) -> DenseEdit:
-        """The same edit, alpha times as strong."""
+        """Return the edit, alpha times as strong."""
         bias = None if self.bias is None else alpha * self.bias
         return dataclasses.replace(self, left=alpha * self.left, bias=bias, health=EditHealth())
 
@@ -118,11 +120,11 @@ Factors = tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_out"]]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FactoredEdit(BaseEdit):
-    """A change of several matrices of several blocks, each as two factors: `left @ right`.
+    """A change of several matrices in several blocks, each as two factors `left @ right`.
 
     Attributes:
         factors: For each matrix, `left` `[d_in, rank]` and `right` `[rank, d_out]`.
-        hashes: For each matrix, sha256 of what the edit was made on.
+        hashes: For each matrix, sha256 of the weight that the edit was made on.
     """
 
     factors: Mapping[Weight, Factors] = field(repr=False)
@@ -134,16 +136,16 @@ class FactoredEdit(BaseEdit):
             raise ValueError("an edit needs one hash for each matrix that it changes")
         if not all(isinstance(digest, str) for digest in self.hashes.values()):
             raise ValueError("hashes are sha256 as text; see adapter.weight_hash")
-        own = {where: _checked(where, *self.factors[where]) for where in _ordered(self.factors)}
-        if own and self.layer != min(where.layer for where in own):
+        checked = {where: _checked(where, *self.factors[where]) for where in _ordered(self.factors)}
+        if checked and self.layer != min(where.layer for where in checked):
             raise ValueError(f"layer {self.layer} is not the first that this edit changes")
-        object.__setattr__(self, "factors", own)
+        object.__setattr__(self, "factors", checked)
 
     @classmethod
     def of(
         cls, factors: Mapping[Weight, Factors], hashes: Mapping[Weight, str], **known: Any
     ) -> FactoredEdit:
-        """An edit from its factors, in the order of layers; the rest are the fields of any edit."""
+        """Return an edit from its factors, sorted by layer; `known` are the fields of any edit."""
         order = _ordered(factors)
         together = hashlib.sha256("".join(hashes[where] for where in order).encode()).hexdigest()
         return cls(
@@ -155,29 +157,29 @@ class FactoredEdit(BaseEdit):
         )
 
     def changes(self) -> dict[Weight, Tensor]:
-        """The change of every matrix."""
+        """Return the change of every matrix."""
         return {where: self.change(where) for where in self.factors}
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """The shape of every matrix."""
+        """Return the shape of every matrix."""
         return {w: (len(left), right.shape[1]) for w, (left, right) in self.factors.items()}
 
     @torch_defaults()
     def change(self, where: Weight) -> Float[Tensor, "d_in d_out"]:
-        """The change of one matrix: left @ right."""
+        """Return the change of one matrix: left @ right."""
         left, right = self.factors[where]
         return left @ right
 
     def made_on(self) -> dict[Weight, str]:
-        """sha256 of the matrices that it was made on."""
+        """Return the sha256 of each matrix that the edit was made on."""
         return dict(self.hashes)
 
     @torch_defaults()
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """The change of W_out, if that of one layer is all that changes.
+        """Return the change of W_out, if the edit changes one W_out and nothing else.
 
         Raises:
-            ValueError: other matrices change too, or none does.
+            ValueError: the edit changes other matrices, or none.
         """
         if [where.name for where in self.factors] != ["W_out"]:
             names = ", ".join(f"{where.name} of layer {where.layer}" for where in self.factors)
@@ -188,7 +190,7 @@ class FactoredEdit(BaseEdit):
         return delta
 
     def tensors(self) -> dict[str, Tensor]:
-        """The factors, by matrix: `W_out.3.left` and so on."""
+        """Return the factors by name: `W_out.3.left` and so on."""
         return {
             f"{where.name}.{where.layer}.{side}": tensor
             for where, both in self.factors.items()
@@ -205,17 +207,17 @@ class FactoredEdit(BaseEdit):
 
     @torch_defaults()
     def scale(self, alpha: float) -> FactoredEdit:
-        """The same edit, alpha times as strong."""
+        """Return the edit, alpha times as strong."""
         factors = {where: (left, alpha * right) for where, (left, right) in self.factors.items()}
         return dataclasses.replace(self, factors=factors, health=EditHealth())
 
     def extra(self) -> dict[str, Any]:
-        """What its file says beside what every edit's does."""
+        """Return the extra metadata of this kind of edit: the hashes."""
         return {"hashes": [[*where, digest] for where, digest in self.hashes.items()]}
 
     @classmethod
     def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The fields that `tensors` and `extra` wrote."""
+        """Return the fields that `tensors` and `extra` wrote to the file."""
         hashes = {Weight(name, layer): digest for name, layer, digest in info["hashes"]}
         if not len(tensors) == 2 * len(hashes) == 2 * len(info["hashes"]):
             raise ValueError(f"{len(tensors)} factors, {len(info['hashes'])} hashes")
@@ -229,7 +231,7 @@ def _ordered(places: Iterable[Weight]) -> list[Weight]:
 
 
 def _checked(where: Weight, left: Tensor, right: Tensor) -> Factors:
-    """Factors that can change a matrix, as they will be when read from a file: contiguous."""
+    """Return the factors, contiguous as read from a file; raise ValueError if they do not fit."""
     if where.name not in ("W_in", "W_gate", "W_out") or type(where.layer) is not int:
         raise ValueError(f"{where} is not W_in, W_gate or W_out of a layer, counted from 0")
     fit = left.ndim == right.ndim == 2 and left.shape[1] == right.shape[0]
@@ -249,10 +251,11 @@ def load_edit(path: Any) -> Edit:
     """Read an edit of any kind.
 
     Raises:
-        ValueError: not safetensors, truncated, no edit, or a part of it is missing.
+        ValueError: the file is not safetensors, is truncated, or contains no complete edit.
     """
     tensors, info = read_edit(path)
-    for kind in (RankOneEdit, DenseEdit, FactoredEdit):
+    kinds: tuple[type[Edit], ...] = (RankOneEdit, DenseEdit, FactoredEdit)
+    for kind in kinds:
         if info.get("kind") == kind.__name__:
             return kind.made_of(path, tensors, info)
     raise ValueError(f"{path} is an incomplete edit file (its kind is {info.get('kind')!r:.40})")

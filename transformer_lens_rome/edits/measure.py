@@ -1,4 +1,4 @@
-"""Is an edit sound? Measure what it did on the model, and say in words what looks wrong."""
+"""Measure the effect of an edit on the model, and warn about signs of a bad edit."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
+from transformer_lens_rome.edits.base_bytes import live_weight
 from transformer_lens_rome.edits.kinds import Edit, EditHealth
 from transformer_lens_rome.edits.ledger import applied
-from transformer_lens_rome.model import adapter
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.prompts.scores import TargetScore, score_rows
 
-_ROWS = 1024  # of a matrix, taken to float64 at a time
+_ROWS = 1024  # rows of a matrix that are converted to float64 at a time
 
 
 def measured(model: Any, encoder: Encoder, edit: Edit) -> EditHealth:
-    """What can be said of any edit: the target before and after, and the size of the change."""
+    """Measure any edit: the target's probability before and after, and the size of the change."""
     return measured_row(model, encoder, edit)[2]
 
 
 def measured_row(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
-    """The bare prompt as a row, its score before the edit, and what can be said of any edit."""
+    """Return the bare prompt as a row, its score before the edit, and the edit's measurements."""
     request = edit.request
     bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
     (before,) = score_rows(model, [bare])
@@ -40,13 +40,13 @@ def measured_row(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetS
 
 @torch.no_grad()
 def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
-    """||delta W|| / ||W|| over all weights that change, the rounding error, and a warning.
+    """Return ||delta W|| / ||W|| over all changed weights, the rounding error, and warnings.
 
-    Of this edit alone, on the weights as they are now.
+    They are computed for this edit alone, on the current weights.
     """
     weight, change, lost = 0.0, 0.0, 0.0
     for where, delta in edit.changes().items():
-        whole = adapter.parameter(model, where).detach()
+        whole = live_weight(model, where).detach()
         for old, more in zip(whole.split(_ROWS), delta.split(_ROWS), strict=True):
             wide, more = old.cpu().double(), more.cpu().double()  # not every device has float64
             weight += wide.square().sum().item()
@@ -56,7 +56,7 @@ def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]
     if not change:
         return 0.0, 0.0, ()
     error = (lost / change) ** 0.5
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if error > 0.1:
         warnings = (
             f"rounding to {str(whole.dtype).removeprefix('torch.')} loses {min(error, 1.0):.0%} of "

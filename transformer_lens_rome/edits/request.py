@@ -1,4 +1,4 @@
-"""What to write: a prompt, its subject, and what should follow."""
+"""The fact that an edit writes: a prompt, its subject, and the new continuation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformer_lens_rome.files.strict_json import check_edges, check_text, str
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A fact to write: after `prompt` with `subject` filled in, the model should say `target_new`.
+    """A fact to write: the model should continue `prompt`, with `subject` in it, by `target_new`.
 
     Attributes:
-        prompt: Text with exactly one `{}`, where the subject goes.
-        subject: The subject, as it should stand in the prompt.
+        prompt: Text with exactly one `{}`, which the subject replaces.
+        subject: The subject, as written in the prompt.
         target_new: The new continuation; it follows the prompt after one space. White space around
-            it is taken off, here and in `target_true`.
-        target_true: The old one, if known; methods may use it, ROME does not.
+            it is removed, here and in `target_true`.
+        target_true: The old continuation, if known; methods may use it, ROME does not.
     """
 
     prompt: str
@@ -42,7 +42,7 @@ class EditRequest:
             raise ValueError("the subject is empty; give the text that replaces '{}' in the prompt")
         check_edges(self.subject)
         if "{}" in self.subject:
-            raise ValueError(f"the subject {self.subject!r:.200} holds '{{}}'; give plain text")
+            raise ValueError(f"the subject {self.subject!r:.200} contains '{{}}'; give plain text")
         for name in ("target_new", "target_true"):
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, stripped(text))
@@ -59,8 +59,8 @@ class EditRequest:
         """Read the released ROME format, or a flat CounterFact record.
 
         Released: `{"prompt": "... {} ...", "subject", "target_new": {"str": ...}, ...}`. Flat:
-        `{"prompt", "subject", "target_new", "ground_truth"}` with the subject already in the
-        prompt, where it must occur exactly once.
+        `{"prompt", "subject", "target_new", "ground_truth"}`, where the prompt contains the
+        subject exactly once.
         """
         if not isinstance(record, Mapping):
             raise ValueError(f"a request is an EditRequest or a dict, not {type(record).__name__}")
@@ -81,5 +81,6 @@ class EditRequest:
         )
 
 
-def _text(target: Any) -> str:
+def _text(target: Any) -> Any:
+    """Return the text of a target in either format; `EditRequest` checks that it is a text."""
     return target.get("str") if isinstance(target, Mapping) else target

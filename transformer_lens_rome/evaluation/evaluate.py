@@ -1,15 +1,19 @@
 """Edit, score, undo, record by record (Meng et al. 2022, section 3.4).
 
-Every record is by itself: its edit is made on the unedited model, all its prompts are scored before
-and after with both targets, and the weights are the old bytes again before the next record. What is
-kept are the raw log-probabilities, so every metric can be computed again without a run.
+Records are independent. The edit of a record is made on the unedited model, all its prompts are
+scored before and after with both targets, and the weights are restored byte by byte before the next
+record. The raw log-probabilities are saved, so every metric can be computed again without a run.
 
-Where the released code leaves a choice: probabilities are geometric means over target tokens, as
-there; prompt and target are told apart by character offsets in the tokens of the whole text;
-attribute prompts are scored with `attributes=True` only; intervals take the real number of records,
-and S has a bootstrap's; a record whose edit fails is kept with the reason, counted, and in no
-average; the unedited model is scored once, for all methods; text is generated with a seed, and
-after the record's prompt and paraphrases where it has no generation prompts.
+Choices that the paper and the released code leave open:
+
+- Probabilities are geometric means over target tokens, as in the released code.
+- Prompt and target are separated by character offsets in the tokens of the whole text.
+- Attribute prompts are scored only with `attributes=True`.
+- Intervals use the real number of records; S has a bootstrap interval.
+- A record whose edit fails is saved with the reason and counted; averages leave it out.
+- The unedited model is scored once, for all methods.
+- Text is generated with a seed. A record without generation prompts is continued from its prompt
+  and paraphrases.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -65,41 +69,41 @@ def evaluate_counterfact(
     ray_address: str | None = None,
     progress: bool = True,
 ) -> Results:
-    """Score a method on CounterFact; the model is afterwards what it was.
+    """Score a method on CounterFact; the model is left as it was.
 
     Args:
         model: A HookedTransformer or TransformerBridge without edits on it.
         records: From `CounterFact.load`.
-        method: A method or its registered name; None: the unedited model.
-        out: A file (`.jsonl`) that gets every record's numbers as they come. A run that was stopped
-            goes on where it was, with these or more records. Scores of the unedited model are
-            kept beside it, in `unedited.jsonl`, for all methods.
-        seed: For what a method draws, and for generated text.
+        method: A method or its registered name. None: the unedited model.
+        out: A file (`.jsonl`) to which each record's numbers are written as soon as they are known.
+            A stopped run continues from it, with the same or more records. Scores of the unedited
+            model are saved in the same folder, in `unedited.jsonl`, for all methods.
+        seed: The seed of the method's draws and of generated text.
         generate: Also generate text, for GE (needs the `generation` extra).
         references: Reference texts, for RS; without them there is no RS.
         attributes: Also score the attribute prompts.
-        prepend_bos: Overrides the checkpoint's own rule, for scoring.
-        workers: How many copies of the model work side by side, on Ray (the `distributed` extra).
-        ray_address: An existing Ray cluster's; None: the one that this process is connected to,
-            else one on this machine, for this call.
+        prepend_bos: Overrides the checkpoint's BOS rule, for scoring.
+        workers: The number of copies of the model that run in parallel, on Ray (the `distributed`
+            extra).
+        ray_address: The address of an existing Ray cluster. None: the cluster that this process is
+            connected to, or else a cluster on this machine for this call.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: no records, records that a trained method has seen, edits on the model, or
-            `out` holds another run.
-        ImportError: an extra is not installed.
-        RuntimeError: a weight is not what it was after a record; the run stops there.
+        ValueError: There are no records, the method was trained on some of them, there are edits
+            on the model, or `out` contains another run.
+        ImportError: An extra is not installed.
+        RuntimeError: A weight has changed after a record; the run stops there.
     """
     if references is not None and not generate:
         raise ValueError("references are for generated text; pass generate=True too")
     scoring = CounterFactScoring(attributes, generate, references, seed)
-    setting = {"attributes": attributes, "generate": generate}
+    setting: dict[str, Any] = {"attributes": attributes, "generate": generate}
     if generate:
         setting["references"] = references.digest if references else None
         setting["generation_seed"] = seed
-    options = {"out": out, "seed": seed, "prepend_bos": prepend_bos, "progress": progress}
-    options |= {"workers": workers, "ray_address": ray_address}
-    return _evaluate(model, records, method, scoring, setting, **options)
+    options = _Options(out, seed, prepend_bos, workers, ray_address, progress)
+    return _evaluate(model, records, method, scoring, setting, options)
 
 
 @model_call
@@ -115,10 +119,20 @@ def evaluate_zsre(
     ray_address: str | None = None,
     progress: bool = True,
 ) -> Results:
-    """The same on zsRE, with its own metrics; the arguments are those of CounterFact."""
-    options = {"out": out, "seed": seed, "prepend_bos": prepend_bos, "progress": progress}
-    options |= {"workers": workers, "ray_address": ray_address}
-    return _evaluate(model, records, method, ZsreScoring(), {}, **options)
+    """Score a method on zsRE with its metrics; the arguments are as in `evaluate_counterfact`."""
+    options = _Options(out, seed, prepend_bos, workers, ray_address, progress)
+    return _evaluate(model, records, method, ZsreScoring(), {}, options)
+
+
+class _Options(NamedTuple):
+    """Arguments that both data sets share; see `evaluate_counterfact`."""
+
+    out: Any
+    seed: int
+    prepend_bos: bool | None
+    workers: int
+    ray_address: str | None
+    progress: bool
 
 
 def _evaluate(
@@ -127,24 +141,18 @@ def _evaluate(
     method: str | EditMethod | None,
     scoring: Scoring,
     setting: Mapping[str, Any],
-    *,
-    out: Any,
-    seed: int,
-    prepend_bos: bool | None,
-    workers: int,
-    ray_address: str | None,
-    progress: bool,
+    options: _Options,
 ) -> Results:
-    """Both runs: the unedited model's, and the method's."""
+    """Score the unedited model, then the method."""
+    out, seed, prepend_bos, workers, ray_address, progress = options
     _check(model, records, workers)
     encoder, fingerprint = Encoder.of(model, prepend_bos), Fingerprint.of(model)
-    if isinstance(method, str):
-        method = get_method(method)
-    if prepared := getattr(method, "prepared", None):
-        method = prepared(model, seed=seed)
+    editor = get_method(method) if isinstance(method, str) else method
+    if prepared := getattr(editor, "prepared", None):
+        editor = prepared(model, seed=seed)
         fingerprint.check(model, "the method was prepared")
-    _check_unseen(method, records)
-    shared = {
+    _check_unseen(editor, records)
+    shared: dict[str, Any] = {
         "protocol": scoring.protocol,
         "model": adapter.model_name(model),
         "model_hash": fingerprint.digest,
@@ -154,41 +162,51 @@ def _evaluate(
     several = workers > 1 or ray_address is not None
     each = partial(on_workers, workers, ray_address, model) if several else partial(in_order, model)
     run = partial(_run, records, each, progress)
-    known = {"encoder": encoder, "scoring": scoring}
-    beside = None if out is None else Path(out).with_name(UNEDITED)
-    if method is None:
-        if out is not None and Path(out) != beside:
-            raise ValueError(f"scores of the unedited model go to a file of the name {UNEDITED}")
-        with _opened(beside, shared) as file:
-            before = run(partial(score_unedited, **known), file)
+    unedited = partial(score_unedited, encoder=encoder, scoring=scoring)
+    unedited_path = None if out is None else Path(out).with_name(UNEDITED)
+    if editor is None:
+        if out is not None and Path(out) != unedited_path:
+            raise ValueError(
+                f"scores of the unedited model need a file with the name {UNEDITED}, got {out}"
+            )
+        with _opened(unedited_path, shared) as file:
+            before = run(unedited, file)
         return Results("unedited", shared, before, {})
-    edited = shared | {"seed": seed, "method": described(method)}
-    with _opened(out, edited) as file:  # first, so that a wrong file is refused before any work
-        with _opened(beside, shared) as other:
-            before = run(partial(score_unedited, **known), other)
-        known |= {"method": method, "fingerprint": fingerprint, "seed": seed}
-        after = run(partial(score_edited, **known), file, edited["method"]["name"])
+    edited = shared | {"seed": seed, "method": described(editor)}
+    name = edited["method"]["name"]
+    with _opened(out, edited) as file:  # first, so that a wrong file is rejected before any work
+        with _opened(unedited_path, shared) as unedited_file:
+            before = run(unedited, unedited_file)
+        work = partial(
+            score_edited,
+            encoder=encoder,
+            scoring=scoring,
+            method=editor,
+            fingerprint=fingerprint,
+            seed=seed,
+        )
+        after = run(work, file, name)
     fingerprint.check(model, "the run")
-    return Results(edited["method"]["name"], edited, before, after)
+    return Results(name, edited, before, after)
 
 
 def _check(model: Any, records: Sequence[Record], workers: int) -> None:
     if not records:
         raise ValueError("there are no records to evaluate; see CounterFact.load")
     if len({record.case_id for record in records}) != len(records):
-        raise ValueError("two records have the same case_id; number them anew")
+        raise ValueError("two records have the same case_id; give each record another one")
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
     check_unedited(model)
 
 
 def _check_unseen(method: EditMethod | None, records: Sequence[Record]) -> None:
-    """Refuse to score a trained method on what it was trained on."""
+    """Raise ValueError if a trained method was trained on some of the records."""
     if has_seen := getattr(method, "has_seen", None):
         if seen := [record.case_id for record in records if has_seen(record)]:
             raise ValueError(
                 f"the editor was trained on {len(seen)} of these records (case_id {seen[:5]}...); "
-                "evaluate it on others"
+                "evaluate it on other records"
             )
 
 
@@ -204,18 +222,18 @@ def _run(
     file: RunFile | None,
     name: str = "unedited",
 ) -> dict[int, dict[str, Any]]:
-    """Every record's row, read from the run's file or made and written to it."""
+    """Return every record's row, from the run's file, or computed and written to the file."""
     digests = {record.case_id: record_digest(record) for record in records}
     done = dict(file.rows) if file else {}
     for case, digest in digests.items():
-        if case in done and done[case].get("record") != digest:
-            raise ValueError(f"{file.path} holds another record {case}; give another file")
+        if file and case in done and done[case].get("record") != digest:
+            raise ValueError(f"{file.path} contains another record {case}; give another file")
     missing = [record for record in records if record.case_id not in done]
     counts = {"total": len(records), "initial": len(records) - len(missing)}
     with tqdm(desc=name, disable=not progress, **counts) as bar:
-        for record, found in each(work, missing):
-            row = {"case_id": record.case_id, "record": digests[record.case_id], **found}
-            row = json.loads(json.dumps(row))  # as it will be when it is read
+        for record, numbers in each(work, missing):
+            row = {"case_id": record.case_id, "record": digests[record.case_id], **numbers}
+            row = json.loads(json.dumps(row))  # the same values as after reading the file
             done[record.case_id] = row
             if file:
                 file.append(row)
@@ -224,7 +242,7 @@ def _run(
 
 
 def record_digest(record: Record) -> str:
-    """Sixteen digits of the sha256 of all that a record holds."""
+    """Return the first sixteen digits of the sha256 of all fields of a record."""
     text = json.dumps(asdict(record), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

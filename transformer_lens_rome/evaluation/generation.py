@@ -1,12 +1,12 @@
 """Fluency and consistency of generated text: GE and RS (Meng et al. 2022, section 3.4).
 
-    GE   2/3 H2 + 4/3 H3, halved: entropies in bits of the bigrams and trigrams of a text
+    GE   (2/3 H2 + 4/3 H3) / 2: H2 and H3 are the entropies in bits of a text's bigrams, trigrams
     RS   the cosine of two TF-IDF vectors: of all generated texts, and of texts about subjects
          that do have the new target as their object
 
-As released, a text is 100 tokens long, its prompt counted, sampled with top-k 5, and both numbers
-are of whole texts, prompts too. Here sampling has a seed, and words are what NLTK's Treebank
-tokenizer gives after an untrained sentence splitter, so that no language data is downloaded.
+As in the released code, a text has 100 tokens with its prompt, is sampled with top-k 5, and both
+numbers are computed from whole texts, prompts included. Here sampling has a seed. Words come from
+NLTK's Treebank tokenizer after an untrained sentence splitter, so no language data is downloaded.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ PUBLISHED = {
 
 
 def cleaned(text: str) -> str:
-    """A generated text as the released code compares it: NFKD, without blank lines."""
+    """Return a generated text in the released code's form: NFKD, without blank lines."""
     return unicodedata.normalize("NFKD", text).replace("\n\n", " ")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, for GE.
+    """Return the words of a text, for GE.
 
     Raises:
-        ImportError: NLTK is not installed; the message says which extra has it.
+        ImportError: NLTK is not installed; the message names the extra that installs it.
     """
     nltk = needed("nltk", "generation")
     sentences = nltk.tokenize.PunktSentenceTokenizer().tokenize(text)
@@ -62,7 +62,7 @@ def words(text: str) -> list[str]:
 
 
 def ngram_entropy(tokens: Sequence[str]) -> float:
-    """(2/3 H2 + 4/3 H3) / 2 of one text, in bits; 0 for a text of fewer than two words."""
+    """Return (2/3 H2 + 4/3 H3) / 2 of one text, in bits; 0 for fewer than two words."""
     two, three = (_entropy(zip(*(tokens[i:] for i in range(n)))) for n in (2, 3))
     return (2 / 3 * two + 4 / 3 * three) / 2
 
@@ -74,13 +74,13 @@ def _entropy(items: Iterable[Any]) -> float:
 
 
 def fluency(texts: Sequence[str]) -> float:
-    """GE: the mean n-gram entropy of some texts, in bits."""
+    """Return GE: the mean n-gram entropy of the texts, in bits."""
     return sum(ngram_entropy(words(text)) for text in texts) / len(texts)
 
 
 @dataclass(frozen=True)
 class TfIdf:
-    """TF-IDF as scikit-learn's defaults have it: lower-cased words of two or more characters.
+    """TF-IDF with scikit-learn's defaults: lower-cased words of two or more characters.
 
     Attributes:
         idf: The weight of each known term.
@@ -90,39 +90,41 @@ class TfIdf:
 
     @classmethod
     def load(cls, vocabulary: Any = None, idf: Any = None) -> TfIdf:
-        """Read the published weights: `tfidf_vocab.json` and `idf.npy`, downloaded without paths.
+        """Read the published weights, `tfidf_vocab.json` and `idf.npy`; download them by default.
 
         Raises:
-            ValueError: not such files, or they do not belong together.
-            OSError: no such file, or no network.
+            ValueError: The files are of another format, or do not belong together.
+            OSError: There is no such file, or no network.
         """
         path = _published("tfidf_vocab.json", vocabulary)
-        places, weights = read_json(path), read_npy(_published("idf.npy", idf)).reshape(-1).tolist()
-        whole = isinstance(places, dict) and all(type(i) is int for i in places.values())
-        if not whole or sorted(places.values()) != list(range(len(weights))):
+        indices = read_json(path)
+        weights = read_npy(_published("idf.npy", idf)).reshape(-1).tolist()
+        valid = isinstance(indices, dict) and all(type(i) is int for i in indices.values())
+        if not valid or sorted(indices.values()) != list(range(len(weights))):
             raise ValueError(f"the vocabulary {path} and the idf weights do not belong together")
         if not all(0 <= weight < 1000 for weight in weights):  # ln(n) + 1 of n documents
-            raise ValueError(f"{idf or 'idf.npy'} holds weights that no number of documents gives")
-        return cls({term: weights[i] for term, i in places.items()})
+            raise ValueError(f"{idf or 'idf.npy'} contains weights outside 0 to 1000")
+        return cls({term: weights[i] for term, i in indices.items()})
 
     @classmethod
     def fit(cls, documents: Iterable[str]) -> TfIdf:
-        """Smoothed weights, ln((1 + n) / (1 + df)) + 1, from n documents."""
-        seen, n = Counter(), 0
+        """Compute smoothed weights, ln((1 + n) / (1 + df)) + 1, from n documents."""
+        document_counts: Counter[str] = Counter()
+        n = 0
         for document in documents:
-            seen.update(set(_terms(document)))
+            document_counts.update(set(_terms(document)))
             n += 1
-        return cls({term: math.log((1 + n) / (1 + df)) + 1 for term, df in seen.items()})
+        return cls({term: math.log((1 + n) / (1 + df)) + 1 for term, df in document_counts.items()})
 
     def vector(self, text: str) -> dict[str, float]:
-        """Counts of known terms times their weights, of length 1 (or empty)."""
+        """Return counts of known terms times their weights, with L2 norm 1 (or empty)."""
         counts = Counter(term for term in _terms(text) if term in self.idf)
         raw = {term: count * self.idf[term] for term, count in counts.items()}
         norm = math.sqrt(sum(value * value for value in raw.values()))
         return {term: value / norm for term, value in raw.items()}
 
     def similarity(self, one: str, other: str) -> float:
-        """The cosine of two texts' vectors, 0 to 1."""
+        """Return the cosine of two texts' vectors, 0 to 1."""
         a, b = self.vector(one), self.vector(other)
         return sum(value * b.get(term, 0.0) for term, value in a.items())
 
@@ -133,12 +135,12 @@ def _terms(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class References:
-    """What RS compares with: texts about subjects that have a record's new target as object.
+    """The reference texts of RS: texts about subjects whose object is a record's new target.
 
     Attributes:
         texts: Joined texts by "relation_id/target_id".
         tfidf: The weights of terms.
-        digest: sha256 of both, in sixteen digits: what results depend on.
+        digest: The first sixteen digits of the sha256 of both, saved with results.
     """
 
     texts: Mapping[str, str] = field(repr=False)
@@ -149,27 +151,28 @@ class References:
     def extract(
         cls, records: Iterable[CounterFactRecord], snippets: Any = None, tfidf: TfIdf | None = None
     ) -> References:
-        """Keep what some records need of the snippets (926 MB), which are streamed.
+        """Stream the snippets (926 MB) and keep the texts that the records need.
 
         Args:
-            records: Those to be evaluated.
-            snippets: `attribute_snippets.json`, downloaded if it is None.
-            tfidf: The published weights if it is None.
+            records: The records to be evaluated.
+            snippets: The path of `attribute_snippets.json`. None: it is downloaded.
+            tfidf: The weights of terms. None: the published weights.
 
         Raises:
-            ValueError: not a snippets file.
-            OSError: no such file, or no network.
+            ValueError: The file is not a snippets file.
+            OSError: There is no such file, or no network.
         """
-        wanted, texts = {key(record) for record in records}, {}
-        for name, found in _snippets(_published("attribute_snippets.json", snippets)):
+        wanted = {key(record) for record in records}
+        texts_by_key: dict[str, list[str]] = {}
+        for name, texts in _snippets(_published("attribute_snippets.json", snippets)):
             if name in wanted:
-                texts.setdefault(name, []).extend(found)
-        joined = {name: " ".join(found) for name, found in texts.items()}
+                texts_by_key.setdefault(name, []).extend(texts)
+        joined = {name: " ".join(texts) for name, texts in texts_by_key.items()}
         return cls.of(joined, tfidf or TfIdf.load())
 
     @classmethod
     def of(cls, texts: Mapping[str, str], tfidf: TfIdf) -> References:
-        """References from texts at hand, by "relation_id/target_id"."""
+        """Make references from given texts, by "relation_id/target_id"."""
         known = {
             term: tfidf.idf[term]
             for text in texts.values()
@@ -180,35 +183,35 @@ class References:
         return cls(dict(texts), tfidf, hashlib.sha256(state.encode()).hexdigest()[:16])
 
     def consistency(self, record: CounterFactRecord, texts: Sequence[str]) -> float | None:
-        """RS of a record's generated texts, 0 to 1; None where there is nothing to compare with."""
+        """Return RS of a record's generated texts, 0 to 1; None if it has no reference texts."""
         if not (reference := self.texts.get(key(record))):
             return None
         return self.tfidf.similarity(" ".join(texts), reference)
 
 
 def _snippets(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Each item of a snippets file, as it streams by: its name and its texts."""
+    """Yield the key and the texts of each item of a snippets file, while it is read."""
     for i, item in enumerate(read_list(path)):
         try:
-            found = [sample["text"] for sample in item["samples"]]
+            texts = [sample["text"] for sample in item["samples"]]
             names = [item["relation_id"], item["target_id"]]
-            if not fits([*names, *found], list[str]):
-                raise TypeError("a text or a name is none")
+            if not fits([*names, *texts], list[str]):
+                raise TypeError("samples need text, relation_id and target_id as strings")
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a snippets file (item {i}: {error!r:.200})") from error
-        yield "/".join(names), found
+        yield "/".join(names), texts
 
 
 def key(record: CounterFactRecord) -> str:
-    """Under what a record's references stand."""
+    """Return the key of a record's reference texts: "relation_id/target_id"."""
     return f"{record.relation_id}/{record.target_new_id}"
 
 
 def _published(name: str, path: Any) -> Path:
-    """A file of the authors: the one given, else the one in the cache folder, downloaded once."""
+    """Return the given path, or the authors' file in the cache folder, downloaded once."""
     if path is not None:
         return Path(path)
-    kept = cache_folder() / name
-    if not kept.is_file():
-        download(Published(HOST + name, *PUBLISHED[name]), kept)
-    return kept
+    cached = cache_folder() / name
+    if not cached.is_file():
+        download(Published(HOST + name, *PUBLISHED[name]), cached)
+    return cached

@@ -1,7 +1,7 @@
 """CounterFact's metrics from raw log-probabilities (Meng et al. 2022, section 3.4).
 
 For one prompt, p(t) is the geometric mean of the probabilities of the target's tokens, as in the
-released code: a joint probability would favour short targets.
+released code; a joint probability would favour short targets.
 
     ES, PS   p(new) > p(true)       after the request's prompt, and after paraphrases
     EM, PM   p(new) - p(true)       at the same prompts
@@ -16,18 +16,21 @@ EA is also the share of prompts that greedy decoding continues with exactly the 
 zsRE has no pairs of targets: there EA, PA and NA are shares of correct tokens, and S is the
 harmonic mean of their averages.
 
-A record's value is the mean over its prompts, a table's the mean over records, in percent, with
-the 95% interval from the real number of records. S, which is no mean, has a bootstrap interval.
+A record's value is the mean over its prompts. A table's value is the mean over records, in percent,
+with the 95% interval from the real number of records. S is not a mean, so it has a bootstrap
+interval.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, harmonic_mean, stdev
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from transformer_lens_rome.torch_states import torch_defaults
 
@@ -37,7 +40,7 @@ S_OF = {"counterfact": ("ES", "PS", "NS"), "zsre": ("EA", "PA", "NA")}
 
 
 class PromptScore(NamedTuple):
-    """What the model gives to both targets after one prompt.
+    """The model's log-probabilities of both targets after one prompt.
 
     Attributes:
         new: Log-probability of each token of the new target, in nats.
@@ -55,7 +58,7 @@ class PromptScore(NamedTuple):
 class Estimate(NamedTuple):
     """An average in percent, half the width of its 95% interval, and the number of records.
 
-    The half width is 1.96 standard errors; of S, half of a bootstrap's interval.
+    The half width is 1.96 standard errors; for S, half the width of the bootstrap interval.
     """
 
     mean: float
@@ -67,28 +70,28 @@ class Estimate(NamedTuple):
 
 
 def record_metrics(scores: Mapping[str, Sequence[PromptScore]]) -> dict[str, float]:
-    """ES to NA of one record, as fractions: each the mean over the prompts of its kind.
+    """Return ES to NA of one record, as fractions; each is the mean over the prompts of its kind.
 
     Args:
-        scores: By kind of prompt: "rewrite", "paraphrase", "neighborhood".
+        scores: Scores by kind of prompt: "rewrite", "paraphrase", "neighborhood".
 
     Raises:
-        ValueError: a target without tokens, or log-probabilities that are not numbers.
+        ValueError: A target has no tokens, or a log-probability is not a number.
     """
-    found = {}
+    metrics = {}
     for kind, letter in KINDS.items():
         if prompts := scores.get(kind, ()):
             each = [_prompt_metrics(PromptScore(*one), kind == "neighborhood") for one in prompts]
             for name, values in zip("SMA", zip(*each), strict=True):
-                found[f"{letter}{name}"] = fmean(values)
-    return found
+                metrics[f"{letter}{name}"] = fmean(values)
+    return metrics
 
 
 def zsre_metrics(scores: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, float]:
-    """EA, PA and NA of one zsRE record: shares of its answers' tokens that are the top token.
+    """Return EA, PA and NA of one zsRE record: the shares of answer tokens that are the top token.
 
     Args:
-        scores: By kind, (log-probabilities, correctness) of each prompt's one target.
+        scores: By kind, (log-probabilities, correctness) of the only target of each prompt.
     """
     return {
         f"{letter}A": fmean(float(c) for _, correct in scores[kind] for c in correct)
@@ -97,55 +100,55 @@ def zsre_metrics(scores: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, flo
 
 
 def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, float]:
-    """Success, magnitude and accuracy at one prompt."""
+    """Return success, magnitude and accuracy at one prompt."""
     if not score.new or not score.true:
         raise ValueError("a target without tokens has no probability")
     p_new, p_true = math.exp(fmean(score.new)), math.exp(fmean(score.true))
     if math.isnan(p_new) or math.isnan(p_true):
         raise ValueError("a log-probability is not a number")
-    # compared in log space, where tiny probabilities still differ
-    better = fmean(score.new) - fmean(score.true)
+    # compare in log space, where tiny probabilities still differ
+    advantage = fmean(score.new) - fmean(score.true)
     if for_true:
-        return float(better < 0), p_true - p_new, float(all(score.true_correct))
-    return float(better > 0), p_new - p_true, float(all(score.new_correct))
+        return float(advantage < 0), p_true - p_new, float(all(score.true_correct))
+    return float(advantage > 0), p_new - p_true, float(all(score.new_correct))
 
 
 def summarise(
     rows: Sequence[Mapping[str, float]], *, protocol: str = "counterfact", seed: int = 0
 ) -> dict[str, Estimate]:
-    """Averages over records, in percent (GE: in hundredths of bits), with their 95% intervals.
+    """Return averages over records, in percent (GE: in hundredths of bits), with 95% intervals.
 
     Args:
         rows: From `record_metrics` or `zsre_metrics`. A metric that no record has is left out.
-        protocol: "counterfact" or "zsre", for S.
-        seed: For the bootstrap of S.
+        protocol: "counterfact" or "zsre"; it selects the three metrics of S.
+        seed: The seed of the bootstrap of S.
     """
-    found = {}
+    estimates = {}
     for name in NAMES[1:]:
         if values := [100 * row[name] for row in rows if name in row]:
             half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-            found[name] = Estimate(fmean(values), half, len(values))
+            estimates[name] = Estimate(fmean(values), half, len(values))
     parts = S_OF[protocol]
     complete = [[row[part] for part in parts] for row in rows if set(parts) <= set(row)]
     if complete:
-        found = {"S": _score(complete, seed)} | found
-    return found
+        estimates = {"S": _score(complete, seed)} | estimates
+    return estimates
 
 
 def score(es: float, ps: float, ns: float) -> float:
-    """S: the harmonic mean of three averages in percent; 0 if one of them is."""
+    """Return S: the harmonic mean of three averages in percent; 0 if one of them is 0."""
     return harmonic_mean([es, ps, ns])
 
 
 @torch_defaults()
 def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Estimate:
-    """S, with half the width of the 95% interval of a bootstrap over records."""
+    """Return S, with half the width of the 95% interval of a bootstrap over records."""
     values = 100 * torch.tensor(rows, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(values), (times, len(values)), generator=generator)
     means = values[chosen].mean(1)
-    every = torch.where((means > 0).all(1), 3 / (1 / means).sum(1), 0.0)
-    low, high = every.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    resampled = torch.where((means > 0).all(1), 3 / (1 / means).sum(1), 0.0)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     half = (high - low) / 2 if len(values) > 1 else math.nan
     return Estimate(score(*values.mean(0).tolist()), half, len(values))
 
@@ -154,16 +157,16 @@ def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Est
 def paired_difference(
     one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
 ) -> tuple[Estimate, float]:
-    """The mean of one method less another on the same records, and a sign-flip test's p-value.
+    """Compare two methods on the same records: mean difference, and a sign-flip test's p-value.
 
     Args:
-        one: Rows of `record_metrics`, record by record those of `other`.
-        other: The rows to compare with.
+        one: Rows of `record_metrics`, for the same records in the same order as `other`.
+        other: The rows to subtract.
         name: A metric that is a mean over records (not S).
 
     Returns:
-        The difference in points of percent with its interval, and the two-sided p-value from
-        10,000 random signs (or every choice of signs where there are fewer).
+        The difference in percentage points with its interval, and the two-sided p-value from
+        10,000 random choices of signs (or from all choices if there are fewer).
     """
     if len(one) != len(other):
         raise ValueError(f"the runs have {len(one)} and {len(other)} records; pair them first")
@@ -176,15 +179,16 @@ def paired_difference(
     return estimate, _sign_flip(differences)
 
 
-def _sign_flip(differences: Any, times: int = 10_000) -> float:
-    """How often random signs give a mean at least as far from 0."""
+def _sign_flip(differences: Float[Tensor, "record"], times: int = 10_000) -> float:
+    """Return the share of sign choices that give a mean at least as far from 0."""
     n = len(differences)
+    signs: Iterable[Tensor]
     if 2**n <= times:
-        every, seen = [torch.arange(2**n)[:, None] >> torch.arange(n) & 1], 0
+        signs, observed = [torch.arange(2**n)[:, None] >> torch.arange(n) & 1], 0
     else:
         generator = torch.Generator().manual_seed(0)
-        every = (torch.randint(2, (100, n), generator=generator) for _ in range(times // 100))
-        seen = 1  # what was observed is one of the possible signs
-    means = torch.cat([((1 - 2 * bits).double() @ differences / n).abs() for bits in every])
+        signs = (torch.randint(2, (100, n), generator=generator) for _ in range(times // 100))
+        observed = 1  # the observed signs are one of the possible choices
+    means = torch.cat([((1 - 2 * bits).double() @ differences / n).abs() for bits in signs])
     as_far = (means >= differences.mean().abs() - 1e-12).sum().item()
-    return (as_far + seen) / (len(means) + seen)
+    return (as_far + observed) / (len(means) + observed)

@@ -1,4 +1,4 @@
-"""What the model writes, before and after edits: the paper's figure of generated text."""
+"""Text that the model generates before and after edits, as in the paper's figure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from transformer_lens_rome.showing import Shown
 
 @dataclass(frozen=True)
 class Generations(Shown):
-    """Texts that begin with the same prompts.
+    """Continuations of the same prompts by several models.
 
     Attributes:
-        prompts: The beginnings.
-        texts: By name, what followed each of them.
+        prompts: The beginnings of the texts.
+        texts: By name of the edit, the continuation of each prompt.
     """
 
     prompts: tuple[str, ...]
     texts: Mapping[str, tuple[str, ...]]
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(prompt, name, what followed), prompt by prompt; the prompt stands in its first row."""
+        """Return rows (prompt, name, continuation); the prompt is only in its first row."""
         return [
             (prompt if first else "", name, " ".join(texts[i].split()))
             for i, prompt in enumerate(self.prompts)
@@ -35,7 +35,7 @@ class Generations(Shown):
         ]
 
     def table(self) -> str:
-        """The same as a Markdown table."""
+        """Return the rows as a Markdown table."""
         rows = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in self.rows()]
         return "\n".join(
             ["| prompt | model | goes on |", "|---|---|---|", *map("| {} |".format, rows)]
@@ -52,29 +52,36 @@ def compare_generations(
     top_k: int = 5,
     seed: int = 0,
 ) -> Generations:
-    """Let the model go on from prompts, unedited and with each edit on it, with the same draws.
+    """Continue prompts without edits and with each edit in turn, with the same random draws.
 
     Args:
         model: A HookedTransformer or TransformerBridge; it is left as it was.
         prompts: Beginnings of text.
-        edits: By the name to show.
-        length: Tokens of a text, its prompt counted.
-        top_k: How many tokens are drawn from.
-        seed: Of the draws.
+        edits: Edits by the name to show.
+        length: The number of tokens of a text, prompt included.
+        top_k: Sample from the `top_k` most probable tokens.
+        seed: The seed of the draws.
 
     Raises:
-        ValueError: edits on the model, or a prompt that is as long as the text.
+        ValueError: There are edits on the model, an edit is named "unedited", or a prompt is as
+            long as the text.
     """
     if "unedited" in edits or edited_weights(model):
-        raise ValueError('"unedited" is the model without edits; take them off with revert_all')
-    encoder, texts = Encoder.of(model), {}
+        raise ValueError(
+            '"unedited" is the model without edits; undo its edits with revert_all, and give no '
+            'edit the name "unedited"'
+        )
+    encoder = Encoder.of(model)
+    texts: dict[str, tuple[str, ...]] = {}
     if any(len(encoder.ids(prompt)) >= length for prompt in prompts):
         raise ValueError(f"a prompt has {length} tokens or more already; give a larger length")
-    for name, some in {"unedited": (), **{name: (edit,) for name, edit in edits.items()}}.items():
-        with applied(model, *some):
-            whole = sample_continuations(
+    variants: dict[str, tuple[Edit, ...]] = {"unedited": ()}
+    variants |= {name: (edit,) for name, edit in edits.items()}
+    for name, edits_on in variants.items():
+        with applied(model, *edits_on):
+            full_texts = sample_continuations(
                 model, prompts, length, top_k=top_k, seed=seed, encoder=encoder
             )
-        pairs = zip(whole, prompts, strict=True)
+        pairs = zip(full_texts, prompts, strict=True)
         texts[name] = tuple(text.removeprefix(prompt) for text, prompt in pairs)
     return Generations(tuple(prompts), texts)

@@ -5,14 +5,14 @@
     flat        {"case_id", "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt",
                 "locality_prompt"}, the subject already in the prompt
 
-Which one a file has is seen from each record. Text is kept as it is, non-breaking spaces too.
+The schema is detected for each record. Text is not changed: non-breaking spaces stay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -30,19 +30,20 @@ _SHA256 = "d017056125178a13728594e66a801357a8db9ed7973a7425554bb4271de9fc6f"
 
 @dataclass(frozen=True)
 class CounterFactRecord:
-    """One counterfactual to write, and what is asked about it.
+    """One counterfactual to write, and the prompts that test it.
 
     Attributes:
-        case_id: Its number in the data set.
+        case_id: The record's number in the data set.
         request: Prompt, subject, new and true target.
-        paraphrase_prompts: Other wordings, with the same subject: generalisation.
-        neighborhood_prompts: The same relation, subjects whose true object is the request's true
-            target: specificity.
-        attribute_prompts: The same relation, subjects whose true object is the new target.
+        paraphrase_prompts: Other wordings with the same subject; they test generalisation.
+        neighborhood_prompts: Prompts with the same relation and other subjects, whose true object
+            is the request's true target; they test specificity.
+        attribute_prompts: Prompts with the same relation and other subjects, whose true object is
+            the new target.
         generation_prompts: Beginnings of text about the subject.
-        relation_id: The relation's Wikidata name, such as "P103"; empty in the flat schema.
-        target_new_id: The new target's, such as "Q1860".
-        target_true_id: The true target's.
+        relation_id: The relation's Wikidata identifier, such as "P103"; empty in the flat schema.
+        target_new_id: The new target's Wikidata identifier, such as "Q1860".
+        target_true_id: The true target's Wikidata identifier.
     """
 
     case_id: int
@@ -58,11 +59,11 @@ class CounterFactRecord:
 
 @dataclass(frozen=True)
 class CounterFact(Sequence[CounterFactRecord]):
-    """A list of records, with what was left out of it.
+    """A list of records, and the reasons why other records of the file were left out.
 
     Attributes:
         records: The records in the file's order.
-        skipped: What was wrong with each record that was left out.
+        skipped: The reason for each record that was left out.
         digest: sha256 of the file.
     """
 
@@ -77,15 +78,15 @@ class CounterFact(Sequence[CounterFactRecord]):
         """Read records from a JSON file.
 
         Args:
-            path: The file; None: the published one, downloaded once to the cache folder and
-                checked (45 MB, sha256).
-            limit: Keep the first so many records.
-            strict: False leaves out records that are not whole, and counts them.
+            path: The file. None: the published file, which is downloaded once to the cache folder
+                and checked (45 MB, sha256).
+            limit: The largest number of records to keep, from the start of the file.
+            strict: Raise if a record is invalid. False: leave it out and list it in `skipped`.
 
         Raises:
-            ValueError: not JSON, no list, or (with `strict`) records that are not whole; the
-                message says which, and what is wrong with each.
-            OSError: no such file, or no network.
+            ValueError: The file is not JSON or not a list, or (with `strict`) records are invalid;
+                the message names them and the reasons.
+            OSError: There is no such file, or no network.
         """
         if path is None:
             path = cache_folder() / "counterfact.json"
@@ -102,7 +103,7 @@ class CounterFact(Sequence[CounterFactRecord]):
     @overload
     def __getitem__(self, index: slice) -> tuple[CounterFactRecord, ...]: ...
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice) -> CounterFactRecord | tuple[CounterFactRecord, ...]:
         return self.records[index]
 
     def __len__(self) -> int:
@@ -113,25 +114,25 @@ class CounterFact(Sequence[CounterFactRecord]):
 
 
 def read_items(path: Any) -> tuple[list[Any], str]:
-    """The items of a JSON file that holds a list, and the file's sha256.
+    """Return the items of a JSON file that contains a list, and the file's sha256.
 
     Raises:
-        ValueError: not JSON, no list, or larger than any data set.
-        OSError: no such file.
+        ValueError: The file is not JSON, not a list, or larger than any data set.
+        OSError: There is no such file.
     """
     data = read_bytes(path)
     items = parse(data, str(path))
     if not isinstance(items, list):
-        raise ValueError(f"{path} holds a {type(items).__name__}, not a list of records")
+        raise ValueError(f"{path} contains a {type(items).__name__}, not a list of records")
     return items, hashlib.sha256(data).hexdigest()
 
 
 def leave_out(path: Any, faults: Sequence[str], total: int, strict: bool) -> None:
-    """Refuse a file for its faults, or say how many records are left out of it."""
+    """Raise ValueError if `strict` and records are invalid; else log how many are left out."""
     if faults and strict:
         shown = "\n  ".join(faults[:20]) + ("\n  ..." if len(faults) > 20 else "")
         raise ValueError(
-            f"{path}: {len(faults)} of {total} records are not whole; strict=False leaves "
+            f"{path}: {len(faults)} of {total} records are invalid; strict=False leaves "
             f"them out\n  {shown}"
         )
     if faults:
@@ -139,17 +140,17 @@ def leave_out(path: Any, faults: Sequence[str], total: int, strict: bool) -> Non
 
 
 def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord], list[str]]:
-    """The records that are whole, and what is wrong with the others."""
+    """Return the valid records, and the faults of the others."""
     records: list[CounterFactRecord] = []
     faults: list[str] = []
-    places: dict[int, int] = {}
+    index_of_case: dict[int, int] = {}
     for i, item in enumerate(items):
         if limit is not None and len(records) >= limit:
             break
         try:
             record = as_record(item)
-            if (first := places.setdefault(record.case_id, i)) != i:
-                raise ValueError(f"case_id: {record.case_id} is record {first}'s already")
+            if (first := index_of_case.setdefault(record.case_id, i)) != i:
+                raise ValueError(f"case_id: {record.case_id} is already used by record {first}")
             records.append(record)
         except ValueError as error:
             faults.append(f"record {i}: {error}")
@@ -157,10 +158,10 @@ def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord]
 
 
 def as_record(item: Any) -> CounterFactRecord:
-    """One record, as it is or from a dictionary of either schema.
+    """Return the record itself, or a record made from a dictionary of either schema.
 
     Raises:
-        ValueError: it is not whole; the message names the field at fault.
+        ValueError: A field is missing or invalid; the message names the field.
     """
     if isinstance(item, CounterFactRecord):
         return item
@@ -195,7 +196,7 @@ def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
     if "{}" not in prompt:
         if (times := prompt.count(subject) if subject else 0) != 1:
             raise ValueError(
-                f"subject: {subject!r:.60} stands {times} times in the prompt {prompt!r:.200}"
+                f"subject: {subject!r:.60} occurs {times} times in the prompt {prompt!r:.200}"
             )
         prompt = prompt.replace(subject, "{}")
     return CounterFactRecord(
@@ -220,8 +221,8 @@ def _request(*, prompt: str, subject: str, new: str, true: str) -> EditRequest:
         raise ValueError(f"request: {error}") from error
 
 
-def _field(item: Mapping[str, Any], name: str, kind: type | Callable, within: str = "") -> Any:
-    """A field of the expected type."""
+def _field(item: Mapping[str, Any], name: str, kind: type, within: str = "") -> Any:
+    """Return a field, or raise ValueError if it is missing or of another type."""
     full = f"{within}.{name}" if within else name
     if name not in item:
         raise ValueError(f"{full}: it is missing")
@@ -231,14 +232,15 @@ def _field(item: Mapping[str, Any], name: str, kind: type | Callable, within: st
 
 
 def _name(item: Mapping[str, Any], name: str, within: str = "") -> str:
-    """A short text that may be missing."""
+    """Return an optional text field, or "" if it is missing."""
     return "" if item.get(name) is None else _field(item, name, str, within)
 
 
 def _case_id(item: Mapping[str, Any]) -> int:
-    if type(found := item.get("case_id")) is not int:
-        raise ValueError(f"case_id: it is {found!r:.60}, not a whole number")
-    return found
+    case_id = item.get("case_id")
+    if type(case_id) is not int:
+        raise ValueError(f"case_id: it is {case_id!r:.60}, not an integer")
+    return case_id
 
 
 def _text(item: Mapping[str, Any], name: str) -> str:

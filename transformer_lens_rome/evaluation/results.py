@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformer_lens_rome.evaluation.metrics import (
     NAMES,
@@ -20,6 +20,10 @@ from transformer_lens_rome.evaluation.metrics import (
 from transformer_lens_rome.evaluation.rows import row_checker
 from transformer_lens_rome.files.run_file import read_run
 from transformer_lens_rome.showing import Shown, figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 PROTOCOLS = {
     "counterfact": (
@@ -42,7 +46,7 @@ _LATEX = {letter: f"\\{letter}" for letter in "_&%#${}"} | {
     "^": r"\textasciicircum{}",
 }
 UNEDITED = "unedited.jsonl"
-"""The name of the file with the unedited model's scores, beside those of the methods."""
+"""The name of the file with the unedited model's scores, in the folder of the methods' files."""
 
 GENERATION = (
     " GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: TF-IDF "
@@ -55,8 +59,8 @@ class Results(Shown):
     """One method's run, record by record.
 
     Attributes:
-        name: The method's.
-        setting: What the run depends on: model, method and its options, seed, BOS rule.
+        name: The method's name.
+        setting: The run's setting: model, method and its options, seed, BOS rule.
         before: Rows of the unedited model, by case.
         after: Rows of the edited model; empty for the unedited model itself.
     """
@@ -68,38 +72,41 @@ class Results(Shown):
 
     @classmethod
     def load(cls, path: Any) -> Results:
-        """Read a run that `evaluate_counterfact(out=path)` wrote, also an unfinished one.
+        """Read a run that `evaluate_counterfact(out=path)` wrote; it may be unfinished.
 
         Raises:
-            ValueError: not a run's file, a damaged one, or `unedited.jsonl` is of another run.
-            OSError: no such file, or no `unedited.jsonl` beside it.
+            ValueError: The file is not a run or is damaged, or `unedited.jsonl` belongs to another
+                run.
+            OSError: There is no such file, or no `unedited.jsonl` in its folder.
         """
         path = Path(path)
         head, rows = read_run(path, row_checker)
-        beside, unedited = read_run(path.with_name(UNEDITED), row_checker)
-        before = {row["case_id"]: row for row in unedited}
+        unedited_head, unedited_rows = read_run(path.with_name(UNEDITED), row_checker)
+        before = {row["case_id"]: row for row in unedited_rows}
         setting = head["setting"]
         if "method" not in setting:
             return cls("unedited", setting, before, {})
         after = {row["case_id"]: row for row in rows}
         before = {case: before[case] for case in after if case in before}
-        alike = all(setting.get(name) == value for name, value in beside["setting"].items())
-        if not alike or any(row["record"] != after[case]["record"] for case, row in before.items()):
-            raise ValueError(f"{UNEDITED} beside {path} is of another model, setting or data set")
+        same = all(setting.get(name) == value for name, value in unedited_head["setting"].items())
+        if not same or any(row["record"] != after[case]["record"] for case, row in before.items()):
+            raise ValueError(
+                f"{UNEDITED} in the folder of {path} belongs to another model, setting or data set"
+            )
         return cls(setting["method"]["name"], setting, before, after)
 
     @property
     def failed(self) -> dict[int, str]:
-        """Why a record could not be edited or scored, by case; such records are in no average."""
+        """Return the reason of each failed record, by case; averages leave such records out."""
         return _failed(self.after or self.before)
 
     def metrics(self, *, edited: bool | None = None) -> dict[int, dict[str, float]]:
-        """ES to NA of each record, as fractions; of the edited model where there is one."""
+        """Return ES to NA of each record, as fractions; by default after the edits, if any."""
         edited = bool(self.after) if edited is None else edited
         rows = self.after if edited else self.before
-        of = zsre_metrics if self.protocol == "zsre" else record_metrics
+        metrics_of = zsre_metrics if self.protocol == "zsre" else record_metrics
         return {
-            case: of(row["scores"])
+            case: metrics_of(row["scores"])
             | {
                 name: row["generation"][name]
                 for name in ("GE", "RS")
@@ -111,31 +118,30 @@ class Results(Shown):
 
     @property
     def protocol(self) -> str:
-        """The data set whose metrics these are: "counterfact" or "zsre"."""
+        """Return the name of the data set: "counterfact" or "zsre"."""
         return self.setting.get("protocol", "counterfact")
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Mean seconds a record: of the edit, and of edit, scoring and undoing together."""
+        """Return mean seconds per record: of the edit alone, and of edit, scoring and undo."""
         rows = [row for row in self.after.values() if "edit_seconds" in row]
         names = ("edit_seconds", "seconds") if rows else ()
         return {name: fmean(row[name] for row in rows) for name in names}
 
     def scores(self, *, edited: bool | None = None) -> dict[str, Estimate]:
-        """S, ES, EM, PS, PM, NS, NM and accuracies in percent, with their 95% intervals."""
+        """Return S, ES, EM, PS, PM, NS, NM and accuracies in percent, with 95% intervals."""
         rows = list(self.metrics(edited=edited).values())
         return summarise(rows, protocol=self.protocol)
 
     def compare(self, other: Results) -> dict[str, tuple[Estimate, float]]:
-        """Differences to another method on the records that both have, and p-values.
+        """Return differences to another method on the records of both runs, and p-values.
 
         A sign-flip test on paired records; see `metrics.paired_difference`.
 
         Raises:
-            ValueError: the runs are of different models, settings or data sets, or have no record
-                in common.
+            ValueError: The runs have different models, settings or data sets, or no common record.
         """
-        _check_alike([self, other])
+        _check_comparable([self, other])
         mine, theirs = self.metrics(), other.metrics()
         both = [case for case in mine if case in theirs]
         if not both:
@@ -144,14 +150,14 @@ class Results(Shown):
         names = [name for name in NAMES[1:] if all(name in row for row in (*one, *two))]
         return {name: paired_difference(one, two, name) for name in names}
 
-    def to_dataframe(self) -> Any:
-        """One row a record, as a pandas DataFrame: metrics before and after, and seconds."""
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame, one row per record: metrics before and after, and seconds."""
         import pandas as pd
 
         before, after = self.metrics(edited=False), self.metrics(edited=True)
         rows = []
         for case in self.before:
-            row = {"case_id": case}
+            row: dict[str, Any] = {"case_id": case}
             row |= {f"{name}_before": x for name, x in before.get(case, {}).items()}
             row |= {f"{name}_after": x for name, x in after.get(case, {}).items()}
             row["edit_seconds"] = self.after.get(case, {}).get("edit_seconds")
@@ -159,27 +165,27 @@ class Results(Shown):
         return pd.DataFrame(rows)
 
     def table(self, *others: Results, style: str = "markdown") -> str:
-        """A table of the unedited model, this method and others: "markdown" or "latex"."""
+        """Return a "markdown" or "latex" table of the unedited model, this method and others."""
         styles = {"markdown": markdown, "latex": latex}
         if style not in styles:
             raise ValueError(f"style must be one of {sorted(styles)}, got {style!r}")
         return styles[style]([self, *others])
 
-    def plot(self, *others: Results) -> Any:
-        """ES, PS, NS and S of the unedited model, this method and others, as bars."""
+    def plot(self, *others: Results) -> Figure:
+        """Plot S, ES, PS and NS of the unedited model, this method and others, as bars."""
         return figure(self, *others)
 
 
 def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
-    """The columns of a table, and its rows: the unedited model, then one a method."""
-    _check_alike(runs)
+    """Return the columns of a table and its rows: the unedited model, then one row per method."""
+    _check_comparable(runs)
     scores = [("unedited", runs[0].scores(edited=False), len(_failed(runs[0].before)))]
     scores += [(run.name, run.scores(), len(run.failed)) for run in runs if run.after]
-    shown = [name for name in NAMES if any(name in found for _, found, _ in scores)]
+    shown = [name for name in NAMES if any(name in estimates for _, estimates, _ in scores)]
     rows = []
-    for name, found, failed in scores:
-        n = found["S"].n if "S" in found else 0
-        rows.append([name, str(n), str(failed), *(str(found.get(m, "")) for m in shown)])
+    for name, estimates, failed in scores:
+        n = estimates["S"].n if "S" in estimates else 0
+        rows.append([name, str(n), str(failed), *(str(estimates.get(m, "")) for m in shown)])
     return ["method", "records", "failed", *shown], rows
 
 
@@ -187,16 +193,20 @@ def _failed(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
     return {case: row["failed"] for case, row in rows.items() if "failed" in row}
 
 
-def _check_alike(runs: Sequence[Results]) -> None:
-    """Refuse runs whose numbers do not belong side by side."""
+def _check_comparable(runs: Sequence[Results]) -> None:
+    """Raise ValueError if the runs have different models, data sets or BOS rules."""
     for name in ("model_hash", "protocol", "prepend_bos"):
         if len({str(run.setting.get(name)) for run in runs}) > 1:
-            raise ValueError(f"the runs have another {name}; they do not belong side by side")
-    seen: dict[int, Any] = {}
+            raise ValueError(
+                f"the runs differ in {name}; compare only runs of one model and data set"
+            )
+    records: dict[int, Any] = {}
     for run in runs:
         for case, row in run.before.items():
-            if seen.setdefault(case, row.get("record")) != row.get("record"):
-                raise ValueError(f"the runs have another record {case}: another data set")
+            if records.setdefault(case, row.get("record")) != row.get("record"):
+                raise ValueError(
+                    f"the runs differ in record {case}; compare only runs of one data set"
+                )
 
 
 def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
@@ -204,9 +214,9 @@ def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
 
 
 def markdown(runs: Sequence[Results]) -> str:
-    """A Markdown table: the unedited model, then a row a method, with what the numbers mean."""
+    """Return a Markdown table with a legend: the unedited model, then one row per method."""
     head, rows = cells(runs)
-    for row in rows:  # a name is whatever a file says
+    for row in rows:  # the name comes from a file and may contain any text
         row[0] = html.escape(" ".join(row[0].split()), quote=False).replace("|", "\\|")
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
@@ -214,7 +224,7 @@ def markdown(runs: Sequence[Results]) -> str:
 
 
 def latex(runs: Sequence[Results]) -> str:
-    """The same as a LaTeX `tabular` with booktabs rules; what the numbers mean is a comment."""
+    """Return a LaTeX `tabular` with booktabs rules; the legend is a comment."""
     head, rows = cells(runs)
     for row in rows:
         row[0] = "".join(_LATEX.get(letter, letter) for letter in " ".join(row[0].split()))
@@ -235,7 +245,7 @@ def latex(runs: Sequence[Results]) -> str:
 
 
 def comparison(one: Results, other: Results) -> str:
-    """A Markdown table of paired differences, one less other, and p-values of sign-flip tests."""
+    """Return a Markdown table of paired differences (`one` minus `other`), with p-values."""
     lines = [f"| {one.name} less {other.name} | difference | p |", "|---|---|---|"]
     for name, (difference, p) in one.compare(other).items():
         lines.append(f"| {name} | {difference} | {p:.2g} |")

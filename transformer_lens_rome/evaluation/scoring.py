@@ -1,6 +1,6 @@
-"""What is measured on one record: pure functions of a model, a record and a method.
+"""The measurements on one record: pure functions of a model, a record and a method.
 
-One record knows nothing of the others, so records may be scored in any order and on any machine.
+Records are independent of each other, so they may be scored in any order and on any machine.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ Record = CounterFactRecord | ZsreRecord
 
 
 class Scoring(Protocol):
-    """How the records of one data set are scored.
+    """A function that scores the records of one data set.
 
     Attributes:
-        protocol: The data set's name, by which results know their metrics.
+        protocol: The data set's name; it selects the metrics of the results.
     """
 
     protocol: ClassVar[str]
 
     def __call__(self, model: Any, encoder: Encoder, record: Any) -> dict[str, Any]:
-        """The raw numbers of a record, as the model is now, as plain values."""
+        """Return the raw numbers of a record with the model as it is now, as plain values."""
         ...
 
 
 @dataclass(frozen=True)
 class CounterFactScoring:
-    """Both targets after every prompt of a record; text about its subject, if asked for.
+    """Score both targets after every prompt of a record, and optionally generated text.
 
     Attributes:
         attributes: Score the attribute prompts too.
-        generate: Also generate text, for GE, and RS where there are references.
-        references: What RS compares with.
-        seed: For sampling; each record has its own draws.
+        generate: Also generate text about the subject, for GE, and for RS if there are references.
+        references: The reference texts of RS.
+        seed: The seed of sampling; the draws of a record depend on it and on `case_id` only.
     """
 
     protocol: ClassVar[str] = "counterfact"
@@ -60,12 +60,18 @@ class CounterFactScoring:
     seed: int = 0
 
     def __call__(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str, Any]:
-        """`metrics.PromptScore` of every prompt, by kind; `"generation"` if asked for.
+        """Return `metrics.PromptScore` of every prompt, by kind, and optionally `"generation"`.
 
         Raises:
-            ValueError: a log-probability is not a number, or a prompt is longer than the context.
+            ValueError: The record has no true target, a log-probability is not a number, or a
+                prompt is longer than the context.
         """
         request = record.request
+        if request.target_true is None:
+            raise ValueError(
+                f"record {record.case_id} has no true target; CounterFact scores both targets, so "
+                "give the request target_true="
+            )
         kinds = {
             "rewrite": (request.text,),
             "paraphrase": record.paraphrase_prompts,
@@ -75,37 +81,37 @@ class CounterFactScoring:
             kinds["attribute"] = record.attribute_prompts
         targets = (request.target_new, request.target_true)
         asked = {kind: [(prompt, targets) for prompt in kinds[kind]] for kind in kinds}
-        found: dict[str, Any] = {"scores": score_prompts(model, encoder, asked)}
+        numbers: dict[str, Any] = {"scores": score_prompts(model, encoder, asked)}
         if self.generate:
-            found["generation"] = self._generation(model, encoder, record)
-        return found
+            numbers["generation"] = self._generation(model, encoder, record)
+        return numbers
 
     def _generation(
         self, model: Any, encoder: Encoder, record: CounterFactRecord
     ) -> dict[str, Any]:
-        own = (record.request.text, *record.paraphrase_prompts)
-        prompts = record.generation_prompts or own
+        """Return generated texts with their GE and RS."""
+        prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
         seed = (self.seed << 32) + record.case_id
         texts = sample_continuations(model, prompts, seed=seed, encoder=encoder)
         texts = [cleaned(text) for text in texts]
-        found: dict[str, Any] = {"texts": texts, "GE": fluency(texts)}
+        numbers: dict[str, Any] = {"texts": texts, "GE": fluency(texts)}
         if self.references is not None:
             if (rs := self.references.consistency(record, texts)) is not None:
-                found["RS"] = rs
-        return found
+                numbers["RS"] = rs
+        return numbers
 
 
 @dataclass(frozen=True)
 class ZsreScoring:
-    """The answer after a question and its rephrasing, and the answer to an unrelated question."""
+    """Score the answer to a question and its rephrasing, and the answer to an unrelated one."""
 
     protocol: ClassVar[str] = "zsre"
 
     def __call__(self, model: Any, encoder: Encoder, record: ZsreRecord) -> dict[str, Any]:
-        """Log-probabilities and correctness of every answer's tokens, by kind.
+        """Return log-probabilities and correctness of every answer's tokens, by kind.
 
         Raises:
-            ValueError: as for CounterFact.
+            ValueError: A log-probability is not a number, or a prompt is longer than the context.
         """
         new = (record.request.target_new,)
         asked = {
@@ -119,10 +125,10 @@ class ZsreScoring:
 def score_prompts(
     model: Any, encoder: Encoder, asked: Mapping[str, Sequence[tuple[str, Sequence[str]]]]
 ) -> dict[str, list[list[Any]]]:
-    """For every prompt: log-probabilities of each target's tokens, then their correctness.
+    """Return for every prompt the log-probabilities of each target's tokens, then correctness.
 
     Raises:
-        ValueError: a log-probability is not a number, or a prompt is longer than the context.
+        ValueError: A log-probability is not a number, or a prompt is longer than the context.
     """
     rows = [
         encoder.row(prompt, target=target)
@@ -130,15 +136,15 @@ def score_prompts(
         for prompt, targets in pairs
         for target in targets
     ]
-    found = iter(score_rows(model, rows))
+    row_scores = iter(score_rows(model, rows))
     scores: dict[str, list[list[Any]]] = {}
     for kind, pairs in asked.items():
         scores[kind] = []
         for _, targets in pairs:
-            each = [next(found) for _ in targets]
-            if not all(torch.isfinite(score.log_probs).all() for score in each):
-                raise ValueError("the model gives log-probabilities that are not numbers")
-            values = [score.log_probs for score in each] + [score.correct for score in each]
+            by_target = [next(row_scores) for _ in targets]
+            if not all(torch.isfinite(score.log_probs).all() for score in by_target):
+                raise ValueError("the model gives log-probabilities that are not finite numbers")
+            values = [s.log_probs for s in by_target] + [s.correct for s in by_target]
             scores[kind].append([tensor.tolist() for tensor in values])
     return scores
 
@@ -146,13 +152,13 @@ def score_prompts(
 def score_unedited(
     model: Any, encoder: Encoder, record: Record, scoring: Scoring
 ) -> dict[str, Any]:
-    """One record's row of the unedited model; one that cannot be scored says why."""
+    """Return one record's row for the unedited model, with the reason if scoring fails."""
     started = time.perf_counter()
     try:
-        found = scoring(model, encoder, record)
-    except ValueError as error:  # it cannot be scored, so its edit cannot be either
+        numbers = scoring(model, encoder, record)
+    except ValueError as error:  # the edited model could not be scored either
         return {"failed": f"ValueError: {error}"}
-    return {**found, "seconds": round(time.perf_counter() - started, 3)}
+    return {**numbers, "seconds": round(time.perf_counter() - started, 3)}
 
 
 def score_edited(
@@ -164,36 +170,36 @@ def score_edited(
     fingerprint: Fingerprint,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One record's row with its edit on the model; a failed edit is reported, not raised.
+    """Return one record's row for the edited model; a failed edit is reported, not raised.
 
     Raises:
-        RuntimeError: the model is not what it was afterwards, or the device failed.
-        NotImplementedError: the method cannot edit this model.
+        RuntimeError: The model differs afterwards, or the device failed.
+        NotImplementedError: The method cannot edit this model.
     """
-    what = f"record {record.case_id}"
+    label = f"record {record.case_id}"
     started = time.perf_counter()
     try:
         edit = method.compute(model, record.request, seed=seed)
         seconds = time.perf_counter() - started
         with applied(model, edit):
-            found = scoring(model, encoder, record)
+            numbers = scoring(model, encoder, record)
     except NotImplementedError:
-        raise  # of the model, so of every record
+        raise  # the model cannot be edited, so every record would fail
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if _is_the_devices(error):
+        if _is_device_fault(error):
             raise
-        logger.warning("%s: %s: %s", what, type(error).__name__, error)
-        found = {"failed": f"{type(error).__name__}: {error}"}
-    fingerprint.check(model, what)
-    if "failed" in found:
-        return found
+        logger.warning("%s: %s: %s", label, type(error).__name__, error)
+        numbers = {"failed": f"{type(error).__name__}: {error}"}
+    fingerprint.check(model, label)
+    if "failed" in numbers:
+        return numbers
     health = {k: v for k, v in edit.health.to_dict().items() if k != "losses"}
     total = time.perf_counter() - started
     times = {"seconds": round(total, 3), "edit_seconds": round(seconds, 3)}
-    return {**found, **times, "health": health}
+    return {**numbers, **times, "health": health}
 
 
-def _is_the_devices(error: Exception) -> bool:
-    """Out of memory and the like: no fault of the record, which may succeed another time."""
+def _is_device_fault(error: Exception) -> bool:
+    """Return whether the device failed, as when out of memory; the record may succeed later."""
     kinds = (torch.cuda.OutOfMemoryError, getattr(torch, "AcceleratorError", ()), MemoryError)
     return isinstance(error, kinds) or "CUDA error" in str(error)

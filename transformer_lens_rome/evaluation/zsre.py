@@ -1,18 +1,19 @@
 """zsRE: question answering by edits (Levy et al. 2017; Meng et al. 2022, appendix C).
 
-Efficacy and paraphrase: the share of the new answer's tokens that are the top token, each after
-those before it. Specificity: the same of the true answer to an unrelated question. A record's value
-is the mean over tokens, a table's the mean over records, S the harmonic mean of the three.
+Efficacy and paraphrase: the share of the new answer's tokens that are the top token, each given the
+tokens before it. Specificity: the same share for the true answer to an unrelated question. A
+record's value is the mean over tokens, a table's value is the mean over records, and S is the
+harmonic mean of the three.
 
-The released code cuts prompts after every token and encodes them anew; here a question and its
-answer are encoded once, together, which is the same but where a token is part of a character.
+The released code cuts each prompt after every token and encodes it again. Here a question and its
+answer are encoded once, together. The two are equal unless a token is only part of a character.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 from transformer_lens_rome.edits.kinds import EditRequest
 from transformer_lens_rome.evaluation.records import leave_out, read_items
@@ -25,14 +26,14 @@ _FIELDS = ("subject", "src", "rephrase", "loc", "loc_ans")
 
 @dataclass(frozen=True)
 class ZsreRecord:
-    """One answer to write, and what is asked about it.
+    """One answer to write, and the questions that test it.
 
     Attributes:
-        case_id: Its place in the file, from 0.
+        case_id: The record's index in the file, from 0.
         request: The question as prompt, and the new answer.
         rephrase: The question in other words.
         locality_prompt: An unrelated question.
-        locality_answer: Its true answer.
+        locality_answer: The true answer to `locality_prompt`.
     """
 
     case_id: int
@@ -44,11 +45,11 @@ class ZsreRecord:
 
 @dataclass(frozen=True)
 class Zsre(Sequence[ZsreRecord]):
-    """A list of records, with what was left out of it.
+    """A list of records, and the reasons why other records of the file were left out.
 
     Attributes:
         records: The records in the file's order.
-        skipped: What was wrong with each record that was left out.
+        skipped: The reason for each record that was left out.
         digest: sha256 of the file.
     """
 
@@ -61,15 +62,16 @@ class Zsre(Sequence[ZsreRecord]):
         """Read `zsre_mend_eval.json`.
 
         Args:
-            path: The file; None: the one of that name in the cache folder. It is not downloaded,
+            path: The file. None: the file of that name in the cache folder. It is not downloaded,
                 because no checksum of it is published.
-            limit: Look at the first so many records, as the paper at 10,000.
-            strict: Refuse a file with a record that cannot be used, such as one whose subject does
-                not stand in its question, or more than once. Such records are else left out.
+            limit: The number of records to read, from the start of the file; the paper reads
+                10,000.
+            strict: Raise if a record is invalid, for example if its subject does not occur exactly
+                once in its question. False: leave such records out.
 
         Raises:
-            ValueError: not a zsRE file, or (with `strict`) records that cannot be used.
-            OSError: no such file; the message says where to have it from.
+            ValueError: The file is not a zsRE file, or (with `strict`) records are invalid.
+            OSError: There is no such file; the message says where to get it.
         """
         if path is None:
             path = cache_folder() / "zsre_mend_eval.json"
@@ -79,7 +81,8 @@ class Zsre(Sequence[ZsreRecord]):
                     f"give its path, or save it as {path}"
                 )
         items, digest = read_items(path)
-        records, faults = [], []
+        records: list[ZsreRecord] = []
+        faults: list[str] = []
         for i, item in enumerate(items[:limit]):
             try:
                 records.append(_record(i, item))
@@ -88,7 +91,13 @@ class Zsre(Sequence[ZsreRecord]):
         leave_out(path, faults, len(items), strict or not records)
         return cls(tuple(records), tuple(faults), digest)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> ZsreRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ZsreRecord, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> ZsreRecord | tuple[ZsreRecord, ...]:
         return self.records[index]
 
     def __len__(self) -> int:
@@ -96,19 +105,15 @@ class Zsre(Sequence[ZsreRecord]):
 
 
 def _record(i: int, item: Any) -> ZsreRecord:
-    """One record; a ValueError names the field at fault."""
+    """Return one record, or raise ValueError with the name of the invalid field."""
     if not isinstance(item, Mapping):
         raise ValueError(f"it is a {type(item).__name__}, not an object")
-    texts = [item.get(name) for name in _FIELDS]
-    for name, text in zip(_FIELDS, texts, strict=True):
-        if not isinstance(text, str) or not stripped(text):
-            raise ValueError(f"{name}: it is {text!r:.60}, not a text")
-    subject, question, rephrase, locality, answer = texts
+    subject, question, rephrase, locality, answer = (_text(item, name) for name in _FIELDS)
     answers = item.get("answers")
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
         raise ValueError(f"answers: it is {answers!r:.60}, not a list of texts")
     if (times := question.count(subject)) != 1:
-        raise ValueError(f"subject: {subject!r:.60} stands {times} times in {question!r:.200}")
+        raise ValueError(f"subject: {subject!r:.60} occurs {times} times in {question!r:.200}")
     if not locality.startswith("nq question: "):
         raise ValueError(f"loc: it begins with {locality[:13]!r}, not with 'nq question: '")
     try:
@@ -116,3 +121,10 @@ def _record(i: int, item: Any) -> ZsreRecord:
     except ValueError as error:
         raise ValueError(f"request: {error}") from error
     return ZsreRecord(i, request, rephrase, f"{locality}?", answer)
+
+
+def _text(item: Mapping[str, Any], name: str) -> str:
+    text = item.get(name)
+    if not isinstance(text, str) or not stripped(text):
+        raise ValueError(f"{name}: it is {text!r:.60}, not a text")
+    return text

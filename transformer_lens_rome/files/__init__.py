@@ -1,1 +1,1 @@
-"""What is read from disk and written to it, and how far a file is trusted."""
+"""Reading and writing files, with checks of files that come from others."""

@@ -1,7 +1,7 @@
-"""NumPy's `.npy` and `.npz` files, of which only plain arrays of numbers are read.
+"""Read NumPy's `.npy` and `.npz` files; only plain arrays of numbers are accepted.
 
-NumPy takes a header for an expression of Python, and its word for how much memory to ask for. Here
-it has to be of the one form that NumPy writes, and to agree with the size of what follows it.
+NumPy evaluates the header as a Python expression and allocates as much memory as it asks for. Here
+the header must have the exact form that NumPy writes, and it must agree with the size of the data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Literal
 
 import numpy as np
 
@@ -20,15 +20,16 @@ _HEADER = re.compile(
     rb"'shape': \(((?:\d{1,12},? ?){0,4})\), \} *\n"
 )
 _MAX_HEADER = 1024
-"""Bytes of a header; NumPy's have 118 or 128 for the arrays at hand."""
-_PIECE = 2**20
+"""Largest header, in bytes; the headers of the arrays used here have 118 or 128."""
+_PIECE = 2**20  # bytes
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array in a `.npy` file.
+    """Return the array in a `.npy` file.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not a whole one of numbers.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a complete array of numbers.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -37,10 +38,11 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Some arrays of a `.npz` file, which has to be uncompressed, as `np.savez` writes it.
+    """Return the named arrays of an uncompressed `.npz` file, as written by `np.savez`.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a whole one, or one without these arrays.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is incomplete or compressed, or a named array is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -48,14 +50,15 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         with zipfile.ZipFile(path) as file:
             return [_member(file, f"{name}.npy", str(path)) for name in names]
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a whole .npz file ({error})") from error
+        raise ValueError(f"{path} is not a complete .npz file ({error})") from error
 
 
 def _member(file: zipfile.ZipFile, name: str, path: str) -> np.ndarray:
-    found = [part for part in file.infolist() if part.filename == name]
-    if len(found) != 1:
-        raise ValueError(f"{path} holds {len(found)} arrays {name[:-4]}")
-    (part,) = found
+    """Return one array of an open `.npz` file; `path` is used in messages."""
+    members = [part for part in file.infolist() if part.filename == name]
+    if len(members) != 1:
+        raise ValueError(f"{path} contains {len(members)} arrays named {name[:-4]}, expected 1")
+    (part,) = members
     size = part.file_size
     if part.compress_type != zipfile.ZIP_STORED or part.compress_size != size:
         raise ValueError(f"{path}: {name} is compressed; write the file with np.savez")
@@ -65,29 +68,30 @@ def _member(file: zipfile.ZipFile, name: str, path: str) -> np.ndarray:
         return _array(member, size, f"{path}: {name}")
 
 
-def _array(file: BinaryIO, size: int, name: str) -> np.ndarray:
-    """Read one array of which header and numbers have so many bytes."""
+def _array(file: IO[bytes], size: int, name: str) -> np.ndarray:
+    """Read one array; its header and its numbers take `size` bytes together."""
     start = file.read(10)
     if len(start) < 10 or start[:8] != b"\x93NUMPY\x01\x00":
         raise ValueError(f"{name} is not an array in NumPy's format 1.0")
     length = int.from_bytes(start[8:], "little")
     header = file.read(length) if length <= _MAX_HEADER else b""
-    if (said := _HEADER.fullmatch(header)) is None:
+    if (fields := _HEADER.fullmatch(header)) is None:
         raise ValueError(
-            f"{name} is not an array of floats or signed integers, of at most four axes; nothing "
-            "else is read (an array of objects would need allow_pickle)"
+            f"{name} is not an array of floats or signed integers with at most four axes; no "
+            "other array is read (an array of objects would need allow_pickle)"
         )
-    dtype = np.dtype(said[1].decode())
-    shape = tuple(int(n) for n in re.findall(rb"\d+", said[3]))
-    if (wanted := dtype.itemsize * math.prod(shape)) != size - 10 - length:
+    dtype = np.dtype(fields[1].decode())
+    shape = tuple(int(n) for n in re.findall(rb"\d+", fields[3]))
+    if (n_bytes := dtype.itemsize * math.prod(shape)) != size - 10 - length:
         raise ValueError(
-            f"{name}: an array of shape {shape} needs {wanted} bytes, there are "
+            f"{name}: an array of shape {shape} needs {n_bytes} bytes, but the file has "
             f"{size - 10 - length}"
         )
-    data, have = bytearray(wanted), 0
-    while have < wanted:  # in pieces: zipfile holds what it is asked for once more
-        if not (read := file.readinto(memoryview(data)[have : have + _PIECE])):
+    data, done = bytearray(n_bytes), 0
+    while done < n_bytes:  # piece by piece: each read makes a second copy of its bytes
+        if not (piece := file.read(min(_PIECE, n_bytes - done))):
             raise ValueError(f"{name} is truncated")
-        have += read
-    order = "F" if said[2] == b"True" else "C"
+        data[done : done + len(piece)] = piece
+        done += len(piece)
+    order: Literal["C", "F"] = "F" if fields[2] == b"True" else "C"
     return np.frombuffer(data, dtype).reshape(shape, order=order)

@@ -1,7 +1,7 @@
-"""The cache folder, names of files, and locks that keep a second process out of a file.
+"""The cache folder, safe file names, and file locks between processes.
 
-The cache folder is `$TRANSFORMER_LENS_ROME_CACHE`, else `transformer_lens_rome` in
-`$XDG_CACHE_HOME` or `~/.cache`.
+The cache folder is `$TRANSFORMER_LENS_ROME_CACHE` if it is set; otherwise it is
+`transformer_lens_rome` in `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from typing import BinaryIO
 
 
 def cache_folder() -> Path:
-    """Where statistics and downloads are kept between runs."""
-    if own := os.environ.get("TRANSFORMER_LENS_ROME_CACHE"):
-        return Path(own).expanduser()
+    """Return the folder in which statistics and downloads are kept between runs."""
+    if folder := os.environ.get("TRANSFORMER_LENS_ROME_CACHE"):
+        return Path(folder).expanduser()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "transformer_lens_rome"
 
 
 def safe_name(text: str, longest: int = 100) -> str:
-    """A text as one plain name of a file: no separators, no leading dot, and not too long.
+    """Return a text as a plain file name of at most `longest` characters.
 
-    What had to be cut keeps some digits of its sha256, so that two texts stay two names.
+    The name has no separators and no leading dot. A name that is cut ends in some digits
+    of the text's sha256, so different texts get different names.
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".") or "_"
     if len(name) <= longest:
@@ -34,14 +35,18 @@ def safe_name(text: str, longest: int = 100) -> str:
 
 
 def lock(file: BinaryIO, refusal: Exception) -> None:
-    """Keep other processes out until the file is closed, or this process is gone.
+    """Lock an open file for this process until the file is closed or the process ends.
+
+    Args:
+        file: The open file.
+        refusal: The exception to raise if another process holds the lock.
 
     Raises:
-        The refusal: another process has it.
+        Exception: `refusal`, if another process holds the lock.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has no such locks
+    except ImportError:  # Windows has no fcntl locks
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

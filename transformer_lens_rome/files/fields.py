@@ -1,41 +1,41 @@
-"""Dataclasses made from what a file says: each field is of the type that its annotation names."""
+"""Build dataclasses from the values of a file, with a type check of every field."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 
 def make(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a dataclass; private fields cannot be given.
+    """Return an instance of the dataclass `kind`; private fields cannot be given.
 
-    Where a field is a dataclass, or a tuple, its value may be an object or a list of JSON.
+    The value of a dataclass field may be a JSON object, and that of a tuple field a JSON list.
 
     Raises:
-        ValueError: a field is missing, unknown, or of another type.
+        ValueError: A field is missing, unknown, or has the wrong type.
     """
-    fields, hints = _fields(kind)
+    fields, hints = _fields(cast(Hashable, kind))  # every class has a hash; mypy misses it
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{kind.__name__} has no {', '.join(unknown):.80}")
-    if missing := [name for name, needed in fields.items() if needed and name not in values]:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown):.80}")
+    if missing := [name for name, required in fields.items() if required and name not in values]:
         raise ValueError(f"{', '.join(missing)} of {kind.__name__} is missing")
     values = {name: _shaped(value, hints[name]) for name, value in values.items()}
     for name, value in values.items():
         if not fits(value, hints[name]):
-            found = getattr(value, "shape", None)
-            found = f"{value!r:.40}" if found is None else f"of shape {tuple(found)}"
-            raise ValueError(f"{name} should be {_named(hints[name])}, it is {found}")
+            shape = getattr(value, "shape", None)
+            received = f"{value!r:.40}" if shape is None else f"of shape {tuple(shape)}"
+            raise ValueError(f"{name} should be {_named(hints[name])}, it is {received}")
     return kind(**values)
 
 
 def _shaped(value: Any, hint: Any) -> Any:
-    """What JSON says in place of a dataclass or a tuple, as what it stands for."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    """Convert a JSON object to the dataclass, or a JSON list to the tuple, that `hint` names."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return make(hint, value)
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         inner = get_args(hint)
@@ -47,11 +47,11 @@ def _shaped(value: Any, hint: Any) -> Any:
 
 
 @cache
-def _fields(kind: type) -> tuple[dict[str, bool], dict[str, Any]]:
-    """Which fields can be given, whether each has to be, and their types."""
-    none = dataclasses.MISSING
+def _fields(kind: Any) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Return the public fields, with True for each required one, and the types of all fields."""
+    missing = dataclasses.MISSING
     fields = {
-        f.name: f.default is none and f.default_factory is none
+        f.name: f.default is missing and f.default_factory is missing
         for f in dataclasses.fields(kind)
         if f.init and not f.name.startswith("_")
     }
@@ -59,7 +59,7 @@ def _fields(kind: type) -> tuple[dict[str, bool], dict[str, Any]]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; a whole number can stand for a float."""
+    """Return whether a value has an annotated type; an int is accepted as a float."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -67,10 +67,10 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, one) for one in args)
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in args)
-    if origin is tuple and args[1:] != (Ellipsis,):  # each item of its own type
+    if origin is tuple and args[1:] != (Ellipsis,):  # one type for each item
         whole = isinstance(value, tuple) and len(value) == len(args)
         return whole and all(map(fits, value, args))
-    if origin in (tuple, list):  # of any length
+    if origin in (tuple, list):  # any length, one type
         return isinstance(value, origin) and all(fits(one, args[0]) for one in value)
     if hint is float:
         return type(value) in (int, float)
@@ -80,4 +80,5 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _named(hint: Any) -> str:
+    """Return the name of a type, for messages."""
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

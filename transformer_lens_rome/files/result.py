@@ -1,4 +1,4 @@
-"""Results are values: frozen dataclasses of tensors and plain fields, kept in safetensors files."""
+"""Results: frozen dataclasses of tensors and plain values, saved as safetensors files."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ R = TypeVar("R", bound="Result")
 
 
 class Result:
-    """A dataclass that is saved and loaded; a list that is read becomes a tuple.
+    """Base of dataclasses that can be saved and loaded; a loaded list becomes a tuple.
 
-    Its fields are tensors, plain values, and dataclasses of these.
+    The fields are tensors, plain values, and dataclasses of these.
 
     Attributes:
-        FORMAT: The name of the file format, with its version.
+        FORMAT: The name and version of the file format.
     """
 
     FORMAT: ClassVar[str]
 
     def save(self, path: Any) -> None:
-        """Write safetensors with JSON metadata."""
+        """Write a safetensors file with JSON metadata."""
         tensors: dict[str, Tensor] = {}
         plain = _without_tensors(self, "", tensors)
         write_tensors(path, tensors, {"format": self.FORMAT, **plain})
 
     @classmethod
     def load(cls: type[R], path: Any) -> R:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or not a whole one of this kind.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is incomplete, or is of another kind.
         """
         tensors, info = read_tensors(path, cls.FORMAT)
         del info["format"]
@@ -48,11 +49,11 @@ class Result:
                 part[last] = tensor
             return make(cls, info)
         except (TypeError, ValueError, AttributeError, LookupError) as error:
-            raise ValueError(f"{path} does not hold a whole {cls.__name__} ({error})") from error
+            raise ValueError(f"{path} is not a complete {cls.__name__} file ({error})") from error
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value for JSON; the tensors of dataclasses in it are put into a dictionary, by place."""
+    """Return a value for JSON; move the tensors of its dataclasses to `tensors`, by field path."""
     if not dataclasses.is_dataclass(value):
         items = isinstance(value, (list, tuple))
         return [_without_tensors(one, name, {}) for one in value] if items else value

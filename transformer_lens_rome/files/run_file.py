@@ -1,8 +1,8 @@
-"""A run on disk: one JSON line a record, which survives being killed at any moment.
+"""Files of runs: one JSON line for each record, so a killed process loses no finished record.
 
-The first line says what the run is; a file of another run is refused. Each later line is written
-with one call and flushed to the disk. A last line that was cut short is taken off when the file is
-opened again, so its record is made anew; while a file is open, a second process is refused.
+The first line describes the run; a file of another run is refused. Each later line is written with
+one call and flushed to the disk. An incomplete last line is removed when the file is opened again,
+so its record is computed again. While a file is open, other processes cannot open it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _HEAD = f'{{"format": "{_FORMAT}"'.encode()
 
 
 Checker = Callable[[Mapping[str, Any]], Callable[[Mapping[str, Any]], Any]]
-"""From a run's first line, what raises a ValueError for a row that such a run does not write."""
+"""Maps the first line of a run to a check, which raises a ValueError for an invalid row."""
 
 
 class RunFile:
-    """Rows of a run by case, read from a file and appended to it; use it in a `with` statement.
+    """The rows of a run, read from a file and appended to it; use it in a `with` statement.
 
     Attributes:
         path: The file.
-        rows: What is in it, by `key`.
-        key: The field by which rows are told apart.
+        rows: The rows in the file, by the value of `key`.
+        key: The field that identifies a row.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class RunFile:
         checker: Checker,
         key: str = "case_id",
     ) -> None:
-        """Open or make the file.
+        """Open or create the file.
 
         Args:
-            path: Where.
-            setting: What the rows depend on; a file with another setting is refused.
-            made_with: What is good to know besides, such as versions.
-            checker: What a row of such a run may hold.
-            key: The field by which rows are told apart.
+            path: The path of the file.
+            setting: Everything that the rows depend on; a file with another setting is refused.
+            made_with: Further information to save, such as versions.
+            checker: Checks the rows of the file.
+            key: The field that identifies a row.
 
         Raises:
-            ValueError: the file is of another run, is damaged, or is in another process's hands.
-            OSError: it cannot be written.
+            ValueError: The file is of another run, is damaged, or is open in another process.
+            OSError: The file cannot be written.
         """
         self.path, self.key, self._checker = Path(path), key, checker
         self.rows: dict[int, dict[str, Any]] = {}
@@ -62,7 +62,7 @@ class RunFile:
             lock(
                 self._file,
                 ValueError(
-                    f"another process is writing to {path}; wait for it, or give another file"
+                    f"another process is writing to {path}; wait for it, or pass another file"
                 ),
             )
             self._read(json.loads(json.dumps(dict(setting))), dict(made_with))
@@ -71,7 +71,7 @@ class RunFile:
             raise
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one record's row; it is on the disk when this returns."""
+        """Append one row to the file; the row is on the disk when this method returns."""
         self._write(row)
         self.rows[row[self.key]] = dict(row)
 
@@ -89,13 +89,13 @@ class RunFile:
     def _read(self, setting: dict[str, Any], made_with: dict[str, Any]) -> None:
         self._file.seek(0)
         data = self._file.read()
-        lines, kept = read_lines(data, self.path)
+        lines, size = read_lines(data, self.path)
         if lines:
             check_setting(self.path, lines[0], setting)
             _check_rows(self.path, lines, self._checker)
         elif not _HEAD.startswith(data[: len(_HEAD)]):
-            raise ValueError(f"{self.path} holds something else than a run; give another file")
-        self._file.truncate(kept)  # what was cut short, of our own lines only
+            raise ValueError(f"{self.path} is not the file of a run; pass another file")
+        self._file.truncate(size)  # remove an incomplete last line of this format only
         if not lines:
             self._write({"format": _FORMAT, "setting": setting, "made_with": made_with})
             return
@@ -103,21 +103,23 @@ class RunFile:
 
 
 def read_run(path: Any, checker: Checker) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line and the rows of a run's file; a last line that was cut short is left out.
+    """Return the first line and the rows of a run's file, without an incomplete last line.
 
     Raises:
-        ValueError: not a run's file, or a damaged one.
-        OSError: no such file.
+        ValueError: The file is not the file of a run, or it is damaged.
+        OSError: The file does not exist.
     """
     lines, _ = read_lines(read_bytes(path), Path(path))
     if not lines or lines[0].get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a run's file; evaluate_counterfact writes them with out=")
+        raise ValueError(
+            f"{path} is not the file of a run; evaluate_counterfact writes one with out="
+        )
     _check_rows(Path(path), lines, checker)
     return lines[0], lines[1:]
 
 
 def _check_rows(path: Path, lines: list[dict[str, Any]], checker: Checker) -> None:
-    """Refuse a file with a line that no such run writes."""
+    """Raise ValueError if a line is not one that such a run writes."""
     i = 0
     try:
         check = checker(lines[0])
@@ -128,31 +130,35 @@ def _check_rows(path: Path, lines: list[dict[str, Any]], checker: Checker) -> No
 
 
 def read_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines, and how many bytes they are; only the last line may be broken."""
+    """Return the complete lines and their size in bytes; only the last line may be incomplete.
+
+    Raises:
+        ValueError: A line before the last one is damaged.
+    """
     lines: list[dict[str, Any]] = []
-    kept = 0
+    size = 0
     pieces = data.splitlines(keepends=True)
     for i, piece in enumerate(pieces):
         try:
-            line = parse(piece, "it")
+            line = parse(piece, "the line")
             if not piece.endswith(b"\n") or not isinstance(line, dict):
-                raise ValueError("it is cut short")
+                raise ValueError("the line is incomplete")
         except ValueError as error:
             if i + 1 < len(pieces):
                 raise ValueError(f"{path}: line {i + 1} is damaged ({error})") from error
             break
         lines.append(line)
-        kept += len(piece)
-    return lines, kept
+        size += len(piece)
+    return lines, size
 
 
 def check_setting(path: Path, first: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
-    """Refuse the file of another run, and say in what it differs."""
-    found = first.get("setting")
-    if first.get("format") != _FORMAT or not isinstance(found, Mapping):
-        raise ValueError(f"{path} holds something else than a run; give another file")
-    if other := [name for name in {**setting, **found} if setting.get(name) != found.get(name)]:
+    """Raise ValueError if the file is of another run; the message names the differences."""
+    saved = first.get("setting")
+    if first.get("format") != _FORMAT or not isinstance(saved, Mapping):
+        raise ValueError(f"{path} is not the file of a run; pass another file")
+    if other := [name for name in {**setting, **saved} if setting.get(name) != saved.get(name)]:
         raise ValueError(
-            f"{path} holds a run with another {', '.join(sorted(other))}; give another file, or "
-            "load the run with Results.load"
+            f"{path} is the file of a run with another {', '.join(sorted(other))}; pass another "
+            "file, or load the run with Results.load"
         )

@@ -1,7 +1,7 @@
-"""JSON that anybody may have written: limited, unambiguous, and text that can be encoded.
+"""Read JSON files of unknown origin, and check their texts.
 
-What Python's reader lets pass and this one refuses: keys that stand twice in an object, halves of
-characters (lone surrogates), deep nesting, very long texts, and other encodings than UTF-8.
+Python's reader accepts the following, and this module refuses it: a key that occurs twice in an
+object, lone surrogates, deep nesting, very long texts, and encodings other than UTF-8.
 """
 
 from __future__ import annotations
@@ -9,27 +9,28 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 MAX_DATA = 256 * 2**20
-"""Bytes of a JSON file: five times the largest that is published (CounterFact, 45 MB). As Python
-objects JSON can take some 25 times its size."""
+"""Largest JSON file in bytes: five times the largest published one (CounterFact, 45 MB). Python
+objects can take about 25 times the size of their JSON."""
 MAX_ITEM = 2**26
-"""Characters of an item of a list that is read item by item."""
+"""Largest item, in characters, of a list that is read item by item."""
 MAX_DEPTH = 32
-"""Lists and objects within each other; the deepest of our files has 8."""
+"""Deepest nesting of lists and objects; the deepest file of this package has 8 levels."""
 MAX_TEXT = 1_000_000
-"""Characters of one text; prompts have hundreds."""
+"""Longest text, in characters; prompts have hundreds."""
 
 
 def read_bytes(path: Any, most: int = MAX_DATA) -> bytes:
-    """A file's content, if it is a plain file of no more than so many bytes.
+    """Return the content of a regular file of at most `most` bytes.
 
     Raises:
-        FileNotFoundError: no such file, or no plain one: a folder, a pipe, a device.
-        ValueError: a larger one.
+        FileNotFoundError: The file does not exist, or is a folder, a pipe or a device.
+        ValueError: The file is larger.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,48 +38,50 @@ def read_bytes(path: Any, most: int = MAX_DATA) -> bytes:
     with path.open("rb") as file:
         data = file.read(most + 1) if path.stat().st_size <= most else None
     if data is None or len(data) > most:
-        raise ValueError(f"{path} is larger than {most:,} bytes; no file of its kind is")
+        raise ValueError(f"{path} is larger than {most:,} bytes, the largest size for its kind")
     return data
 
 
 def read_json(path: Any) -> Any:
-    """What a file of JSON data holds.
+    """Return the content of a JSON file.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or one that `parse` or `read_bytes` refuses.
+        FileNotFoundError: The file does not exist.
+        ValueError: `read_bytes` or `parse` refuses the file.
     """
     return parse(read_bytes(path), str(path))
 
 
 def parse(text: str | bytes, name: str, *, longest: int = MAX_TEXT) -> Any:
-    """Read JSON; bytes are UTF-8.
+    """Parse JSON; bytes must be UTF-8.
 
-    NaN and infinity are read, since Python writes them where a measured number is one; a whole
-    number beyond 64 bits is read as a float.
+    NaN and infinity are accepted, because Python writes them for measured numbers. An integer
+    beyond 64 bits becomes a float.
 
     Args:
-        text: What to read.
-        name: What it is, for the message.
-        longest: Characters of its longest text.
+        text: The JSON text.
+        name: The name of the text, for messages.
+        longest: The longest string allowed, in characters.
 
     Raises:
-        ValueError: not JSON, or beyond the limits above.
+        ValueError: The text is not JSON, or exceeds a limit above.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        found = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
-        _check(found, longest)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+        _check(value, longest)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON that can be read ({str(error):.300})") from error
-    return found
+    return value
 
 
 def read_list(path: Path) -> Iterator[Any]:
-    """The items of a list in a file that is too large to be read at once, each as `parse` gives it.
+    """Yield the items of a JSON list, each as `parse` returns it, from a file of any size.
 
     Raises:
-        FileNotFoundError: no such file, or no plain one.
-        ValueError: not a list in JSON, or an item that `parse` refuses or of over `MAX_ITEM`.
+        FileNotFoundError: The file does not exist, or is not a regular file.
+        ValueError: The file is not a JSON list, an item is longer than `MAX_ITEM`, or `parse`
+            refuses it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -86,11 +89,13 @@ def read_list(path: Path) -> Iterator[Any]:
         try:
             yield from _items(file)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a JSON list to be read ({str(error):.300})") from error
+            raise ValueError(
+                f"{path} is not a JSON list that can be read ({str(error):.300})"
+            ) from error
 
 
 def _items(file: TextIO) -> Iterator[Any]:
-    """Items from a window on a file, which grows where an item does not end in it."""
+    """Yield items from a window on the file; the window grows until it contains a whole item."""
     text, at = _gap(file, "", 0)
     mark = "["
     while text.startswith(mark, at):
@@ -102,29 +107,36 @@ def _items(file: TextIO) -> Iterator[Any]:
         text, at = _gap(file, text, at)
         mark = ","
     if not text.startswith("]", at):
-        raise ValueError(f"{text[at : at + 20]!r} stands where {mark!r} or its end should")
+        raise ValueError(f"expected {mark!r} or the end of the list, got {text[at : at + 20]!r}")
     text, at = _gap(file, text, at + 1)
     if text[at:]:
-        raise ValueError(f"{text[at : at + 20]!r} stands after its end")
+        raise ValueError(f"unexpected text after the end of the list: {text[at : at + 20]!r}")
 
 
 def _gap(file: TextIO, text: str, at: int) -> tuple[str, int]:
-    """The window and the place of the next character that is no space."""
-    while (at := _SPACE.match(text, at).end()) == len(text) and (more := file.read(_WINDOW)):
+    """Skip white space; return the window and the index of the next character."""
+    while (at := _after_space(text, at)) == len(text) and (more := file.read(_WINDOW)):
         text, at = more, 0
     return text, at
 
 
+def _after_space(text: str, at: int) -> int:
+    """Return the index of the first character from `at` on that is not white space."""
+    space = _SPACE.match(text, at)
+    assert space is not None  # the pattern also matches the empty text
+    return space.end()
+
+
 def _item(file: TextIO, text: str, at: int) -> tuple[Any, str, int]:
-    """One item, the window, and the place after the item."""
+    """Read one item; return it, the window, and the index after the item."""
     while True:
         try:
             item, end = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError:
             item, end = None, len(text)
-        if end > len(text) - _MARGIN:  # a number might go on
+        if end > len(text) - _MARGIN:  # a number might continue in the next window
             if len(text) - at > MAX_ITEM:
-                raise ValueError(f"an item of more than {MAX_ITEM:,} characters")
+                raise ValueError(f"an item has more than {MAX_ITEM:,} characters")
             if more := file.read(max(_WINDOW, len(text) - at)):
                 text, at = text[at:] + more, 0
                 continue
@@ -134,15 +146,21 @@ def _item(file: TextIO, text: str, at: int) -> tuple[Any, str, int]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice[:60]!r} stands twice in an object")
-    return found
+    """Return a JSON object as a dictionary.
+
+    Raises:
+        ValueError: A key occurs twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, n in counts.items() if n > 1)
+        raise ValueError(f"the key {twice[:60]!r} occurs twice in an object")
+    return value
 
 
 def _whole(digits: str) -> int | float:
+    """Return a number without fraction: an int if it fits into 64 bits, else a float."""
     short = len(digits) <= 20 and -(2**63) <= int(digits) < 2**64
     return int(digits) if short else float(digits)
 
@@ -152,9 +170,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _WINDOW, _MARGIN = 2**20, 8  # characters
 
 
-def _check(found: Any, longest: int) -> None:
-    """Refuse what is too deep or too long, and text that cannot be encoded; level by level."""
-    level = [found]
+def _check(value: Any, longest: int) -> None:
+    """Raise ValueError if a value is nested too deeply or contains a text that is not allowed."""
+    level = [value]
     for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for one in level:
@@ -172,21 +190,24 @@ def _check(found: Any, longest: int) -> None:
 
 
 def check_text(text: str, longest: int = MAX_TEXT) -> None:
-    """Refuse text that is too long, or that no file can hold.
+    """Check that a text is not too long and can be encoded in UTF-8.
 
     Raises:
-        ValueError: too long, or with half of a pair of surrogates in it.
+        ValueError: The text is too long, or contains a lone surrogate.
     """
     if len(text) > longest:
-        raise ValueError(f"a text of {len(text):,} characters, which begins {text[:40]!r}")
+        raise ValueError(
+            f"a text has {len(text):,} characters, at most {longest:,} are allowed; it begins "
+            f"{text[:40]!r}"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a character in a text that begins {text[:40]!a}") from error
+        raise ValueError(f"lone surrogate in a text that begins {text[:40]!a}") from error
 
 
 def stripped(target: str) -> str:
-    """A text without white space, or invisible characters that pasting adds, around it."""
+    """Return a text without white space and invisible characters at its start and end."""
     start, end = 0, len(target)
     while start < end and _is_invisible(target[start]):
         start += 1
@@ -196,20 +217,22 @@ def stripped(target: str) -> str:
 
 
 def _is_invisible(character: str) -> bool:
-    """White space, a format character such as a zero-width space or a mark of direction."""
+    """Return whether a character is white space or a format character, which is invisible."""
     return character.isspace() or unicodedata.category(character) == "Cf" or character == "\u3164"
 
 
 def check_edges(subject: str) -> None:
-    """Refuse a subject with an invisible character at its edge, whose token would be taken for it.
+    """Check that a subject does not start or end with an invisible character.
+
+    The token of that character would count as the first or last token of the subject.
 
     Raises:
-        ValueError: it has one.
+        ValueError: The subject starts or ends with an invisible character.
     """
-    own, visible = subject.strip(), stripped(subject)
-    if own != visible:
-        names = ", ".join(f"U+{ord(c):04X}" for c in own if _is_invisible(c) and not c.isspace())
+    text, visible = subject.strip(), stripped(subject)
+    if text != visible:
+        names = ", ".join(f"U+{ord(c):04X}" for c in text if _is_invisible(c) and not c.isspace())
         raise ValueError(
-            f"the subject {subject!r:.60} has invisible characters at its edge ({names}); pass "
+            f"the subject {subject!r:.60} starts or ends with invisible characters ({names}); pass "
             f"{visible!r:.60}, also in the prompt"
         )

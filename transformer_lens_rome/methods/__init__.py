@@ -1,4 +1,4 @@
-"""Editing methods: ROME, and those that the paper compares it with. Each registers by name."""
+"""Editing methods: ROME and the methods that the paper compares it with, registered by name."""
 
 from transformer_lens_rome.methods.base import (
     EditMethod,

@@ -1,4 +1,4 @@
-"""What an editing method is, and the methods by name. A new method is a new file that registers."""
+"""The protocol of editing methods and the registry of them. A new method is one new file."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ from transformer_lens_rome.model.adapter import weight_hash
 class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
-    A method may also have `prepared(model, *, seed)`: itself with everything found that all edits
-    of a run share, such as statistics; `has_seen(record)`, if it was trained, by which an
-    evaluation on its own training data is refused; and a `name`, for tables.
+    Three members are optional. `prepared(model, *, seed)` returns a copy of the method that stores
+    everything that all edits of a run share, such as statistics. `has_seen(record)` returns whether
+    a trained method was trained on a record; an evaluation on such records raises an error. `name`
+    is the method's name in tables.
     """
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:
-        """The edit that writes the request; the same seed gives the same edit."""
+        """Compute the edit that writes the request; the same seed gives the same edit."""
         ...
 
 
 _SILENT = {"progress", "half_agreement"}
-"""Fields on which no edit depends."""
+"""Names of fields that change no edit."""
 
 _REGISTRY: dict[str, Callable[..., EditMethod]] = {}
 
 
 def register_method(name: str, factory: Callable[..., EditMethod]) -> None:
-    """Make a method known by name; `factory(**options)` must return an `EditMethod`.
+    """Register a method by name; `factory(**options)` must return an `EditMethod`.
 
     Raises:
-        ValueError: the name is taken by another factory.
+        ValueError: another factory is registered under this name.
     """
     if _REGISTRY.get(name, factory) is not factory:
-        raise ValueError(f"there is a method {name!r} already; choose another name")
+        raise ValueError(f"the method {name!r} is registered already; choose another name")
     _REGISTRY[name] = factory
 
 
 def get_method(name: str, **options: Any) -> EditMethod:
-    """The method of that name, made with its options.
+    """Construct the method of this name with these options.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no method has this name.
     """
     if name not in _REGISTRY:
         raise ValueError(f"no method {name!r}; there are {sorted(_REGISTRY)}")
@@ -56,9 +57,9 @@ def get_method(name: str, **options: Any) -> EditMethod:
 
 
 def described(method: EditMethod) -> dict[str, Any]:
-    """A method's name and options as plain values, by which two runs are told apart.
+    """Return a method's name and options as plain values, which identify a run.
 
-    Tensors, and what holds them, stand by their sha256.
+    Tensors and objects that contain them are represented by a sha256.
     """
     name = getattr(method, "name", type(method).__name__)
     options = method if dataclasses.is_dataclass(method) else getattr(method, "__dict__", {})
@@ -66,7 +67,7 @@ def described(method: EditMethod) -> dict[str, Any]:
 
 
 def provenance(model: Any, prepend_bos: bool) -> dict[str, Any]:
-    """Where an edit was made, as plain values, for `Edit.provenance`."""
+    """Return the model, its class, the BOS rule and the library versions, for `Edit.provenance`."""
     return {
         "model": adapter.model_name(model),
         "model_class": adapter.model_class(model),
@@ -76,6 +77,7 @@ def provenance(model: Any, prepend_bos: bool) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Convert a value to plain JSON types; a tensor becomes its sha256."""
     if isinstance(value, Tensor):
         return f"sha256 {weight_hash(value)}"
     if dataclasses.is_dataclass(value):

@@ -3,24 +3,25 @@
     min over W_out of -log P(target | prompt)        by Adam, until it is below `stop_loss`
     FT+L: |W_out - W_out before| <= eps, entry by entry, after every update
 
-W_out changes nothing below it, so the keys k of the prompt stay, and its output is k W_out + b_out.
-That is all that is optimised: no parameter of the model is touched, and what runs at each step are
-the layers above.
+W_out changes nothing below it, so the keys k of the prompt stay fixed, and its output is
+k W_out + b_out. Only copies of W_out and b_out are optimised; no parameter of the model changes.
+Each step runs only the layers above.
 
 Where paper, released code and this module differ:
 
     what                paper          released code                     here
     what is trained     W_out          W_out and b_out                   `bias=True`: both
     scored at           -              all target tokens at the prompt's `objective="last_token"`;
-                                       last one, none is fed             or "teacher_forced"
+                                       last token, without feeding any   or "teacher_forced"
     stop at loss        3e-2           1e-2                              1e-2
-    layer, eps          per model      per model                         the same, else 0 and 5e-4
+    layer, eps          per model      per model                         the same; others 0, 5e-4
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -46,28 +47,28 @@ from transformer_lens_rome.prompts.scores import target_index
 logger = logging.getLogger(__name__)
 
 LAYERS = {"gpt2-xl": 1, "gpt-j-6b": 21}
-"""FT's layer in the released configurations, else 0; FT+L's is always 0."""
+"""Layers of FT in the released configurations; 0 for other models. FT+L always uses 0."""
 
 EPS = {"gpt2-medium": 2e-3, "gpt2-large": 1e-3, "gpt2-xl": 5e-4, "gpt-j-6b": 5e-5}
-"""FT+L's bound in the released configurations, else 5e-4."""
+"""Bounds of FT+L in the released configurations; 5e-4 for other models."""
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """FT, or FT+L, as an `EditMethod`.
+    """FT or FT+L as an `EditMethod`.
 
     Attributes:
-        constrained: FT+L: no entry of the weight moves by more than `eps`.
-        layer: The block whose W_out is trained, from 0. None: the released one.
-        eps: FT+L's bound. None: the released one.
+        constrained: Use FT+L: no entry of the weight changes by more than `eps`.
+        layer: The block whose W_out is trained, from 0. None: the released layer.
+        eps: The bound of FT+L. None: the released bound.
         lr: Adam's learning rate.
         steps: Largest number of updates.
-        weight_decay: Adam's, added to the gradient.
+        weight_decay: Adam's weight decay, which is added to the gradient.
         stop_loss: Stop as soon as the loss is below this, in nats.
         objective: "last_token" scores every target token after the bare prompt, as released;
-            "teacher_forced" each after those before it.
-        bias: Train b_out too, as released, where the model has one that is not all zeros.
-        prepend_bos: Overrides the checkpoint's own rule.
+            "teacher_forced" scores each after the target tokens before it.
+        bias: Also train b_out, as released, if the model has one that is not all zeros.
+        prepend_bos: Whether to prepend BOS. None: as the checkpoint's tokenizer does.
         progress: Show a progress bar.
     """
 
@@ -95,12 +96,12 @@ class FineTuning:
 
     @property
     def name(self) -> str:
-        """The method's name in tables."""
+        """Return the method's name in tables."""
         return "ft+l" if self.constrained else "ft"
 
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> FineTuning:
-        """The same with layer and bound found."""
+        """Return a copy with layer and bound set."""
         name, layer, eps = short_name(model), self.layer, self.eps
         if layer is None:
             layer = 0 if self.constrained else LAYERS.get(name, 0)
@@ -113,16 +114,18 @@ class FineTuning:
 
     @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> DenseEdit:
-        """The edit that writes one fact; nothing in it is random.
+        """Compute the edit that writes one fact; no step is random.
 
         Raises:
-            ValueError: a layer out of range, passes that are random, or a loss that is no number.
-            NotImplementedError: a model that cannot be edited.
+            ValueError: the layer is out of range, the passes are random, or the loss is NaN.
+            NotImplementedError: the model cannot be edited.
         """
         method = self.prepared(model)
         layer = method.layer
+        assert layer is not None  # `prepared` sets it
         encoder = Encoder.of(model, self.prepend_bos)
-        losses, weight, bias = _train(model, _Task.of(encoder, request, self.objective), method)
+        task = _Task.of(encoder, request, self.objective)
+        losses, weight, bias = _train(model, layer, task, method)
         edit = DenseEdit(
             layer=layer,
             request=request,
@@ -137,7 +140,13 @@ class FineTuning:
 
 
 class _Task(NamedTuple):
-    """One row of tokens, and which token should follow which position of it."""
+    """One row of tokens and its labels.
+
+    Attributes:
+        ids: The tokens of the row.
+        at: The position that predicts each label.
+        labels: The target tokens.
+    """
 
     ids: tuple[int, ...]
     at: Int[Tensor, "n"]
@@ -145,6 +154,7 @@ class _Task(NamedTuple):
 
     @classmethod
     def of(cls, encoder: Encoder, request: EditRequest, objective: str) -> _Task:
+        """Tokenise a request for one of the objectives of `FineTuning`."""
         row = encoder.row(request.text, target=request.target_new)
         _, at, labels = target_index([row])
         if objective == "last_token":
@@ -153,18 +163,17 @@ class _Task(NamedTuple):
 
 
 def _train(
-    model: Any, task: _Task, method: FineTuning
+    model: Any, layer: int, task: _Task, method: FineTuning
 ) -> tuple[list[float], Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_model"] | None]:
-    """The losses before each update, and the changes of W_out and, if it is trained, b_out."""
-    layer, tokens = method.layer, torch.tensor([task.ids])
+    """Return the loss before each update and the changes of W_out and, if it is trained, b_out."""
     points = (Point("key", layer), Point("value", layer))
-    found = passes.read(model, tokens, points)
-    keys, value = (found[point][0] for point in points)
+    activations = passes.read(model, torch.tensor([task.ids]), points)
+    keys, value = (activations[point][0] for point in points)
     check_value(model, layer, keys, value)
     keys = keys.float()
     forward = PartialForward(model, layer, [task.ids], [0])
     old = [adapter.w_out(model, layer).detach().float(), adapter.b_out(model, layer).float()]
-    train_bias = method.bias and bool(old[1].any())  # zeros stand in for a bias that is not there
+    train_bias = method.bias and bool(old[1].any())  # `b_out` is zeros if the model has no bias
     losses: list[float] = []
     with adapter.gradients_for(model):
         new = [tensor.clone().requires_grad_() for tensor in (old if train_bias else old[:1])]
@@ -180,9 +189,9 @@ def _train(
             if method.eps is not None:
                 _project_(new, old, method.eps)
     changes = [(tensor - base).detach() for tensor, base in zip(new, old)]
-    if not all(torch.isfinite(tensor).all() for tensor in (loss, *changes)):
+    if not math.isfinite(losses[-1]) or not all(torch.isfinite(one).all() for one in changes):
         raise ValueError(f"{method.name} gives NaN; try a smaller lr than {method.lr:g}")
-    if method.eps is not None:  # to the last bit, which the subtraction may have rounded
+    if method.eps is not None:  # exactly: the subtraction may have rounded
         changes = [change.clamp(-method.eps, method.eps) for change in changes]
     return losses, changes[0], changes[1] if train_bias else None
 
@@ -195,24 +204,25 @@ def _loss(
     weight: Float[Tensor, "d_mlp d_model"],
     bias: Float[Tensor, "d_model"],
 ) -> Float[Tensor, ""]:
-    """-log P(target), the mean over its tokens, with another W_out and b_out."""
+    """Compute the mean of -log P over the target tokens, with the given W_out and b_out."""
     positions = torch.arange(len(keys))
     value = keys @ weight + bias
     change = Change(
-        Point("value", layer), torch.zeros_like(positions), positions, partial(_instead, value)
+        Point("value", layer), torch.zeros_like(positions), positions, partial(_replacement, value)
     )
-    places, which = task.at.unique(return_inverse=True)  # each is unembedded once
+    places, which = task.at.unique(return_inverse=True)  # unembed each position once
     logits = forward.logits([change], torch.zeros_like(places), places)[which].float()
     return cross_entropy(logits, task.labels.to(logits.device))
 
 
-def _instead(new: Tensor, old: Tensor) -> Tensor:
+def _replacement(new: Tensor, old: Tensor) -> Tensor:
+    """Return `new` in the dtype and on the device of the activation that it replaces."""
     return new.to(old)
 
 
 @torch.no_grad()
 def _project_(new: list[Tensor], old: list[Tensor], eps: float) -> None:
-    """Pull every entry back to within eps of what it was, in place."""
+    """Clamp every entry to within eps of its old value, in place."""
     for tensor, base in zip(new, old):
         tensor.copy_(torch.clamp(tensor, base - eps, base + eps))
 

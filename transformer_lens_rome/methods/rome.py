@@ -1,7 +1,7 @@
 """ROME: write one fact into one MLP (Meng et al. 2022, arXiv:2202.05262v5, section 3).
 
     k* = mean over prefixes of the key at the last subject token                          (Eq. 3)
-    v* = the value that makes the model say the target, found by gradient descent         (Eq. 4)
+    v* = the value with which the model predicts the target, by gradient descent          (Eq. 4)
     W_out  <-  W_out + u Λᵀ,   u = C⁻¹ k*,   Λ = (v* - value(k*)) / (u · k*)               (Eq. 2)
 
 Where paper, released code and this module differ:
@@ -17,9 +17,9 @@ Where paper, released code and this module differ:
     stop at loss             5e-2             5e-2                     5e-2
     steps                    20               20 losses, 19 updates    20 losses, 19 updates
 
-`RomeConfig()` is the last column, `RomeConfig.released()` the one before it. With one key
-everywhere, the mean key gets the value v* exactly; r-ROME (arXiv:2403.07175) showed that the
-released mixture of two keys is what makes some edits destroy the model.
+`RomeConfig()` is the last column, `RomeConfig.released()` the one before it. If u and Λ use one
+key, the mean key gets the value v* exactly. r-ROME (arXiv:2403.07175) showed that some edits
+destroy the model because the released code mixes two keys.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any, ClassVar, NamedTuple, overload
 
 from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
 from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit
 from transformer_lens_rome.files.strict_json import check_text
 from transformer_lens_rome.methods.base import provenance, register_method
+from transformer_lens_rome.methods.rank_one import solve_rank_one
 from transformer_lens_rome.methods.rome_config import RomeConfig, default_clamp, released_clamp
 from transformer_lens_rome.methods.rome_health import measure_health
 from transformer_lens_rome.methods.v_star import Batch, optimise
@@ -69,12 +67,12 @@ def rome_edit(
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> AppliedEdit:
-    """Write a fact, or one after another a list of facts, into one MLP of the model, in place.
+    """Write a fact, or a list of facts in order, into one MLP of the model, in place.
 
-    Takes the arguments of `compute_rome_edit`. Use the result in a `with` statement, or call its
-    `revert()`, to get exactly the old weights again.
+    The arguments are those of `compute_rome_edit`. Use the result in a `with` statement, or call
+    its `revert()`, to restore exactly the old weights.
     """
-    edits = compute_rome_edit(
+    computed = compute_rome_edit(
         model,
         request,
         layer=layer,
@@ -85,11 +83,41 @@ def rome_edit(
         prepend_bos=prepend_bos,
         progress=progress,
     )
-    edits = edits if isinstance(edits, list) else [edits]
+    edits = computed if isinstance(computed, list) else [computed]
     with ExitStack() as undo_on_error:
         done = [undo_on_error.enter_context(apply_edit(model, edit)) for edit in edits]
         undo_on_error.pop_all()
     return AppliedEdit(model, tuple(edits), tuple(one.ledgers[0] for one in done))
+
+
+@overload
+def compute_rome_edit(
+    model: Any,
+    request: Request,
+    *,
+    layer: int | None = ...,
+    second_moment: SecondMoment | None = ...,
+    prefixes: Sequence[str] | None = ...,
+    config: RomeConfig = ...,
+    seed: int = ...,
+    prepend_bos: bool | None = ...,
+    progress: bool = ...,
+) -> RankOneEdit: ...
+
+
+@overload
+def compute_rome_edit(
+    model: Any,
+    request: Sequence[Request],
+    *,
+    layer: int | None = ...,
+    second_moment: SecondMoment | None = ...,
+    prefixes: Sequence[str] | None = ...,
+    config: RomeConfig = ...,
+    seed: int = ...,
+    prepend_bos: bool | None = ...,
+    progress: bool = ...,
+) -> list[RankOneEdit]: ...
 
 
 @model_call
@@ -104,31 +132,32 @@ def compute_rome_edit(
     seed: int = 0,
     prepend_bos: bool | None = None,
     progress: bool = True,
-) -> Any:
-    """The rank-one edit that writes a fact; the model stays as it was.
+) -> RankOneEdit | list[RankOneEdit]:
+    """Compute the rank-one edit that writes a fact; the model stays unchanged.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        request: An `EditRequest`, a dict in the released ROME format, or a list of them: then each
-            edit is made with those before it on the model, and a list of edits is returned.
+        request: An `EditRequest`, a dict in the released ROME format, or a list of them. For a
+            list, each edit is computed with the edits before it applied, and a list is returned.
         layer: The block to edit, from 0. None: the model's default layer.
         second_moment: C at that layer. None: from the cache, the authors' files or a streamed
             corpus, see `default_second_moment`.
-        prefixes: Texts put before the prompt, `""` for the bare prompt. None: sampled from the
+        prefixes: Texts to put before the prompt, `""` for the bare prompt. None: sampled from the
             model, as in the paper.
         config: The constants.
-        seed: For sampled prefixes; nothing else is random.
-        prepend_bos: Overrides the checkpoint's own rule.
+        seed: Seed of the sampled prefixes; nothing else is random.
+        prepend_bos: Whether to prepend BOS. None: as the checkpoint's tokenizer does.
         progress: Show progress bars.
 
     Raises:
-        ValueError: bad request, layer, prefixes or statistics; the message says what to do.
+        ValueError: a request, layer, prefixes or statistics that do not fit.
         NotImplementedError: a model that cannot be edited.
     """
     if isinstance(request, str):
         raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
     several = not isinstance(request, (EditRequest, Mapping))
-    requests = [_as_request(r) for r in (request if several else [request])]
+    given = [request] if isinstance(request, (EditRequest, Mapping)) else request
+    requests = [_as_request(one) for one in given]
     if not requests:
         raise ValueError("the list of requests is empty; give at least one EditRequest")
     setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
@@ -142,6 +171,7 @@ def compute_rome_edit(
 
 
 def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
+    """Raise ValueError if `prefixes` is not a list of texts that suits the configuration."""
     several = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
     texts = prefixes if several else ()
     if not texts or not all(isinstance(text, str) and "{}" not in text for text in texts):
@@ -156,11 +186,12 @@ def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
 
 
 def _as_request(request: Request) -> EditRequest:
+    """Convert a dict in the released format to an `EditRequest`."""
     return request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
 
 
 class _Setting(NamedTuple):
-    """Everything that the edits of one call share."""
+    """The arguments that all edits of one call share."""
 
     model: Any
     encoder: Encoder
@@ -182,7 +213,7 @@ def _resolve(
     prepend_bos: bool | None,
     progress: bool,
 ) -> _Setting:
-    """Check what was given and find, and announce, what was not."""
+    """Check the given arguments; choose the defaults of the others and log them."""
     adapter.model_class(model)
     layer = default_layer(model) if layer is None else layer
     refusals.check_editable(model, [layer])
@@ -205,17 +236,8 @@ def _resolve(
     return _Setting(model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress)
 
 
-class _Update(NamedTuple):
-    """The solution of Eq. 2 and the key that gets v* by it."""
-
-    k_star: Float[Tensor, "d_mlp"]
-    u: Float[Tensor, "d_mlp"]
-    lam: Float[Tensor, "d_model"]
-    v_star: Float[Tensor, "d_model"]
-
-
 def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
-    """One edit: keys and values, v*, the rank-one solve, and its health."""
+    """Compute one edit: keys and values, v*, the rank-one solve, and the edit's health."""
     model, layer, encoder, config = setting.model, setting.layer, setting.encoder, setting.config
     rows = [
         encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
@@ -225,7 +247,8 @@ def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
     forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
     keys, values = (read[: len(rows)] for read in read_keys_and_values(forward, layer))
     v = values[0] if config.key == "released" else values.mean(0)
-    found = optimise(
+    assert config.clamp is not None  # `_resolve` sets it
+    optimised = optimise(
         forward,
         layer,
         batch,
@@ -238,7 +261,7 @@ def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
         stop_loss=config.stop_loss,
         progress=setting.progress,
     )
-    update = solve_rank_one(keys, values, v + found.delta, setting.second_moment, config)
+    update = solve_rank_one(keys, values, v + optimised.delta, setting.second_moment, config)
     edit = RankOneEdit(
         **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
         layer=layer,
@@ -247,32 +270,14 @@ def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
         model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
         provenance=_provenance(setting),
     )
-    health = measure_health(model, encoder, edit, keys.mean(0), found, setting.second_moment)
+    health = measure_health(model, encoder, edit, keys.mean(0), optimised, setting.second_moment)
     for warning in health.warnings:
         logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
     return dataclasses.replace(edit, health=health)
 
 
-def solve_rank_one(
-    keys: Float[Tensor, "prefix d_mlp"],
-    values: Float[Tensor, "prefix d_model"],
-    v_star: Float[Tensor, "d_model"],
-    second_moment: SecondMoment,
-    config: RomeConfig,
-) -> _Update:
-    """Eq. 2: the smallest change in the metric of C that gives the key k* the value v*.
-
-    With `config.key == "released"` the key that gets v* is the first row's, the bare prompt's.
-    """
-    k_mean = keys.mean(0)  # Eq. 3
-    u = second_moment.solve(k_mean, ridge=config.ridge).to(keys)  # C⁻¹ k*
-    k_star = keys[0] if config.key == "released" else k_mean
-    value = values[0] if config.key == "released" else values.mean(0)  # W k*, bias included
-    lam = (v_star - value) / (u @ k_star)  # Eq. 2, Λ
-    return _Update(k_star, u, lam, v_star)
-
-
 def _provenance(setting: _Setting) -> dict[str, Any]:
+    """Return the edit's provenance: the model, the prefixes, the seed and C."""
     return provenance(setting.model, setting.encoder.prepends_bos) | {
         "prefixes": list(setting.prefixes),
         "seed": setting.seed,
@@ -294,8 +299,8 @@ class Rome:
 
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> Rome:
-        """The same with layer, statistics and prefixes found, once for all edits of a run."""
-        found = _resolve(
+        """Return a copy with layer, statistics and prefixes set, for all edits of a run."""
+        setting = _resolve(
             model,
             self.layer,
             self.second_moment,
@@ -307,14 +312,14 @@ class Rome:
         )
         return dataclasses.replace(
             self,
-            layer=found.layer,
-            second_moment=found.second_moment,
-            prefixes=found.prefixes,
-            config=found.config,
+            layer=setting.layer,
+            second_moment=setting.second_moment,
+            prefixes=setting.prefixes,
+            config=setting.config,
         )
 
     def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
-        """The edit that writes one fact."""
+        """Compute the edit that writes one fact."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return compute_rome_edit(model, request, seed=seed, **options)
 

@@ -1,4 +1,4 @@
-"""The constants of a ROME edit; `rome` tells where paper, released code and defaults differ."""
+"""The constants of a ROME edit; `rome` lists where paper, released code and defaults differ."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class RomeConfig:
     """The constants of an edit.
 
     Attributes:
-        steps: Evaluations of the objective; there is one update fewer.
+        steps: Number of evaluations of the objective; there is one update fewer.
         lr: Adam's learning rate.
         clamp: Largest ||delta|| in units of the value's norm. None: the released constant, or less
-            where a norm follows the MLP (`defaults.default_clamp`). Loosen it if the target is
-            not reached, tighten it if neighbours change.
+            if a norm follows the MLP (`default_clamp`). Increase it if the target is not reached;
+            decrease it if neighbouring facts change.
         weight_decay: Factor of ||delta|| / ||v||² in the objective.
-        kl_factor: Factor of the KL term; larger keeps what else is said of the subject.
+        kl_factor: Factor of the KL term; a larger one preserves more of the subject's other facts.
         stop_loss: Stop as soon as the objective is below this.
-        ridge: Added to C's diagonal, in units of its mean; 0 solves with C as it is.
-        key: "mean" uses one k*, the mean over prefixes, everywhere. "released" uses it in u only,
+        ridge: Added to C's diagonal, in units of the diagonal's mean; 0 adds nothing.
+        key: "mean" uses one k*, the mean over prefixes, in u and in Λ. "released" uses it in u only
             and the bare prompt's key and value in Λ, as the published code does.
         prefix_lengths: (tokens, number of texts) pairs for sampled prefixes.
     """
@@ -56,20 +56,20 @@ class RomeConfig:
 
     @classmethod
     def released(cls, *, clamp: float | None = None, ridge: float = 0.0) -> RomeConfig:
-        """The published code to the letter; `clamp=None` is 4, but 3 for GPT-2 medium."""
+        """Return the constants of the published code; `clamp=None` is 4, but 3 for GPT-2 medium."""
         return cls(clamp=clamp, ridge=ridge, key="released")
 
 
 CLAMPS = {"gpt2-medium": 3.0}
-"""Released configurations that differ from 4."""
+"""Clamps of the released configurations that are not 4."""
 
 
 @model_call
 def default_clamp(model: Any, layer: int) -> float:
-    """How far the value may move, in units of its norm.
+    """Return the default clamp: the largest ||delta||, in units of the value's norm.
 
-    The released 4 (3 for GPT-2 medium); 0.75 where a norm follows the MLP. That norm makes the
-    effect of a larger value saturate, while the weight's change at every other key keeps growing.
+    It is the released 4 (3 for GPT-2 medium), or 0.75 if a norm follows the MLP. That norm
+    saturates the effect of a larger value, but the change at every other key keeps growing.
     """
     normed = norm_follows_mlp(model, layer)
     clamp = 0.75 if normed else released_clamp(model)
@@ -78,5 +78,5 @@ def default_clamp(model: Any, layer: int) -> float:
 
 
 def released_clamp(model: Any) -> float:
-    """The published code's clamp for this model."""
+    """Return the published code's clamp for this model."""
     return CLAMPS.get(short_name(model), 4.0)

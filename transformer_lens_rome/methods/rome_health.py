@@ -1,4 +1,4 @@
-"""Is a ROME edit sound? Compare its keys, and say in words what looks wrong."""
+"""Health of a ROME edit: compare the keys involved and warn about suspicious numbers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def measure_health(
     encoder: Encoder,
     edit: RankOneEdit,
     k_mean: Float[Tensor, "d_mlp"],
-    found: Optimised,
+    optimised: Optimised,
     second_moment: SecondMoment,
 ) -> EditHealth:
-    """Score the target on the bare prompt before and after, and compare the keys involved."""
+    """Score the target on the bare prompt before and after the edit, and compare the keys."""
     bare, before, health = measured_row(model, encoder, edit)
     forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]], cut=False)
     bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
@@ -34,8 +34,8 @@ def measure_health(
     health = dataclasses.replace(
         health,
         subject_token=encoder.tokenizer.decode([bare.ids[bare.subject[-1]]]),
-        losses=found.losses,
-        clamp_hits=found.clamp_hits,
+        losses=optimised.losses,
+        clamp_hits=optimised.clamp_hits,
         k_C_k=(k_mean @ edit.u).item(),
         key_agreement=cosine(bare_key, k_mean),
     )
@@ -46,46 +46,60 @@ def measure_health(
 def _suspicions(
     edit: RankOneEdit, health: EditHealth, known_before: bool, second_moment: SecondMoment
 ) -> list[str]:
-    """What a user should look at before trusting an edit, and what to do about it."""
-    found = []
+    """Return the warnings for an edit: what looks wrong, and what to do about it."""
+    p_before, p_after, agreement = health.p_before, health.p_after, health.key_agreement
+    k_C_k, relative_norm = health.k_C_k, health.relative_norm
+    assert p_before is not None and p_after is not None
+    assert k_C_k is not None and agreement is not None
+    warnings = []
     if known_before:
-        found.append("the model's top prediction was the target already; there was little to edit")
-    if health.p_after < 0.1 or health.p_after < health.p_before:
-        found.append(
-            f"the target's probability is {health.p_after:.3f} after the edit (it was "
-            f"{health.p_before:.3f}); try another layer, a larger clamp or more steps"
+        warnings.append(
+            "the model's top prediction was the target already; there was little to edit"
         )
-    if (health.relative_norm or 0.0) > 0.5:
-        found.append(
-            f"the change is {health.relative_norm:.2f} times the weight's norm and may damage "
+    if p_after < 0.1 or p_after < p_before:
+        warnings.append(
+            f"the target's probability is {p_after:.3f} after the edit (it was "
+            f"{p_before:.3f}); try another layer, a larger clamp or more steps"
+        )
+    if relative_norm is not None and relative_norm > 0.5:
+        warnings.append(
+            f"the change is {relative_norm:.2f} times the weight's norm and may damage "
             "other facts; collect a larger second moment or pass a ridge"
         )
-    if health.key_agreement < 0.3:
-        found.append(
-            f"the bare prompt's key and k* agree only to {health.key_agreement:.2f} (cosine); a "
-            "subject at the start of the prompt does that: check the bare prompt after the edit"
+    if agreement < 0.3:
+        warnings.append(
+            f"the bare prompt's key and k* agree only to {agreement:.2f} (cosine), as happens when "
+            "the prompt starts with the subject; check the bare prompt after the edit"
         )
-    ratio = (edit.u @ edit.k_star).item() / health.k_C_k
+    ratio = (edit.u @ edit.k_star).item() / k_C_k
     if ratio < 0.2:
-        found.append(
-            f"the bare key's part of the denominator is {ratio:.2f} of the mean key's, the mark of "
-            'an edit that disables the model; RomeConfig(key="mean") avoids it'
+        warnings.append(
+            f"the bare key's part of the denominator is {ratio:.2f} of the mean key's; such an "
+            'edit can disable the model; RomeConfig(key="mean") avoids it'
         )
+    return warnings + _moment_warnings(second_moment)
+
+
+def _moment_warnings(second_moment: SecondMoment) -> list[str]:
+    """Return a warning if the second moment was collected from too few tokens."""
     agreement = second_moment.half_agreement
     if agreement is not None and agreement < 0.3:
-        found.append(
+        return [
             f"the second moment has not converged (half-sample agreement {agreement:.2f}); "
             f"collect more than its {second_moment.n_tokens} tokens"
-        )
-    elif agreement is None and _is_short(second_moment):
-        found.append(
+        ]
+    if agreement is None and _has_few_tokens(second_moment):
+        return [
             f"the second moment has only {second_moment.n_tokens} tokens for its width of "
             f"{second_moment.d_mlp}; collect several times as many"
-        )
-    return found
+        ]
+    return []
 
 
-def _is_short(second_moment: SecondMoment) -> bool:
-    """Fewer than two tokens a dimension; the identity, which counts as one for each, is not."""
+def _has_few_tokens(second_moment: SecondMoment) -> bool:
+    """Return whether there are fewer than two tokens per dimension.
+
+    The identity matrix counts as one token per dimension and is not reported.
+    """
     tokens, width = second_moment.n_tokens, second_moment.d_mlp
     return tokens < 2 * width and tokens != width

@@ -1,11 +1,12 @@
-"""Find v*: the value that makes the model say the target (Meng et al. 2022, Eq. 4).
+"""Optimise v*: the value with which the model predicts the target (Meng et al. 2022, Eq. 4).
 
     L(z) = mean over prefixes of -log P(target | prefix + prompt), value at the subject set to z
            + kl_factor · KL(P(· | subject) || P before(· | subject)), in the text "{subject} is a"
            + weight_decay · ||delta|| / ||v||²
 
-delta is added to the value at each row's last subject token, in the "is a" row too; v is the value
-before any change. The KL term compares the predictions at the last subject token, as released.
+delta is added to the value at the last subject token of each row, including the "is a" row. v is
+the value before any change. The KL term compares the predictions at the last subject token, as the
+released code does.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from transformer_lens_rome.prompts.scores import target_index
 
 
 class Optimised(NamedTuple):
-    """The result of the search.
+    """The result of the optimisation.
 
     Attributes:
-        delta: What to add to the value.
+        delta: The vector to add to the value.
         losses: The objective at every step, before that step's update.
-        clamp_hits: Steps after which delta was pulled back to the allowed norm.
+        clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
     """
 
     delta: Float[Tensor, "d_model"]
@@ -43,15 +44,15 @@ class Optimised(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of one optimisation, and where in them the objective looks.
+    """The rows of one optimisation, and the positions that the objective scores.
 
     Attributes:
         rows: Token ids up to the last one that is needed.
-        lookup: The last subject token of each row.
+        lookup: Position of the last subject token of each row.
         where: The row of each scored token; the last entry is the KL term's.
-        at: The position from which it is predicted.
+        at: The position that predicts each scored token.
         labels: Target tokens, one fewer than scored.
-        weights: Mean over a row's target tokens, then over rows.
+        weights: Weights of the mean over a row's target tokens, then over rows.
     """
 
     rows: list[tuple[int, ...]]
@@ -63,17 +64,17 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Row], kl_row: Row) -> Batch:
-        """Collect the rows, and the one for the KL term unless another begins just like it."""
+        """Collect the rows; add the KL row unless another row starts with the same tokens."""
         where, at, labels = target_index(rows)
         weights = 1 / (torch.tensor([len(row.target) for row in rows])[where] * len(rows))
         ids = [row.ids[: row.target[-1]] for row in rows]
         lookup = [row.subject[-1] for row in rows]
         last = kl_row.subject[-1]
-        begins = kl_row.ids[: last + 1]
-        alike = [i for i, row in enumerate(ids) if lookup[i] == last and row[: last + 1] == begins]
-        if not alike:
-            alike, ids, lookup = [len(ids)], [*ids, begins], [*lookup, last]
-        where = torch.cat([where, torch.tensor(alike[:1])])
+        kl_ids = kl_row.ids[: last + 1]
+        same = [i for i, row in enumerate(ids) if lookup[i] == last and row[: last + 1] == kl_ids]
+        if not same:
+            same, ids, lookup = [len(ids)], [*ids, kl_ids], [*lookup, last]
+        where = torch.cat([where, torch.tensor(same[:1])])
         at = torch.cat([at, torch.tensor([last])])
         return cls(ids, torch.tensor(lookup), where, at, labels, weights)
 
@@ -92,10 +93,13 @@ def optimise(
     stop_loss: float,
     progress: bool = True,
 ) -> Optimised:
-    """Minimise L by Adam; at most `steps` losses and `steps - 1` updates, as released.
+    """Minimise L by Adam, with at most `steps` losses and `steps - 1` updates, as released.
 
-    `forward` runs the batch's rows from their lookups on.
-    After each update delta is pulled back to ||delta|| <= clamp · ||v||.
+    `forward` runs the rows of the batch from their `lookup` positions on.
+    After each update delta is scaled down to ||delta|| <= clamp · ||v||.
+
+    Raises:
+        ValueError: the objective is not finite.
     """
     losses: list[float] = []
     clamp_hits, log_p_init = 0, None
@@ -113,7 +117,7 @@ def optimise(
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ValueError(
-                    f"the objective is {losses[-1]} at step {step}; in float16 that is overflow: "
+                    f"the objective is {losses[-1]} at step {step}, in float16 by overflow; "
                     "load the model in float32 or bfloat16"
                 )
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -129,9 +133,9 @@ def optimise(
 def _nll_and_kl_prediction(
     forward: PartialForward, layer: int, batch: Batch, delta: Float[Tensor, "d_model"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "d_vocab"]]:
-    """Mean NLL of the target, and the log-probabilities after the subject in the KL row."""
-    every = torch.arange(len(batch.rows))
-    add = Change(Point("value", layer), every, batch.lookup, lambda value: value + delta.to(value))
+    """Return the mean NLL of the target and the log-probabilities after the KL row's subject."""
+    rows = torch.arange(len(batch.rows))
+    add = Change(Point("value", layer), rows, batch.lookup, lambda value: value + delta.to(value))
     logits = forward.logits([add], batch.where, batch.at).to(delta.device).float()
     scored, kl = logits.split([len(batch.labels), 1])
     nll = cross_entropy(scored, batch.labels.to(logits.device), reduction="none")
@@ -140,7 +144,7 @@ def _nll_and_kl_prediction(
 
 @torch.no_grad()
 def _clamp_(delta: Tensor, limit: Tensor) -> bool:
-    """Pull delta back to a norm, in place; whether that was needed."""
+    """Scale delta down to a norm of at most `limit`, in place; return whether it was longer."""
     if too_long := bool(delta.norm() > limit):
         delta *= limit / delta.norm()
     return too_long

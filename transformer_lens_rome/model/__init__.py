@@ -1,1 +1,1 @@
-"""The running model of either class: where things are in it, and how it is run."""
+"""Access to the model, of either class: its parts, its hooks and its forward passes."""

@@ -1,11 +1,11 @@
-"""Record how a model calls its blocks, and call them again: the third part of `adapter`.
+"""Record how a model calls its blocks, and repeat the calls with other residuals.
 
-A block is given more than the residual: masks, positions, rotations, the cache. Whatever the
-architecture, the model has put them together once; repeated with another residual, the same call
-gives what the model would have given.
+The arguments of a block are the residual and more: masks, positions, rotations, the cache. They
+depend on the architecture, but the model has prepared them once. The same call with another
+residual therefore gives the output that the model would give for this residual.
 
-Several variants of a batch can be run at once, one after the other along the batch axis. Variants
-that differ from the base only from some layer on join there, with the residual of the base.
+Several variants of a batch can run at once, concatenated along the batch axis. A variant that
+differs from the base only from some layer on joins at this layer, with the residual of the base.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from transformer_lens_rome.model import passes
 
 
 class BlockCall(NamedTuple):
-    """One block, the residual that it was given, and what it was given beside it."""
+    """One call of a block: the block, the residual, and the other arguments."""
 
     block: Any
     residual: Float[Tensor, "row pos d_model"]
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
@@ -36,8 +36,8 @@ class Recording(NamedTuple):
     Attributes:
         layer: The layer of the first call.
         calls: The calls in order.
-        cache: Keys and values of the tokens that stand before; None if there are none.
-        passed: The copy of the cache that the calls were given.
+        cache: Keys and values of the earlier tokens; None if there are none.
+        passed: The copy of the cache that was an argument of the calls.
     """
 
     layer: int
@@ -46,9 +46,12 @@ class Recording(NamedTuple):
     passed: Any
 
     def replay(self, joining: Mapping[int, int]) -> Float[Tensor, "variant_row pos d_model"]:
-        """The residual after the last block, for as many variants as join at each layer.
+        """Return the residual after the last block, for all variants.
 
-        What makes the variants differ are hooks that the caller has set.
+        The variants differ through hooks that the caller has set.
+
+        Args:
+            joining: The number of variants that join at each layer.
         """
         cache, variants = _copy_of(self.cache), 0
         residual = self.calls[-1].residual[:0]
@@ -59,27 +62,29 @@ class Recording(NamedTuple):
                 residual = torch.cat([residual, base]) if variants else base
                 variants += new
             if variants:
-                given = cache if variants == 1 else _copy_of(self.cache, layer, variants)
-                args, kwargs = self._arguments(call, given, variants)
+                own_cache = cache if variants == 1 else _copy_of(self.cache, layer, variants)
+                args, kwargs = self._arguments(call, own_cache, variants)
                 with passes.cache_by_both_names([call.block]):
                     output = call.block(residual, *args, **kwargs)
                 residual = output[0] if isinstance(output, tuple) else output
         return residual
 
-    def _arguments(self, call: BlockCall, cache: Any, variants: int) -> tuple[tuple, dict]:
-        """A call's arguments for several variants, with a cache that may be written to."""
+    def _arguments(
+        self, call: BlockCall, cache: Any, variants: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a call's arguments for several variants, with a cache that may be changed."""
         rows = len(call.residual)
 
-        def fit(value: Any) -> Any:
+        def adapted(value: Any) -> Any:
             return cache if value is self.passed else _for_variants(value, rows, variants)
 
-        return tuple(map(fit, call.args)), {name: fit(v) for name, v in call.kwargs.items()}
+        return tuple(map(adapted, call.args)), {k: adapted(v) for k, v in call.kwargs.items()}
 
 
 def _for_variants(value: Any, rows: int, variants: int) -> Any:
-    """An argument for one batch, made fit for several: what has one entry a row is repeated.
+    """Repeat an argument for several variants if it has one entry per row.
 
-    Tensors with a first axis of 1 apply to every row as they are; so do those of one axis.
+    A tensor with one axis, or with a first axis of 1, applies to every row and is not repeated.
     """
     if variants == 1 or value is None or isinstance(value, nn.Module):
         return value
@@ -92,7 +97,7 @@ def _for_variants(value: Any, rows: int, variants: int) -> Any:
 
 
 def _with_tensors_repeated(value: Any, times: int) -> Any:
-    """A copy of an object (keys and values of one layer) with its tensors repeated."""
+    """Return a copy of an object (keys and values of one layer) with its tensors repeated."""
     tensors = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, Tensor)}
     if tensors:
         value = copy.copy(value)
@@ -102,23 +107,24 @@ def _with_tensors_repeated(value: Any, times: int) -> Any:
 
 
 def _repeated(tensor: Tensor, times: int) -> Tensor:
-    """All rows of a tensor, several times over."""
+    """Repeat a tensor several times along its first axis."""
     return tensor if times == 1 else tensor.repeat(times, *[1] * (tensor.ndim - 1))
 
 
 def _copy_of(cache: Any, layer: int = 0, variants: int = 1) -> Any:
-    """A cache to be written to in place of another; tensors, which are not, stay shared.
+    """Return a copy of a cache, so that a pass can change the copy.
 
-    For several variants, one layer's keys and values are repeated.
+    The tensors are shared, as passes do not change them in place. For several variants, the keys
+    and values of one layer are repeated.
     """
     new = copy.copy(cache)
     for name, items in list(vars(cache).items()) if cache is not None else ():
         if isinstance(items, list):
             copies = [item if isinstance(item, Tensor) else copy.copy(item) for item in items]
             if variants > 1 and layer < len(copies):
-                kept = copies[layer]
-                repeat = _repeated if isinstance(kept, Tensor) else _with_tensors_repeated
-                copies[layer] = repeat(kept, variants)
+                entry = copies[layer]
+                repeat = _repeated if isinstance(entry, Tensor) else _with_tensors_repeated
+                copies[layer] = repeat(entry, variants)
             setattr(new, name, copies)
     return new
 
@@ -131,10 +137,10 @@ def record(
     mask: Int[Tensor, "row old_and_new"],
     cache: Any = None,
 ) -> Recording:
-    """Run some tokens after cached ones, and record the calls of the blocks from `layer` on."""
+    """Run new tokens after cached ones, and record the calls of the blocks from `layer` on."""
     calls: list[BlockCall] = []
 
-    def keep(block: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
         residual, *rest = args or (kwargs.pop("hidden_states"),)
         calls.append(BlockCall(block, residual, tuple(rest), kwargs))

@@ -1,4 +1,4 @@
-"""What holds while a public function runs a model: torch's own defaults, a model that can run."""
+"""Decorators for public functions: torch's defaults, one thread, and a model that can run."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ R = TypeVar("R")
 
 
 def model_call(function: Callable[P, R]) -> Callable[P, R]:
-    """For a public function that runs its parameter `model`: it is `weights_call`, and more.
+    """Decorate a public function that runs its parameter `model`.
 
-    The outermost call refuses a model that cannot be run as it is now (see `check_model`), and
-    forgets what was tried on a model that computed in another way.
+    It does all that `weights_call` does. In addition the outermost call checks the model (see
+    `check_model`), and discards the results of self-checks if the model has changed since (see
+    `forget_other_states`).
     """
     return _called(function, _begin)
 
 
 def weights_call(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function that reads or writes the weights of its parameter `model`, and no more.
+    """Decorate a function that only reads or writes the weights of its parameter `model`.
 
-    It runs under torch's defaults, and no other thread's call runs meanwhile.
+    The function runs under torch's defaults, and calls from other threads wait until it returns.
     """
     return _called(function, adapter.model_class)
 
 
-def _called(function: Callable[P, R], begin: Callable[[Any], Any]) -> Callable[P, R]:
+def _called(function: Callable[P, R], begin: Callable[[Any], object]) -> Callable[P, R]:
+    """Run a function under torch's defaults; the outermost call for a model calls `begin` first."""
     place = list(inspect.signature(function).parameters).index("model")
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if "model" not in kwargs and place >= len(args):
-            return function(*args, **kwargs)  # which says what is missing
+            return function(*args, **kwargs)  # raises the TypeError for the missing argument
         model = kwargs["model"] if "model" in kwargs else args[place]
         with torch_defaults():
             if id(model) in _RUNNING.get():
@@ -55,6 +57,7 @@ def _called(function: Callable[P, R], begin: Callable[[Any], Any]) -> Callable[P
 
 
 def _begin(model: Any) -> None:
+    """Check the model, and discard results of self-checks of an earlier state."""
     refusals.check_model(model)
     forget_other_states(model)
 

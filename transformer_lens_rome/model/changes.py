@@ -1,4 +1,4 @@
-"""What is changed in a forward pass: activations at some tokens, or embeddings."""
+"""Changes to a forward pass: new activations at some tokens, or noise on embeddings."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Change(NamedTuple):
     """New activations at some tokens.
 
     Attributes:
-        point: Where in the model.
+        point: The point in the model.
         rows: The row of each token.
-        positions: Its position in that row.
-        fn: From the activations there, `[n, d_model]`, to new ones of the same shape.
+        positions: The position of each token in its row.
+        fn: Function from the old activations, `[n, d_model]`, to new ones of the same shape.
     """
 
     point: Point
@@ -33,9 +33,9 @@ class Noise(NamedTuple):
 
     Attributes:
         rows: The row of each token.
-        positions: Its position in that row.
-        values: What is added to each embedding, or put in its place.
-        replace: Put in its place.
+        positions: The position of each token in its row.
+        values: The vectors that are added to the embeddings, or replace them.
+        replace: Replace the embeddings instead of adding to them.
     """
 
     rows: Int[Tensor, "n"]
@@ -45,9 +45,10 @@ class Noise(NamedTuple):
 
 
 def replace(
-    changes: Sequence[tuple[Tensor, Tensor, Callable]], activation: Float[Tensor, "row column d"]
+    changes: Sequence[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    activation: Float[Tensor, "row column d"],
 ) -> Float[Tensor, "row column d"]:
-    """Put new activations at (rows, columns) of some old ones."""
+    """Replace the activations at some (row, column) pairs by functions of them."""
     for rows, columns, fn in changes:
         index = (rows.to(activation.device), columns.to(activation.device))
         activation = activation.index_put(index, fn(activation[index]).to(activation))
@@ -57,15 +58,21 @@ def replace(
 def embedded(
     noise: Noise | None, first: Int[Tensor, "row"], width: float = torch.inf
 ) -> list[tuple[Point, Hook]]:
-    """A hook for the noise in a pass over `width` columns that starts at these positions."""
+    """Return hooks that apply the noise to embeddings, one or none.
+
+    Args:
+        noise: The noise; None for none.
+        first: The position in each row of the first column of the pass.
+        width: The number of columns of the pass.
+    """
     if noise is None:
         return []
     columns = noise.positions - first[noise.rows]
-    there = (columns >= 0) & (columns < width)
-    values = noise.values[there]
+    inside = (columns >= 0) & (columns < width)
+    values = noise.values[inside]
 
     def corrupt(activation: Float[Tensor, "row column d"]) -> Float[Tensor, "row column d"]:
-        index = tuple(i[there].to(activation.device) for i in (noise.rows, columns))
+        index = tuple(i[inside].to(activation.device) for i in (noise.rows, columns))
         return activation.index_put(index, values.to(activation), accumulate=not noise.replace)
 
     return [(Point("embed"), corrupt)]

@@ -1,7 +1,7 @@
-"""What an edit uses when its caller does not say: the layer, and how far the value may move.
+"""The default layer of an edit.
 
-A table for models whose layer was chosen by an experiment, and a rule from the model's shape for
-all others.
+A table lists models whose layer was chosen by an experiment. For other models, the layer follows
+from the model's shape.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LAYERS = {
 
 @model_call
 def default_layer(model: Any) -> int:
-    """The layer to edit: from the table, else from the model's shape.
+    """Return the layer to edit, from the table or else from the model's shape.
 
-    A third of the way up, as the released layers stand at 0.18 (GPT-J) to 0.35 (GPT-2 XL) of the
-    depth; an eighteenth where a norm follows the MLP, for which Gemma-3-270M is the only evidence:
-    there layers 0 and 1 of 18 were best, and deeper ones leaked more and generalised less.
+    The rule is a third of the depth, as the released layers are at 0.18 (GPT-J) to 0.35 (GPT-2 XL)
+    of the depth. If a norm follows the MLP, it is an eighteenth. The only evidence for this is
+    Gemma-3-270M: layers 0 and 1 of 18 were best, and deeper ones leaked more and generalised less.
     """
     name = short_name(model)
     if name in LAYERS and LAYERS[name] < model.cfg.n_layers:
@@ -45,7 +45,7 @@ def default_layer(model: Any) -> int:
     refusals.check_editable(model, [third])
     layer = model.cfg.n_layers // 18 if norm_follows_mlp(model, third) else third
     logger.warning(
-        "no layer is known to be good for %s: using layer %d of %d, from the shape of the model; "
+        "no layer is known to be good for %s: using layer %d of %d, chosen from the model's shape; "
         "sweep_layers(model, records, layers) finds a better one",
         name,
         layer,
@@ -57,16 +57,16 @@ def default_layer(model: Any) -> int:
 @model_call
 @torch.no_grad()
 def norm_follows_mlp(model: Any, layer: int) -> bool:
-    """Whether the block normalises the MLP's output before adding it (Gemma 2 and 3, OLMo 2).
+    """Return whether a norm follows the MLP in its block, as in Gemma 2 and 3 and OLMo 2.
 
-    Found by doing: from two to four times the value, a plain block's output moves by as much as
-    from none to two times, while behind a norm it hardly moves.
+    This is tested by scaling the value by 0, 2 and 4. In a plain block the output moves as far from
+    2 to 4 as from 0 to 2. With a norm after the MLP it hardly moves from 2 to 4.
     """
     value, resid = Point("value", layer), Point("resid_post", layer)
     tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
 
-    def output(times: float) -> Tensor:
-        with adapter.hooks(model, [(value, lambda tensor: times * tensor)]):
+    def output(factor: float) -> Tensor:
+        with adapter.hooks(model, [(value, lambda tensor: factor * tensor)]):
             return passes.read(model, tokens, [resid])[resid].float()
 
     none, two, four = output(0.0), output(2.0), output(4.0)

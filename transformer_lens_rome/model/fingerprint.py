@@ -1,10 +1,10 @@
-"""Is a model what it was? Hashes of its parameters, and a faster check between two records.
+"""Detect changes of a model: hashes of its parameters, and a faster check between two records.
 
-torch counts writes to a tensor, but not those through `.data`, so what counts is the content. A
-checksum reads a tensor at the speed of memory: it sums the 64-bit words of every row of a table.
-The table is narrower than rows of matrices are, so that rows which change places are seen; its
-width is odd, so that its rows begin at ever other columns, and an even number of flipped signs in
-one sum is odd in another. It is fast rather than safe against intent.
+torch counts writes to a tensor, but not writes through `.data`, so the content is compared. A
+checksum is as fast as reading the tensor. It arranges the tensor's 64-bit words in a table and sums
+each row. The table is narrower than the rows of matrices, so it detects swapped rows. Its width is
+odd, so its rows start at varying columns, and an even number of flipped signs in one sum is an odd
+number in another. The checksum is fast, but not secure against deliberate manipulation.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import weight_hash
 from transformer_lens_rome.model.state import described
 
-_WIDTH = 61  # of the table, in words
-_SMALL = 2**17  # words; a matrix of no more is summed over the table's columns, too
+_WIDTH = 61  # width of the table, in words
+_SMALL = 2**17  # up to so many words, the columns of the table are summed too
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model was: its tensors, and what else decides what it computes.
+    """A record of a model's tensors and of all else that determines its computations.
 
     Attributes:
-        hashes: sha256 of each parameter, by name.
-        checksums: Checksum of each parameter and buffer, by name.
-        state: See `model_state`.
+        hashes: The sha256 of each parameter, by name.
+        checksums: The checksum of each parameter and buffer, by name.
+        state: The description by `state.described`, and the names of edited modules.
     """
 
     hashes: Mapping[str, str]
@@ -41,43 +41,42 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: Any) -> Fingerprint:
-        """Hash every parameter, about a second a gigabyte."""
+        """Hash every parameter; this takes about a second per gigabyte."""
         hashes = {name: weight_hash(tensor) for name, tensor in model.named_parameters()}
         return cls(hashes, _checksums(model), _state(model))
 
     @property
     def digest(self) -> str:
-        """sha256 of all hashes together."""
+        """The sha256 of all hashes together."""
         text = "".join(f"{name} {value}\n" for name, value in sorted(self.hashes.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self, model: Any, after: str) -> None:
-        """Refuse a model that is not what it was.
+        """Check that the model has not changed.
 
         Args:
             model: The model.
-            after: What may have changed it, for the message.
+            after: The step that may have changed it, for the message.
 
         Raises:
-            RuntimeError: a tensor, an option, a hook or a training flag is not what it was.
+            RuntimeError: A tensor, an option, a hook or a training flag has changed.
         """
-        for before, now in (
-            (self.checksums, _checksums(model)),
-            (self.state, _state(model)),
-        ):
+        for before, now in ((self.checksums, _checksums(model)), (self.state, _state(model))):
             changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if changed:
                 name = adapter.plain_name(changed[0]) or "the model"
-                raise RuntimeError(f"{name} is not what it was, after {after}")
+                raise RuntimeError(f"{name} has changed after {after}")
 
 
 def _state(model: Any) -> dict[str, str]:
+    """Describe the model's state, and list the modules with edits."""
     modules = adapter.every_module(model)
     edited = {f"the edits of {name}": "on" for name, m in modules if vars(m).get("_rome_ledgers")}
     return {**described(model), **edited}
 
 
 def _checksums(model: Any) -> dict[str, str]:
+    """Compute the checksum of each parameter and buffer, except for tables of rotations."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fixed = {name: tensor for name, tensor in tensors.items() if not adapter.follows_length(name)}
     return {name: checksum(tensor) for name, tensor in fixed.items()}
@@ -85,9 +84,9 @@ def _checksums(model: Any) -> dict[str, str]:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> str:
-    """A digest of a tensor's bytes."""
+    """Return a digest of a tensor's bytes."""
     flat = tensor.detach().contiguous().flatten()
-    if flat.storage_offset() * flat.itemsize % 8:  # words have to be aligned
+    if flat.storage_offset() * flat.itemsize % 8:  # 64-bit words must be aligned
         flat = flat.clone()
     data = flat.view(torch.uint8)
     whole = len(data) // (8 * _WIDTH) * 8 * _WIDTH

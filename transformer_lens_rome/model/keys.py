@@ -1,4 +1,4 @@
-"""Keys and values of an MLP: what enters W_out at a token, and what leaves it."""
+"""Keys and values of an MLP: the inputs and outputs of W_out at a token."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformer_lens_rome.model.partial_forward import PartialForward
 def read_keys_and_values(
     forward: PartialForward, layer: int
 ) -> tuple[Float[Tensor, "row d_mlp"], Float[Tensor, "row d_model"]]:
-    """Keys and values at each row's start, the last subject token, in float32.
+    """Read keys and values at each row's start, the last subject token, in float32.
 
     Raises:
-        NotImplementedError, ValueError: see `check_value`.
+        NotImplementedError, ValueError: See `check_value`.
     """
     model, points = forward.model, (Point("key", layer), Point("value", layer))
     keys, values = forward.read(points)
@@ -30,15 +30,15 @@ def read_keys_and_values(
 def check_value(
     model: Any, layer: int, keys: Float[Tensor, "n d_mlp"], values: Float[Tensor, "n d_model"]
 ) -> None:
-    """Refuse a model whose MLP is not what an edit of W_out assumes: value = key @ W_out + b_out.
+    """Check that value = key @ W_out + b_out, which an edit of W_out assumes.
 
     Raises:
-        NotImplementedError: it is not so.
-        ValueError: a key is not finite.
+        NotImplementedError: The value differs.
+        ValueError: A key is not finite.
     """
     if not torch.isfinite(keys).all():
         raise ValueError(
-            f"a key at layer {layer} holds NaN or infinity; check the model's weights and dtype"
+            f"a key at layer {layer} contains NaN or infinity; check the model's weights and dtype"
         )
     weight, bias = adapter.w_out(model, layer).detach(), adapter.b_out(model, layer)
     expected = keys.float() @ weight.float() + bias.float()
@@ -46,5 +46,5 @@ def check_value(
     if not error < max(1e-3, 8 * torch.finfo(values.dtype).eps):
         raise NotImplementedError(
             f"{adapter.architecture(model)}: the value at layer {layer} is not key @ W_out + b_out "
-            f"(relative error {error:.1e}), so a change of W_out would not do what was computed"
+            f"(relative error {error:.1e}), so an edit of W_out would not have the computed effect"
         )

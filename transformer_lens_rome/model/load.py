@@ -19,19 +19,20 @@ def wrap(
     model_class: ModelClass | None = None,
     device: Any = "cpu",
 ) -> Any:
-    """A Hugging Face model as a TransformerLens model of either class, in eval mode.
+    """Return a Hugging Face model as a TransformerLens model of either class, in eval mode.
 
-    The device is said to both: left alone, TransformerLens takes a GPU where there is one, for the
-    tokens, but lets the weights of a model that it is given lie where they are.
+    The device is set for both. By default, TransformerLens puts tokens on a GPU if there is one,
+    but does not move the weights of a model that is passed to it.
     """
-    hf, options = hf.to(device), {"tokenizer": tokenizer, "device": str(device)}
+    hf = hf.to(device)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "device": str(device)}
     if (model_class or default_class()) == "bridge":
         from transformer_lens.model_bridge import TransformerBridge
 
         return TransformerBridge.boot_transformers(name, hf_model=hf, **options).eval()
     if Path(name).is_dir():
         raise ValueError(
-            f"a HookedTransformer is loaded by a name that TransformerLens knows, not from {name}; "
+            f"a HookedTransformer is loaded by a name from TransformerLens, not from {name}; "
             "use model_class='bridge' (TransformerLens 3.8 or later)"
         )
     from transformer_lens import HookedTransformer
@@ -42,5 +43,5 @@ def wrap(
 
 
 def default_class() -> ModelClass:
-    """The class to load where nothing is said: TransformerLens 2 has no bridge."""
+    """Return the default class to load: a bridge, unless TransformerLens (2.x) has none."""
     return "bridge" if find_spec("transformer_lens.model_bridge") else "hooked"

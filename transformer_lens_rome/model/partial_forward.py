@@ -1,28 +1,28 @@
 """Recompute only what a change can reach.
 
-A change at token t of layer l reaches tokens from t on, in layers from l on, and nothing else. For
-a batch of rows, each with its own first token that may change, `PartialForward` runs once what
-stays: it keeps the keys and values of earlier tokens, and the residual where the first layer
-starts. From then on it runs the remainder only, differentiably, and unembeds only scored places:
+A change at token t of layer l reaches tokens from t on, in layers from l on, and nothing else. Each
+row of a batch has a first token that may change. `PartialForward` computes the unchanged part once:
+it stores the keys and values of earlier tokens, and the residual before the first layer. After that
+it runs only the remainder, differentiably, and unembeds only scored positions:
 
     columns     0 ............. P-1 | P ............. P+S-1
     a row       pad pad  a   b   c  |  d   e   f  pad pad     d is its first token that may change
                 keys, values: kept  |  recomputed from layer l on
 
-Rows are aligned at their first changing token, so that their tokens stand without a gap, which
-masks, learned positions, rotations and sliding windows all count on.
+Rows are aligned at their first changing token, so that there is no gap between their tokens. Masks,
+learned positions, rotations and sliding windows all require this.
 
-Nothing here knows an architecture. The prefix runs into the model's own cache; then the model runs
-the remainder once, while each block's call is recorded, and the blocks are called again as the
-model called them, with another residual. Whether that gives what a whole pass gives is tried once
-on each model, on a few tokens. Where it does not, every pass is a whole one, and the log says so:
+This module does not depend on the architecture. The prefix fills the model's cache. Then the model
+runs the remainder once, and the call of each block is recorded. Later the same calls are repeated
+with other residuals. A self-check compares this with a whole pass once per model, on a few tokens.
+Passes are whole ones, and the log reports it, for
 
-- models without key-value caches, or whose caches are not exact;
+- models that fail the self-check, such as models without key-value caches or with inexact ones;
 - models that scale or project their logits outside `ln_final` and `unembed` (OPT-350M, Cohere);
-- rows that together need more columns than the model's context, or are above its rotation limit;
-- models with hooks of the user's own, which may count positions.
+- rows that together need more columns than the model's context, or exceed its rotation limit;
+- models on which the user has set hooks, as hooks may count positions.
 
-Several sets of changes run as one batch; in BLOOM sets for a single row run one by one.
+Several sets of changes run as one batch; in BLOOM, sets for a single row run one by one.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 class PartialForward:
-    """What is left of a forward pass when only some tokens change, from some layer on.
+    """The remainder of a forward pass in which only some tokens change, from some layer on.
 
     Attributes:
         model: The model.
         tokens: All rows, padded on the right.
         starts: The first position of each row at which anything changes.
         first: The position in each row of a pass's first column: its start, or 0 in whole passes.
-        recording: How to run the remainder; None where passes are whole.
+        recording: The recorded calls that run the remainder; None if passes are whole.
     """
 
     def __init__(
@@ -68,27 +68,27 @@ class PartialForward:
         noise: Noise | None = None,
         cut: bool | None = None,
     ) -> None:
-        """Run, once and without gradients, what stays the same.
+        """Run the unchanged part once, without gradients.
 
         Args:
             model: A HookedTransformer or TransformerBridge.
             layer: The first block in which anything changes.
-            rows: Token ids, not padded. What stands after the last scored token is best left out.
+            rows: Token ids, not padded. To save time, leave out tokens after the last scored one.
             starts: The first position of each row at which anything changes.
-            noise: A change of embeddings that holds in all passes.
-            cut: False runs whole passes, True never does. None: whole ones where the rows or the
-                model cannot be cut, see above.
+            noise: A change of embeddings in all passes.
+            cut: True always runs only the remainder, False always runs whole passes. None runs
+                whole passes if the rows or the model require them, see above.
 
         Raises:
-            ValueError: a start that is not a position of its row, or a row that is too long.
+            ValueError: A start is not a position of its row, or a row is too long.
         """
         if any(not 0 <= start < len(ids) for ids, start in zip(rows, starts, strict=True)):
             raise ValueError("every start must be a position of its row")
         if len(passes.apart(model, [len(ids) for ids in rows])) > 1:
             raise ValueError(
                 f"some of these texts are longer than {adapter.rotation_limit(model)} tokens and "
-                "some are not, and this model rotates them differently (LongRoPE), so they do not "
-                "fit into one pass; shorten the long ones"
+                "some are not, and this model rotates them differently (LongRoPE), so one pass "
+                "cannot run both; shorten the long ones"
             )
         self.model = model
         if cut is None:
@@ -104,10 +104,10 @@ class PartialForward:
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
     ) -> Float[Tensor, "n d_vocab"]:
-        """Next-token logits at (row, position) pairs, with activations changed at others.
+        """Return next-token logits at (row, position) pairs, with some activations changed.
 
-        Pairs and changes stand at or after their row's start, and changes in the first layer or
-        above. Differentiable in whatever the changes' functions hold.
+        Pairs and changes must be at or after the start of their row, and changes in the first layer
+        or above. The result is differentiable in the tensors that the changes' functions use.
         """
         return self.variants([changes], rows, positions)[0]
 
@@ -117,7 +117,7 @@ class PartialForward:
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
     ) -> Float[Tensor, "variant n d_vocab"]:
-        """The same for several sets of changes, each made by itself; run as one batch."""
+        """Return the logits for several sets of changes, each applied alone, in one batch."""
         if self.recording is None:
             return torch.stack([self._whole(changes, rows, positions) for changes in variants])
         final = self.finals(variants, rows, positions)
@@ -130,15 +130,16 @@ class PartialForward:
         positions: Int[Tensor, "n"],
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "variant n k"]:
-        """Log-probabilities of k tokens at each place, in float32; no logits are kept."""
+        """Return log-probabilities of k tokens at each pair, in float32; no logits are stored."""
         if self.recording is None:
             whole = (self._whole(changes, rows, positions).float() for changes in variants)
-            found = [one.log_softmax(-1).gather(1, labels.to(one.device)) for one in whole]
-            return torch.stack(found)
+            return torch.stack(
+                [one.log_softmax(-1).gather(1, labels.to(one.device)) for one in whole]
+            )
         final = self.finals(variants, rows, positions)
         every = labels.repeat(len(variants), 1).to(final.device)
-        found = passes.log_probs(self.model, final.flatten(0, 1), every)
-        return found.unflatten(0, final.shape[:2])
+        flat = passes.log_probs(self.model, final.flatten(0, 1), every)
+        return flat.unflatten(0, final.shape[:2])
 
     def finals(
         self,
@@ -146,7 +147,7 @@ class PartialForward:
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
     ) -> Float[Tensor, "variant n d_model"]:
-        """Residuals after the last block, of variants that run as one batch where they can."""
+        """Return residuals after the last block, with all variants in one batch if possible."""
         if len(variants) == 1 or _can_be_stacked(self.model, len(self.tokens)):
             return self.stacked(variants, rows, positions)
         return torch.cat([self.stacked([one], rows, positions) for one in variants])
@@ -157,7 +158,7 @@ class PartialForward:
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
     ) -> Float[Tensor, "variant n d_model"]:
-        """Run variants as one batch, which each joins at the first layer that it changes."""
+        """Run variants as one batch; each variant joins at the first layer that it changes."""
         assert self.recording is not None
         first = [min((c.point.layer for c in one), default=self._layer) for one in variants]
         order = sorted(range(len(variants)), key=first.__getitem__)
@@ -170,13 +171,14 @@ class PartialForward:
     def _whole(
         self, changes: Sequence[Change], rows: Int[Tensor, "n"], positions: Int[Tensor, "n"]
     ) -> Float[Tensor, "n d_vocab"]:
+        """Return logits from a whole pass with changes."""
         with self.changed([changes]):
             return passes.logits_at(self.model, self.tokens, rows, positions)
 
     def read(self, points: Sequence[Point]) -> list[Float[Tensor, "row d"]]:
-        """Activations at each row's start, with nothing changed, in the layers from the first on.
+        """Read activations at each row's start, without changes, in layers from the first on.
 
-        The pass stops once it has passed the last of the points.
+        The pass stops after the last of the points.
         """
 
         def run() -> None:
@@ -186,20 +188,20 @@ class PartialForward:
             else:
                 self.recording.replay({self._layer: 1})
 
-        found = passes.read_during(self.model, points, run)
+        activations = passes.read_during(self.model, points, run)
         every = torch.arange(len(self.tokens))
-        return [found[point][every, self.starts - self.first] for point in points]
+        return [activations[point][every, self.starts - self.first] for point in points]
 
     def changed(self, variants: Sequence[Sequence[Change]]) -> AbstractContextManager[None]:
-        """While this is open, passes run with each variant's changes made in its rows."""
-        made: dict[Point, list[tuple[Tensor, Tensor, Callable]]] = {}
+        """Within this context, apply each variant's changes to its rows in every pass."""
+        edits: dict[Point, list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]] = {}
         for i, changes in enumerate(variants):
             for point, rows, positions, fn in changes:
                 columns = positions - self.first[rows]
-                made.setdefault(point, []).append((rows + i * len(self.tokens), columns, fn))
-        hooks = [(point, partial(replace, some)) for point, some in made.items()]
-        held = [] if self.recording else embedded(self._noise, self.first)
-        return adapter.hooks(self.model, held + hooks)
+                edits.setdefault(point, []).append((rows + i * len(self.tokens), columns, fn))
+        hooks = [] if self.recording else embedded(self._noise, self.first)
+        hooks += [(point, partial(replace, some)) for point, some in edits.items()]
+        return adapter.hooks(self.model, hooks)
 
 
 def _record(
@@ -209,7 +211,7 @@ def _record(
     starts: Sequence[int],
     noise: Noise | None,
 ) -> Recording:
-    """Keep the prefixes' keys and values, and record the blocks' calls on the remainders."""
+    """Store the prefixes' keys and values, and record the blocks' calls on the remainders."""
     width, first = max(starts), torch.tensor(starts)
     prefixes = [[0] * (width - start) + list(ids[:start]) for ids, start in zip(rows, starts)]
     remainders = _padded([list(ids[start:]) for ids, start in zip(rows, starts)])
@@ -223,44 +225,51 @@ def _record(
 
 
 def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
+    """Pad rows of token ids with 0 on the right."""
     width = max(map(len, rows))
     return torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
 
 
 def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
-    """Whether the rows fit when aligned, and no hook of the user's counts their positions."""
+    """Return whether the aligned rows fit into a pass and the user has set no hooks."""
     remainder = max(len(ids) - start for ids, start in zip(rows, starts))
     longest = max(map(len, rows))
     if longest > (adapter.rotation_limit(model) or longest):
-        logger.info("whole passes: a part of a text would be rotated otherwise than the whole")
+        logger.info(
+            "using whole passes, since the model may rotate a part of a long text differently"
+        )
         return False
     if max(starts) + remainder > (model.cfg.n_ctx or torch.inf):
-        logger.info("whole passes: the rows, aligned, are longer than the model's context")
+        logger.info(
+            "using whole passes, since the aligned rows are longer than the model's context"
+        )
         return False
     return not has_users_hooks(model)
 
 
-# ---------------------------------------------------------------- does it hold for this model?
+# ---------------------------------------------------------------- self-checks
 
 
 def _can_be_cut(model: Any) -> bool:
-    """Whether partial passes give what whole ones give."""
+    """Return whether partial passes and whole passes agree for this model."""
     return holds(model, "whole passes", lambda: _error_of_cutting(model))
 
 
 def _can_be_stacked(model: Any, rows: int) -> bool:
-    """Whether variants run as one batch give what each gives by itself.
+    """Return whether one batch of variants and single variants agree for this model.
 
-    One row is a case of its own: then nothing tells what has one entry a row. So is each number
-    that divides the heads': what has one entry a head looks as if it had some for each row.
+    If the number of rows divides the number of heads, this number has a test of its own, since a
+    tensor with one entry per head looks as if it had entries per row. This includes a single row,
+    with which a tensor's first axis cannot show whether it has one entry per row.
     """
-    own = model.cfg.n_heads % rows == 0
-    what = f"variants of {rows} rows one by one" if own else "variants one by one"
-    return holds(model, what, lambda: _error_of_stacking(model, rows if own else min(rows, 3)))
+    divides = model.cfg.n_heads % rows == 0
+    alternative = f"variants of {rows} rows one by one" if divides else "variants one by one"
+    n = rows if divides else min(rows, 3)
+    return holds(model, alternative, lambda: _error_of_stacking(model, n))
 
 
 def _error_of_cutting(model: Any) -> float:
-    """By how much partial and whole passes differ on three short rows."""
+    """Return the difference between partial and whole passes on three short rows."""
     ids = [(7 * i + 1) % model.cfg.d_vocab for i in range(9)]
     rows, starts, layer = (ids, ids[2:8], ids[5:]), (4, 2, 0), model.cfg.n_layers // 2
     last = torch.tensor([len(row) - 1 for row in rows])
@@ -275,7 +284,7 @@ def _error_of_cutting(model: Any) -> float:
 
 
 def _error_of_stacking(model: Any, n: int) -> float:
-    """By how much stacked variants differ from single ones; as many columns as rows."""
+    """Return the difference between stacked and single variants, with as many columns as rows."""
     rows = [[(7 * i + j) % model.cfg.d_vocab for i in range(4 + n)] for j in range(1, 1 + n)]
     each, start = torch.arange(n), torch.full((n,), 4)
     variants = [

@@ -1,12 +1,11 @@
 """Forward passes of both model classes: whole, or continued from a cache.
 
-The second part of `adapter`, which knows where things are in a model; here it is run. The third,
-`recording`, runs single blocks.
+`adapter` names the parts of a model and `block_calls` runs single blocks; this module runs models.
 
-Batches are padded on the right and run with a mask of ones: a causal model cannot look ahead,
-so what stands after a row's last token changes nothing in it, whatever the architecture does with
-masks, positions or sliding windows. Only where tokens follow on cached ones does padding stand on
-the left, behind a mask, so that in every row they follow without a gap.
+Batches are padded on the right and run with a mask of ones. A causal model does not look ahead, so
+tokens after a row's last one do not change the row, whatever the architecture does with masks,
+positions or sliding windows. When tokens follow cached ones, the padding is on the left and masked,
+so that no row has a gap.
 """
 
 from __future__ import annotations
@@ -23,31 +22,31 @@ from torch import Tensor
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Hook, Point, architecture, model_class
 
-NO_ROW = torch.zeros(0, dtype=torch.long)  # where only what is on the way is wanted
+NO_ROW = torch.zeros(0, dtype=torch.long)  # no logits are needed, only the hooks
 
 # ---------------------------------------------------------------- whole
 
 
 class _AllRead(Exception):
-    """Ends a forward pass as soon as everything asked for has been read."""
+    """Ends a forward pass when all requested activations have been read."""
 
 
 def read(
     model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
 ) -> dict[Point, Tensor]:
-    """Activations at some points of one forward pass, which stops once it has passed them all."""
+    """Read activations at some points of one forward pass, which stops after the last of them."""
     return read_during(model, points, lambda: final_residual(model, tokens))
 
 
 @torch.no_grad()
 def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> dict[Point, Tensor]:
-    """Activations at some points of any pass, which stops once it has passed them all."""
-    found: dict[Point, Tensor] = {}
+    """Read activations at some points of any pass, which stops after the last of them."""
+    activations: dict[Point, Tensor] = {}
 
     def reader(point: Point) -> Hook:
         def keep(tensor: Tensor) -> None:
-            found[point] = tensor.detach().clone()
-            if len(found) == len(set(points)):
+            activations[point] = tensor.detach().clone()
+            if len(activations) == len(set(points)):
                 raise _AllRead
 
         return keep
@@ -57,7 +56,7 @@ def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> 
             run()
     except _AllRead:
         pass
-    return found
+    return activations
 
 
 def logits_at(
@@ -66,7 +65,7 @@ def logits_at(
     rows: Int[Tensor, "n"],
     positions: Int[Tensor, "n"],
 ) -> Float[Tensor, "n d_vocab"]:
-    """Next-token logits at chosen (row, position) pairs; no other position is unembedded."""
+    """Return next-token logits at chosen (row, position) pairs; only these are unembedded."""
     rows, positions = rows.to(tokens.device), positions.to(tokens.device)
     if model_class(model) == "hooked":
         final = final_residual(model, tokens)
@@ -77,9 +76,9 @@ def logits_at(
 
 
 def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
-    """One forward pass over right-padded tokens.
+    """Run one forward pass over right-padded tokens.
 
-    Returns the residual before the final norm (HookedTransformer) or the logits (bridge).
+    Return the residual before the final norm (HookedTransformer) or the logits (bridge).
     """
     check_context(model, tokens.shape[1])
     tokens = tokens.to(model.cfg.device)
@@ -90,11 +89,7 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
 
 def check_context(model: Any, length: int) -> None:
-    """Refuse a text that is longer than the model's context.
-
-    Raises:
-        ValueError: it is.
-    """
+    """Raise ValueError if a text is longer than the model's context."""
     if length > (model.cfg.n_ctx or length):
         raise ValueError(
             f"a text of {length} tokens is longer than the model's context of {model.cfg.n_ctx}; "
@@ -103,22 +98,22 @@ def check_context(model: Any, length: int) -> None:
 
 
 def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of texts that may share a pass: all of them, but for models with LongRoPE.
+    """Group the indices of texts that may share a pass: one group, except with LongRoPE.
 
-    There the longest text of a pass decides how all of them are rotated, so texts on either side of
-    the model's limit run apart.
+    With LongRoPE, the longest text of a pass determines the rotations of all texts. So texts within
+    the model's limit and longer ones need separate passes.
     """
     limit = adapter.rotation_limit(model) or max(lengths, default=0)
     short = [i for i, length in enumerate(lengths) if length <= limit]
     long = [i for i, length in enumerate(lengths) if length > limit]
-    return [some for some in (short, long) if some]
+    return [group for group in (short, long) if group]
 
 
 # ---------------------------------------------------------------- the end of a pass
 
 
 def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    """Logits from residuals after the last block: final norm, unembedding, soft cap."""
+    """Compute logits from residuals after the last block: final norm, unembedding, soft cap."""
     parts = [part.transpose(0, 1).flatten(1) for part in _logits(model, residual)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -126,14 +121,15 @@ def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "
 def log_probs(
     model: Any, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:
-    """Log-probabilities of some tokens from residuals after the last block, in float32.
+    """Compute log-probabilities of some tokens from residuals after the last block, in float32.
 
-    The logits' log-sum-exp is taken where they lie, so this is for passes without gradients.
+    The logits' log-sum-exp is computed in place, so this is for passes without gradients.
     """
-    start, chosen, sums = 0, 0.0, []
+    start, sums = 0, []
+    chosen: Tensor | float = 0.0
     for part in _logits(model, residual, together=16):
         part, (blocks, _, width) = part.float(), part.shape
-        at = labels - start  # [n, k], in this part where it is within its tokens
+        at = labels - start  # [n, k], index in this part if inside
         inside = (at >= 0) & (at < blocks * width)
         at = at.clamp(0, blocks * width - 1)
         rows = torch.arange(len(at), device=at.device)[:, None]
@@ -148,7 +144,7 @@ def log_probs(
 def _logits(
     model: Any, residual: Float[Tensor, "n d_model"], **options: int
 ) -> Iterator[Float[Tensor, "block n tokens"]]:
-    """Logits in parts, each a stack of blocks of the vocabulary."""
+    """Yield logits in parts, each a stack of blocks of the vocabulary."""
     final = model.ln_final(residual[:, None])[:, 0]
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
     for part in products(final, model.W_U, model.b_U, **options):
@@ -163,11 +159,13 @@ def products(
     block: int = 2048,
     together: int | None = None,
 ) -> Iterator[Float[Tensor, "block n tokens"]]:
-    """`x @ W_U + b_U`, on a CPU as so many blocks of the vocabulary together, and what is left.
+    """Yield `x @ W_U + b_U` in parts; on a CPU, each part but the last is a stack of blocks.
 
-    One product of a few rows with a wide matrix is what CPU libraries do worst: for 12 rows and
+    CPU libraries are slow at one product of a few rows with a wide matrix: for 12 rows and
     262,144 tokens, forward and backward, the blocks were 1.6 times as fast on two cores
     (`examples/benchmarks/unembedding.py`).
+
+    `block` is the number of tokens in a block, `together` the largest number of blocks in a part.
     """
     whole = W_U.shape[1] // block * block if x.device.type == "cpu" else 0
     if whole:
@@ -182,9 +180,9 @@ def products(
 
 @contextmanager
 def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """A bridge's passes give logits `[n, 1, d_vocab]` at chosen places, not at all of them."""
+    """Within this context, a bridge returns logits `[n, 1, d_vocab]`, at chosen pairs only."""
 
-    def choose(_module: Any, args: tuple) -> tuple:
+    def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
         chosen = hidden[rows.to(hidden.device), positions.to(hidden.device)]
         return (chosen[:, None], *args[1:])
@@ -197,7 +195,7 @@ def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]
 
 
 def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_vocab"]:
-    """What `_unembed_only` left of a pass's logits."""
+    """Return the logits of a pass within `_unembed_only`, after a check of their shape."""
     if logits.shape[:2] != (len(rows), 1):
         raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
     return logits[:, 0]
@@ -210,7 +208,7 @@ def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_voca
 def next_logits(
     model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
-    """Logits after the last of some new tokens, and the cache to pass with the next ones."""
+    """Return logits after the last new token, and the cache for the next call."""
     return continue_from(model, tokens, cache, None, torch.arange(len(tokens)))
 
 
@@ -218,10 +216,10 @@ def next_logits(
 def keys_and_values(
     model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Any:
-    """The cache after some left-padded tokens; what is run after it leaves it as it is.
+    """Return the cache after left-padded tokens; later passes do not change it.
 
     Raises:
-        NotImplementedError: there is none, or it holds states that each pass overwrites.
+        NotImplementedError: There is no cache, or each pass overwrites its states.
     """
     _, cache = continue_from(model, tokens, None, mask, NO_ROW)
     if cache is None:
@@ -240,9 +238,9 @@ def continue_from(
     mask: Int[Tensor, "row old_and_new"] | None,
     rows: Int[Tensor, "n"],
 ) -> tuple[Float[Tensor, "n d_vocab"], Any]:
-    """Run new tokens after cached ones; logits after the last token of some rows, and the cache.
+    """Run new tokens after cached ones; return logits after the last token of rows, and the cache.
 
-    The mask is 0 where padding stands, among cached and new tokens; None: nowhere.
+    The mask is 0 for padding, among cached and new tokens. None means that there is no padding.
     """
     tokens, new = tokens.to(model.cfg.device), tokens.shape[1]
     mask = None if mask is None else mask.to(tokens.device)
@@ -259,8 +257,8 @@ def continue_from(
         return _chosen(model, logits, rows), cache
     if cache is None:
         cache = _empty_hooked_cache(model, len(tokens))
-    # the cache remembers the mask of what it holds; without a mask, a start token that is also the
-    # padding token would be taken for padding
+    # the cache stores the mask of its tokens; without a mask, a start token that is also the
+    # padding token would count as padding
     mask = torch.ones_like(tokens) if mask is None else mask[:, -new:]
     last = model.cfg.n_layers
     final = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=last)
@@ -269,20 +267,23 @@ def continue_from(
 
 @contextmanager
 def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
-    """While this is open, attention gets the cache as `past_key_values` too.
+    """Within this context, pass the cache to attention as `past_key_values` too.
 
-    So TransformerLens 4.3's bridges know it; transformers 5.24 hands it on as `cache`. Without it
-    they would take the first of some new tokens for the first of the text, and say nothing. What
-    transformers says of the old name is for TransformerLens, and not shown to the user.
+    The bridges of TransformerLens 4.3 read this name, but transformers 5.24 passes the cache as
+    `cache`. Without the old name, a bridge would silently treat the first new token as the first
+    token of the text. The deprecation warning of transformers is meant for TransformerLens, so it
+    is not shown to the user.
     """
 
-    def name(_module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def add_name(
+        _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if (cache := kwargs.get("cache")) is None:
             return None
         return args, {"past_key_values": cache, **kwargs}
 
     attention = [block.attn for block in blocks if hasattr(block, "attn")]
-    handles = [part.register_forward_pre_hook(name, with_kwargs=True) for part in attention]
+    handles = [part.register_forward_pre_hook(add_name, with_kwargs=True) for part in attention]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Both )?`past_key_values`", FutureWarning)
@@ -293,9 +294,11 @@ def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
 
 
 def _empty_hooked_cache(model: Any, batch: int) -> Any:
-    """A key-value cache for a HookedTransformer; 3.x renamed the class."""
+    """Return an empty key-value cache for a HookedTransformer; 3.x renamed its class."""
     try:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
     except ImportError:
-        from transformer_lens import HookedTransformerKeyValueCache as Cache
-    return Cache.init_cache(model.cfg, model.cfg.device, batch)
+        from transformer_lens import HookedTransformerKeyValueCache
+
+        return HookedTransformerKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)
+    return TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, batch)

@@ -1,4 +1,4 @@
-"""Models, layers and weights that cannot be edited or traced: refused before any work, and why."""
+"""Reject models, layers and weights that cannot be edited or traced, before any work."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from transformer_lens_rome.model.adapter import Weight
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no TransformerLens model of text, and a model in which a pass is random now.
+    """Check that a model is a TransformerLens language model whose passes are deterministic.
 
     Raises:
-        ValueError: not a TransformerLens model; or a module draws random numbers, or changes its
-            own statistics, in each pass. A training flag without such an effect is no reason.
-        NotImplementedError: it does not read tokens from left to right in one stack of blocks, or
+        ValueError: It is not a TransformerLens model, or in each pass a module draws random numbers
+            or updates running statistics. A training flag without such an effect is accepted.
+        NotImplementedError: It does not read tokens from left to right in one stack of blocks, or
             it was compiled.
     """
     adapter.model_class(model)
-    if reason := _not_left_to_right(model):
+    if reason := _reason_not_causal(model):
         raise NotImplementedError(
             f"{adapter.architecture(model)} {reason}; editing and tracing are for models that read "
             "tokens from left to right in one stack of blocks with a norm after it"
         )
-    reason = next(_running_statistics(model), "")  # no pass is run here, as it would change them
+    reason = next(_running_statistics(model), "")  # without a pass, which would update them
     if not reason and (suspect := next(_random_modules(model), "")) and _passes_are_random(model):
         reason = suspect
     if reason:
         raise ValueError(
-            f"passes of this model are random now: {reason}. Call model.eval() first, also on the "
-            "Hugging Face model inside a bridge (model.original_model.eval())"
+            f"passes of this model are not deterministic: {reason}. Call model.eval() first, also "
+            "on the Hugging Face model inside a bridge (model.original_model.eval())"
         )
     if any(module._compiled_call_impl is not None for _, module in adapter.every_module(model)):
         raise NotImplementedError(
             "the model was compiled, and a compiled module may skip hooks that are set later; load "
-            "the model again and leave model.compile() away"
+            "the model again without calling model.compile()"
         )
 
 
 def _running_statistics(model: Any) -> Iterator[str]:
-    """Each module that updates running statistics in every pass."""
+    """Describe each module that updates running statistics in every pass."""
     for name, module in adapter.every_module(model):
-        kept = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        if kept and module.training:
+        tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if tracks and module.training:
             kind = type(module).__name__
             yield f"{adapter.plain_name(name)} ({kind}) updates its running statistics"
 
@@ -56,7 +56,7 @@ _RATE = re.compile("drop|jitter|noise")
 
 
 def _random_modules(model: Any) -> Iterator[str]:
-    """Each module whose flags and rates may make a pass random as they are now."""
+    """Describe each module whose present flags and rates may make a pass random."""
     for name, module in adapter.every_module(model):
         if not module.training:
             continue
@@ -65,7 +65,7 @@ def _random_modules(model: Any) -> Iterator[str]:
             yield f"{where} has dropout on with p={module.p}"
         elif isinstance(module, nn.RReLU):
             yield f"{where} draws its slopes"
-        inside = getattr(module, "original_component", None)  # a bridge's may use the other's rate
+        inside = getattr(module, "original_component", None)  # may have a rate too
         for part in (module, inside):
             for key, rate in vars(part).items() if isinstance(part, nn.Module) else ():
                 if isinstance(rate, float) and rate > 0 and _RATE.search(key):
@@ -74,9 +74,9 @@ def _random_modules(model: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def _passes_are_random(model: Any) -> bool:
-    """Whether a short pass draws random numbers, or another one gives other results.
+    """Return whether a short pass draws random numbers or two passes give different results.
 
-    The global random state is left as it was.
+    The global random state is restored.
     """
     tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -87,16 +87,18 @@ def _passes_are_random(model: Any) -> bool:
     return drawn or not torch.equal(one, other)
 
 
-def _not_left_to_right(model: Any) -> str:
-    """What keeps a model from being one stack of blocks that reads text; empty if nothing does."""
+def _reason_not_causal(model: Any) -> str:
+    """Return why a model is not one causal stack of blocks that reads text; empty if it is one."""
     if getattr(model.cfg, "is_audio_model", False):
         return "reads audio, not tokens"
     if getattr(model.cfg, "is_visual_model", False):
         return "reads images, not tokens"
     if not hasattr(model, "blocks"):
         return "has no single stack of blocks (an encoder and a decoder, or stacks in a loop)"
-    both = getattr(model.cfg, "attention_dir", "causal") != "causal"
-    if both or adapter.architecture(model).startswith("Bert"):  # 3.x bridges say "causal" of BERT
+    bidirectional = getattr(model.cfg, "attention_dir", "causal") != "causal"
+    if bidirectional or adapter.architecture(model).startswith(
+        "Bert"
+    ):  # "causal" in 3.x bridges of BERT
         return "attends to later tokens too"
     if not hasattr(model, "ln_final"):
         return "has no norm after its last block"
@@ -104,13 +106,14 @@ def _not_left_to_right(model: Any) -> str:
 
 
 def check_editable(model: Any, layers: Sequence[int]) -> None:
-    """Refuse, before any work, a model or layer whose W_out cannot be read and written in place.
+    """Check that the W_out of each layer can be read and written in place.
 
     Raises:
-        ValueError: as `check_model`, a layer out of range, or weights that were made inside
-            `torch.inference_mode()`, which torch lets nobody change or differentiate through.
-        NotImplementedError: as `check_model`; no dense W_out there (mixture of experts, state
-            space); or a weight that is quantised or offloaded.
+        ValueError: As `check_model`; a layer is out of range; a weight contains NaN or infinity; or
+            weights were made inside `torch.inference_mode()`, so torch does not allow changing them
+            or differentiating through them.
+        NotImplementedError: As `check_model`; a layer has no dense W_out (mixture of experts, state
+            space); or a weight is quantised or offloaded.
     """
     check_model(model)
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -128,7 +131,12 @@ def check_editable(model: Any, layers: Sequence[int]) -> None:
 
 
 def check_weight(weight: Tensor, where: Weight) -> None:
-    """Refuse a weight that is quantised, offloaded or broken; raises as `check_editable` does."""
+    """Check that a weight is a dense matrix of finite numbers.
+
+    Raises:
+        NotImplementedError: The weight is quantised or offloaded.
+        ValueError: The weight contains NaN or infinity.
+    """
     name = f"{where.name} of layer {where.layer}"
     if weight.is_meta:
         raise NotImplementedError(
@@ -139,4 +147,6 @@ def check_weight(weight: Tensor, where: Weight) -> None:
             f"{name} is quantised ({weight.dtype}); load the model in float32, bfloat16 or float16"
         )
     if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds NaN or infinity; reload the checkpoint before editing it")
+        raise ValueError(
+            f"{name} contains NaN or infinity; reload the checkpoint before editing it"
+        )

@@ -1,8 +1,8 @@
-"""Whether a shortcut gives what the plain way gives: tried once on each model, on a few tokens.
+"""Test once per model, on a few tokens, whether a shortcut gives the results of whole passes.
 
-Architectures differ in more ways than can be listed, and libraries below change. So what saves
-passes is not taken on trust: the first use of it is compared with whole passes, and where they
-differ the plain way is taken from then on, and the log says so.
+Architectures differ in more ways than can be listed, and the libraries below this one change. So a
+shortcut that saves passes is compared with whole passes before its first use. If the results
+differ, whole passes are used from then on, and the log reports it.
 """
 
 from __future__ import annotations
@@ -14,31 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model import adapter, users_hooks
 from transformer_lens_rome.model.state import state_digest
 
 logger = logging.getLogger(__name__)
 
 
 def has_users_hooks(model: Any) -> bool:
-    """Whether hooks of the user's own are on the model; said, as passes are whole ones then."""
-    if found := adapter.has_hooks(model):
-        logger.info("whole passes: the model has hooks, which may count positions")
-    return found
+    """Return whether the user has set hooks on the model, and log that passes are whole then."""
+    hooked = users_hooks.has_hooks(model)
+    if hooked:
+        logger.info("using whole passes, since the model has hooks, which may count positions")
+    return hooked
 
 
 _UNABLE = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
-"""How hosts without caches, masks or positions fail. A user's interrupt or timeout is none."""
+"""The errors of a model that does not support caches, masks or positions.
+
+A user's interrupt or timeout is not among them.
+"""
 
 
 def forget_other_states(model: Any) -> None:
-    """Forget what was tried on a model that computed in another way than it does now."""
-    digest, noted = state_digest(model), vars(model).get("_rome_trials")
-    if noted and noted.get(_STATE) != digest:
-        noted.clear()
+    """Discard the results of self-checks if the model's state has changed since they ran."""
+    digest, trials = state_digest(model), vars(model).get("_rome_trials")
+    if trials and trials.get(_STATE) != digest:
+        trials.clear()
     vars(model).setdefault("_rome_trials", {})[_STATE] = digest
 
 
@@ -46,33 +50,35 @@ _STATE = "state of the model"
 
 
 def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
-    """Whether a shortcut holds for a model: tried once, noted on the model, said if it fails.
+    """Return whether a shortcut is valid for a model.
 
-    It is tried again when something that decides how the model computes is another, see
-    `forget_other_states`.
+    The shortcut is tested once per model; the result is cached on the model, and a failure is
+    logged. It is tested again when the model's state has changed, see `forget_other_states`.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        instead: What is done where it does not hold; the name of the trial.
-        error: By how much the shortcut is wrong; 0 if rounding explains it.
+        instead: The alternative if the shortcut is not valid; also the key of the cached result.
+        error: Function that returns the error of the shortcut; 0 if rounding explains it.
     """
-    trials = model.__dict__.setdefault("_rome_trials", {})
+    trials: dict[str, Any] = model.__dict__.setdefault("_rome_trials", {})
     if instead not in trials:
         try:
             with torch.no_grad():
-                found = error()
-            reason = f"results differ by {found:.1e}" if found else ""
+                size = error()
+            reason = f"results differ by {size:.1e}" if size else ""
         except (MemoryError, torch.cuda.OutOfMemoryError):
-            raise  # which says nothing of the model
+            raise  # too little memory is no evidence against the shortcut
         except _UNABLE as fault:
             reason = f"{type(fault).__name__}: {fault}"
         if reason:
-            logger.warning("%s for %s, slower: %s", instead, adapter.architecture(model), reason)
+            logger.warning(
+                "%s for %s, which is slower: %s", instead, adapter.architecture(model), reason
+            )
         trials[instead] = not reason
-    return trials[instead]
+    return bool(trials[instead])
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest entry; 0 if rounding explains it."""
+    """Return the largest difference relative to the largest entry; 0 if rounding explains it."""
     error = ((found - expected).abs().max() / expected.abs().max()).item()
     return 0.0 if error < max(1e-3, 16 * torch.finfo(expected.dtype).eps) else error

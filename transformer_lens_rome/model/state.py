@@ -1,7 +1,8 @@
-"""All that decides what a pass of a model computes, beside the values of its parameters.
+"""Describe everything that determines what a pass computes, except for the parameters' values.
 
-Classes and their code, options on modules and in configurations, dtypes, devices, hooks, training
-flags, the tokenizer. What was found out about a model holds for as long as this is the same.
+This covers classes and their code, options on modules and in configurations, dtypes, devices,
+hooks, training flags and the tokenizer. Results of self-checks are valid as long as the description
+is the same.
 """
 
 from __future__ import annotations
@@ -13,48 +14,50 @@ from typing import Any
 
 from torch import nn
 
-from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model import adapter, users_hooks
 
 _PLAIN = (bool, int, float, str)
-_MOVES = frozenset({"max_seq_len_cached"})
-"""Attributes that passes themselves change: how far a rotary table was filled."""
+_CHANGED_BY_PASSES = frozenset({"max_seq_len_cached"})
+"""Attributes that a pass may change: the filled length of a rotary table."""
 
 
 def described(model: Any) -> dict[str, str]:
-    """What each module, the configurations, the tokenizer and torch's own hooks are, in words."""
-    found = {
+    """Describe each module, the configurations, the tokenizer and torch's global hooks, by name."""
+    texts = {
         name: "; ".join(_of_module(module))
         for name, module in adapter.every_module(model)
         if not _is_plain_point(module)
     }
-    inner = getattr(adapter.shared_part(model), "config", None)
-    for name, config in (("cfg", model.cfg), ("config", inner)):
+    configs: dict[str, Any] = {"cfg": model.cfg}
+    configs["config"] = getattr(adapter.shared_part(model), "config", None)
+    for name, config in configs.items():
         fields = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
-        found[f"{name} of the model"] = json.dumps(fields, sort_keys=True, default=_name)
-        found[f"attention of the {name}"] = str(getattr(config, "_attn_implementation", None))
-    found["the tokenizer"] = "; ".join(_of_tokenizer(getattr(model, "tokenizer", None)))
-    found["hooks that torch calls for all modules"] = str(adapter.global_hooks())
-    found["weight processing"] = adapter.processing(model)
-    return found
+        texts[f"{name} of the model"] = json.dumps(fields, sort_keys=True, default=_name)
+        texts[f"attention of the {name}"] = str(getattr(config, "_attn_implementation", None))
+    texts["the tokenizer"] = "; ".join(_of_tokenizer(getattr(model, "tokenizer", None)))
+    texts["hooks that torch calls for all modules"] = str(users_hooks.global_hooks())
+    texts["weight processing"] = adapter.processing(model)
+    return texts
 
 
 def state_digest(model: Any) -> str:
-    """Sixteen digits of the sha256 of all of that."""
+    """Return the first sixteen digits of the sha256 of the description."""
     text = "".join(f"{name}: {words}\n" for name, words in sorted(described(model).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_plain_point(module: nn.Module) -> bool:
-    """Whether a module is a hook point without hooks, which hands on what it is given."""
+    """Return whether a module is a hook point without hooks, which returns its input."""
     return hasattr(module, "fwd_hooks") and not module._forward_hooks and not module._backward_hooks
 
 
 def _of_module(module: nn.Module) -> Iterator[str]:
-    own = vars(module)
-    yield _name(type(module)) + _name(own.get("forward", type(module).forward))
+    """Describe a module: its class, flags, options, parameters and the user's hooks."""
+    attributes = vars(module)
+    yield _name(type(module)) + _name(attributes.get("forward", type(module).forward))
     yield f"training={module.training}"
-    for key, value in own.items():
-        if key.startswith("_") or key in _MOVES:
+    for key, value in attributes.items():
+        if key.startswith("_") or key in _CHANGED_BY_PASSES:
             continue
         if isinstance(value, _PLAIN):
             yield f"{key}={value}"
@@ -64,17 +67,18 @@ def _of_module(module: nn.Module) -> Iterator[str]:
         if weight is not None:
             yield f"{name}: {weight.dtype} {weight.device} {tuple(weight.shape)}"
             yield str(weight.requires_grad)
-    yield from map(_name, adapter.users_hooks(module))
+    yield from map(_name, users_hooks.users_hooks(module))
 
 
 def _of_tokenizer(tokenizer: Any) -> Iterator[str]:
+    """Describe a tokenizer: its class, size, padding side and special tokens."""
     if tokenizer is not None:
         yield f"{_name(type(tokenizer))} of {len(tokenizer)} tokens"
         yield f"{tokenizer.padding_side} {tokenizer.special_tokens_map}"
 
 
 def _name(thing: Any) -> str:
-    """A class or function by name, and where its code stands."""
+    """Return the name of a class or function, with the file and line of its code."""
     function = getattr(thing, "__func__", thing)
     code = getattr(function, "__code__", None)
     place = f" at {code.co_filename}:{code.co_firstlineno}" if code else ""

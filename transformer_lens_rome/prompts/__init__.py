@@ -1,1 +1,1 @@
-"""Texts as tokens, what a model says to them, and text that it writes."""
+"""Tokenise texts, score them with a model, and sample text from it."""

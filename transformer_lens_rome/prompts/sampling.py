@@ -1,7 +1,7 @@
-"""Text that the model writes itself: context prefixes for an edit, and a corpus for statistics.
+"""Sample text from the model: context prefixes for an edit, or a corpus for statistics.
 
-Tokens are drawn on the CPU from a generator of our own, so the caller's random state stays put.
-Special tokens are never drawn: a sampled text does not end early.
+Tokens are drawn on the CPU from a separate generator, so the caller's random state does not change.
+Special tokens are never drawn, so a sampled text does not end early.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from transformer_lens_rome.model.self_check import difference, has_users_hooks, 
 from transformer_lens_rome.prompts.encoder import Encoder, check_texts, pad
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
-"""The released code's (length in tokens, number of texts) pairs; the length counts the start."""
+"""(Length in tokens, number of texts) of the released code; the length includes the start token."""
 
 
 class _GrowingText:
-    """Texts that a model is writing, and what it says next.
+    """A batch of texts that a model extends token by token.
 
-    Earlier tokens are kept as keys and values where that gives what whole passes give. Where it
-    does not, and while hooks of the user's own, which may count positions, are on the model, each
-    step is a whole pass; so it is above a model's rotation limit, where earlier keys would change.
+    Keys and values of earlier tokens are cached if this gives the logits of full passes. Each step
+    is a full pass if it does not, if the user has hooks on the model (they may count positions), or
+    beyond the model's rotation limit, where earlier keys would change.
 
     Attributes:
         model: A HookedTransformer or TransformerBridge.
-        cached: Whether earlier tokens are kept as keys and values.
+        cached: True if keys and values of earlier tokens are cached.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,7 +45,7 @@ class _GrowingText:
 
     @torch.no_grad()
     def logits_after(self, new: Int[Tensor, "n new"]) -> Float[Tensor, "n d_vocab"]:
-        """Append some tokens to each text; next-token logits after them."""
+        """Append tokens to each text; return the next-token logits after them."""
         self._tokens = new if self._tokens is None else torch.cat([self._tokens, new], dim=1)
         length = self._tokens.shape[1]
         passes.check_context(self.model, length)
@@ -56,21 +56,22 @@ class _GrowingText:
 
 
 def _logits_after(model: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n d_vocab"]:
+    """Return the next-token logits after texts of equal length, from a full pass."""
     each = torch.arange(len(tokens))
     return passes.logits_at(model, tokens, each, torch.full_like(each, tokens.shape[1] - 1))
 
 
 def _can_be_cached(model: Any) -> bool:
-    """Whether tokens that follow on cached ones give what whole passes give."""
+    """Return whether passes with cached keys and values give the logits of full passes."""
     return holds(model, "text is written by whole passes", lambda: _error_of_caching(model))
 
 
 def _error_of_caching(model: Any) -> float:
-    """By how much the logits after two short texts differ when they are read in pieces."""
+    """Return how much the logits after two short texts differ between cached and full passes."""
     tokens, cache = (7 * torch.arange(18).unflatten(0, (2, 9)) + 1) % model.cfg.d_vocab, None
     for new in tokens.split((5, 3, 1), dim=1):
-        found, cache = passes.next_logits(model, new, cache)
-    return difference(found, _logits_after(model, tokens))
+        logits, cache = passes.next_logits(model, new, cache)
+    return difference(logits, _logits_after(model, tokens))
 
 
 @model_call
@@ -84,7 +85,7 @@ def sample_tokens(
     encoder: Encoder | None = None,
     progress: bool = False,
 ) -> Int[Tensor, "n length"]:
-    """Sample n texts of `length` tokens, the start token included, at temperature 1."""
+    """Sample n texts of `length` tokens, including the start token, at temperature 1."""
     encoder = encoder or Encoder.of(model)
     generator = generator or torch.Generator().manual_seed(0)
     special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
@@ -103,14 +104,14 @@ def sample_tokens(
 
 
 def _draw(logits: Float[Tensor, "n choice"], generator: torch.Generator) -> Int[Tensor, "n 1"]:
-    """One choice a row, where the summed probabilities pass a uniform number.
+    """Draw one choice for each row by inverting the cumulative distribution.
 
-    For a vocabulary of 262,144 this takes a fraction of the time of `torch.multinomial`, which
-    draws a number for every choice.
+    For a vocabulary of 262,144 this is much faster than `torch.multinomial`, which draws one random
+    number for every choice.
     """
-    passed = logits.softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator) * passed[:, -1:]
-    return torch.searchsorted(passed, uniform, right=True).clamp(max=logits.shape[1] - 1)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[1] - 1)
 
 
 @model_call
@@ -121,11 +122,11 @@ def sample_prefixes(
     seed: int = 0,
     encoder: Encoder | None = None,
 ) -> list[str]:
-    """The bare prompt's empty prefix, then texts sampled with top-k 5, each ending in a full stop.
+    """Return the empty prefix, then texts sampled with top-k 5, each ending in a full stop.
 
     Source: Meng et al. 2022, section 3.1 and appendix E.5 (ten texts of 5 tokens, ten of 10).
-    Whitespace is collapsed and braces become spaces, so that a text can stand in a template; a
-    text of nothing else is left out.
+    White space is collapsed and braces become spaces, so that a text can be part of a template. A
+    text that is empty after this is left out.
     """
     encoder = encoder or Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -138,6 +139,7 @@ def sample_prefixes(
 
 
 def _sanitise(text: str) -> str:
+    """Normalise a text, and replace white space, braces and invalid characters by spaces."""
     text = unicodedata.normalize("NFKD", text)
     return re.sub(r"[\s{}\ufffd]+", " ", text).strip()
 
@@ -152,10 +154,10 @@ def sampled_texts(
     seed: int = 0,
     progress: bool = True,
 ) -> list[str]:
-    """A corpus that needs no data: n texts of `length` tokens that the model writes itself.
+    """Sample a corpus from the model: n texts of `length` tokens; no data is needed.
 
-    Sampled from the whole distribution at temperature 1, so the keys they give are those of the
-    text that the model believes in.
+    The texts are sampled from the full distribution at temperature 1, so their keys are
+    distributed as in text that the model considers likely.
     """
     encoder = Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -179,15 +181,15 @@ def sample_continuations(
     seed: int = 0,
     encoder: Encoder | None = None,
 ) -> list[str]:
-    """Texts of `length` tokens (BOS not counted), each of which begins with its prompt.
+    """Return texts of `length` tokens (BOS not counted), each of which begins with its prompt.
 
-    Of a prompt of more tokens than that, no more than the shortest prompt's length is sure to stay.
+    A prompt longer than `length` may be cut to the length of the shortest prompt.
 
-    All run as one batch: where a shorter prompt is continued already, a longer one still gives its
-    own tokens. Special tokens are never drawn, so no text ends early.
+    All prompts run as one batch: while shorter prompts are already continued, longer ones still
+    supply their remaining tokens. Special tokens are never drawn, so no text ends early.
 
     Raises:
-        ValueError: a prompt without tokens.
+        ValueError: A prompt has no tokens.
     """
     encoder = encoder or Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
@@ -195,9 +197,9 @@ def sample_continuations(
     check_texts("prompts", prompts)
     rows = [encoder.row(prompt) for prompt in prompts]
     if not all(row.ids for row in rows):
-        raise ValueError("a prompt holds no token to go on from; give some text")
-    given, own = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
-    tokens = new = given[:, : int(own.min())]
+        raise ValueError("a prompt contains no token; pass prompts with some text")
+    prompt_ids, lengths = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
+    tokens = new = prompt_ids[:, : int(lengths.min())]
     text = _GrowingText(model)
     while tokens.shape[1] < length + encoder.prepends_bos:
         logits = text.logits_after(new).float().cpu()
@@ -205,8 +207,8 @@ def sample_continuations(
         best = logits.topk(top_k)
         new = best.indices.gather(1, _draw(best.values, generator))
         column = tokens.shape[1]
-        if column < given.shape[1]:
-            new = torch.where(column < own, given[:, column : column + 1], new)
+        if column < prompt_ids.shape[1]:
+            new = torch.where(column < lengths, prompt_ids[:, column : column + 1], new)
         tokens = torch.cat([tokens, new], dim=1)
     return encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
@@ -215,12 +217,13 @@ def sample_continuations(
 def greedy_continuation(
     model: Any, prompt: str, n_tokens: int = 20, *, encoder: Encoder | None = None
 ) -> str:
-    """The text that the model continues a prompt with, always taking the most probable token."""
+    """Return the continuation of a prompt in which each token is the most probable one."""
     encoder = encoder or Encoder.of(model)
-    new, text, found = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model), []
+    new, text = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model)
+    continuation: list[int] = []
     if not new.numel():
-        raise ValueError("the prompt holds no token to go on from; give some text")
+        raise ValueError("the prompt contains no token; pass a prompt with some text")
     for _ in range(n_tokens):
         new = text.logits_after(new).argmax(-1, keepdim=True).cpu()
-        found.append(new.item())
-    return encoder.tokenizer.decode(found, skip_special_tokens=True)
+        continuation.append(int(new.item()))
+    return encoder.tokenizer.decode(continuation, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""Log-probabilities that a model gives: of targets after prompts, and of the likeliest tokens.
+"""Log-probabilities of targets after prompts, and the most probable next tokens.
 
-Rows that begin alike are run once, and only scored positions are unembedded.
+Rows with a common start are run once, and only scored positions are unembedded.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ def target_log_probs(
 ) -> list[Float[Tensor, "n_target_tokens"]]:
     """Teacher-forced log P(target token | everything before it) for each target, in nats.
 
-    One tensor for each (prompt, target) pair, in the order given; batching changes nothing beyond
-    float rounding. The mean of a tensor is minus the paper's length-normalised NLL, its sum the
-    log-probability of the whole target.
+    The result has one tensor for each (prompt, target) pair, in the order given. Batching changes
+    it only by float rounding. The mean of a tensor is minus the paper's length-normalised NLL; its
+    sum is the log-probability of the whole target.
     """
     check_texts("prompts", prompts)
     check_texts("targets", targets)
     encoder = encoder or Encoder.of(model, prepend_bos)
-    rows = [encoder.row(text, target=goal) for text, goal in zip(prompts, targets, strict=True)]
+    pairs = zip(prompts, targets, strict=True)
+    rows = [encoder.row(prompt, target=target) for prompt, target in pairs]
     return [score.log_probs for score in score_rows(model, rows, batch_size=batch_size)]
 
 
 class TargetScore(NamedTuple):
-    """How a model rates one row's target, given everything before it.
+    """Score of the target of one row, given everything before it.
 
     Attributes:
         log_probs: log P of each target token, in nats, on the CPU in float32.
-        correct: Whether each target token is the most probable one.
+        correct: For each target token, True if it is the most probable token.
     """
 
     log_probs: Float[Tensor, "n_target_tokens"]
@@ -55,16 +56,17 @@ class TargetScore(NamedTuple):
 @model_call
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
-    """Score every row's target, in the order given.
+    """Score the target of every row; return the scores in the order of the rows.
 
-    Rows that begin alike up to their last target token, such as one prompt with two targets, are
-    one text in the batch, and each place in it is unembedded once. Short texts share batches.
+    Rows that are equal up to the last target token, such as one prompt with two targets, are one
+    text in the batch, and each position in it is unembedded once. Texts of similar length share a
+    batch.
     """
-    found: dict[int, TargetScore] = {}
-    asked = [row.ids[: row.target[-1]] for row in rows]
-    for side in passes.apart(model, [len(ids) for ids in asked]):
+    by_row: dict[int, TargetScore] = {}
+    inputs = [row.ids[: row.target[-1]] for row in rows]
+    for side in passes.apart(model, [len(ids) for ids in inputs]):
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, ids in zip(side, _longest([asked[i] for i in side]), strict=True):
+        for i, ids in zip(side, _longest([inputs[i] for i in side]), strict=True):
             groups.setdefault(ids, []).append(i)
         texts = sorted(groups, key=len)
         for first in range(0, len(texts), batch_size):
@@ -72,14 +74,14 @@ def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list
             chosen = [i for ids in some for i in groups[ids]]
             text_of = [k for k, ids in enumerate(some) for _ in groups[ids]]
             scores = _scores(model, some, text_of, [rows[i] for i in chosen])
-            found.update(zip(chosen, scores, strict=True))
-    return [found[i] for i in range(len(rows))]
+            by_row.update(zip(chosen, scores, strict=True))
+    return [by_row[i] for i in range(len(rows))]
 
 
 def _scores(
     model: Any, texts: Sequence[tuple[int, ...]], text_of: Sequence[int], rows: Sequence[Row]
 ) -> list[TargetScore]:
-    """Scores of some rows, each of which begins one of some texts, from one pass."""
+    """Score rows with one pass over `texts`; row i is scored in text number `text_of[i]`."""
     triples = [(k, p - 1, row.ids[p]) for k, row in zip(text_of, rows) for p in row.target]
     where, at, labels = torch.tensor(triples).T
     places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
@@ -91,19 +93,20 @@ def _scores(
 
 
 def _longest(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """For each text, one of them that begins with it and that no other begins with."""
+    """For each text, return a longest text of the list that starts with it."""
     longest: dict[tuple[int, ...], tuple[int, ...]] = {}
-    after: tuple[int, ...] = ()
-    for text in sorted(set(texts), reverse=True):  # what begins with a text comes right after it
-        longest[text] = longest[after] if after[: len(text)] == text else text
-        after = text
+    previous: tuple[int, ...] = ()
+    for text in sorted(set(texts), reverse=True):  # extensions of a text come just before it
+        extended = previous[: len(text)] == text
+        longest[text] = longest[previous] if extended else text
+        previous = text
     return [longest[text] for text in texts]
 
 
 def target_index(
     rows: Sequence[Row],
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Int[Tensor, "n"]]:
-    """(row, position that predicts it, token id) of every target token of every row."""
+    """Return, for every target token of every row: row, position that predicts it, token id."""
     triples = [(i, p - 1, row.ids[p]) for i, row in enumerate(rows) for p in row.target]
     where, at, labels = torch.tensor(triples).T
     return where, at, labels
@@ -119,11 +122,11 @@ def top_tokens(
     prepend_bos: bool | None = None,
     encoder: Encoder | None = None,
 ) -> list[tuple[str, float]]:
-    """The k most probable next tokens after a prompt, with their probabilities."""
+    """Return the k most probable next tokens after a prompt, with their probabilities."""
     encoder = encoder or Encoder.of(model, prepend_bos)
     row = encoder.row(prompt)
     if not row.ids:
-        raise ValueError("the prompt holds no token to predict from; give some text")
+        raise ValueError("the prompt contains no token; pass a prompt with some text")
     last = torch.tensor([len(row.ids) - 1])
     logits = passes.logits_at(model, pad([row]), torch.tensor([0]), last)[0]
     best = logits.float().softmax(-1).topk(k)

@@ -1,1 +1,1 @@
-"""C, the second moment of keys: collected from texts, or found."""
+"""C, the second moment of keys: collect it from texts, or load it."""

@@ -1,6 +1,6 @@
 """C = E[k kᵀ], the uncentred second moment of keys at one layer (Meng et al. 2022, Eq. 2).
 
-The sum is kept, not the mean, so that statistics merge exactly; `collection` fills it from texts.
+`SecondMoment` stores the sum, not the mean, so statistics merge exactly. `collect` computes it.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _FORMAT = "transformer_lens_rome.second_moment.1"
 
 @dataclass(eq=False)
 class SecondMoment:
-    """A running sum of k kᵀ, and where it came from.
+    """A running sum of k kᵀ, and a description of its origin.
 
     Attributes:
-        sum_kk: Σ k kᵀ, `[d_mlp, d_mlp]`; float64 unless made otherwise.
-        n_tokens: How many keys were added.
-        layer: The block whose keys they are; None if unknown.
-        prepend_bos: Whether texts started with BOS; None if unknown.
-        probe: The keys that some fixed tokens have there, flattened: how statistics of another
-            model are recognised. None if unknown.
-        source: The corpus, in words.
-        half_agreement: Mean cosine of C⁻¹k computed from either half of the corpus; None if it was
-            not measured. 1 means that more text would change nothing.
+        sum_kk: Σ k kᵀ, `[d_mlp, d_mlp]`; float64 by default.
+        n_tokens: The number of keys in the sum.
+        layer: The block of the keys; None if unknown.
+        prepend_bos: True if the texts started with BOS; None if unknown.
+        probe: The keys of some fixed tokens at this layer, flattened. They identify the model.
+            None if unknown.
+        source: A description of the corpus.
+        half_agreement: Mean cosine between C⁻¹k from one half of the corpus and from the other;
+            None if it was not measured. At 1, more text would change nothing.
     """
 
     sum_kk: Float[Tensor, "d_mlp d_mlp"] = field(repr=False)
@@ -62,7 +62,7 @@ class SecondMoment:
     def empty(
         cls, d_mlp: int, dtype: torch.dtype = torch.float64, device: Any = None, **known: Any
     ) -> SecondMoment:
-        """No keys yet; `known` gives the other fields."""
+        """Return a sum of no keys; `known` gives the other fields."""
         return cls(torch.zeros(d_mlp, d_mlp, dtype=dtype, device=device), **known)
 
     @classmethod
@@ -70,7 +70,7 @@ class SecondMoment:
     def from_moment(
         cls, C: Float[Tensor, "d_mlp d_mlp"], n_tokens: int, **known: Any
     ) -> SecondMoment:
-        """From a moment that is at hand, and the number of tokens behind it."""
+        """Return statistics with moment C of `n_tokens` tokens; `known` gives the other fields."""
         C = torch.as_tensor(C)
         if C.ndim != 2 or C.shape[0] != C.shape[1]:
             raise ValueError(f"C must be square, [d_mlp, d_mlp]; got {tuple(C.shape)}")
@@ -78,7 +78,7 @@ class SecondMoment:
 
     @classmethod
     def identity(cls, d_mlp: int) -> SecondMoment:
-        """C = I, which ignores how keys are distributed. This is not ROME; use it as a control."""
+        """Return C = I, which ignores how keys are distributed; this is a control, not ROME."""
         return cls.from_moment(
             torch.eye(d_mlp, dtype=torch.float64, device="cpu"),
             d_mlp,
@@ -90,29 +90,31 @@ class SecondMoment:
     def from_npz(cls, path: Any, **known: Any) -> SecondMoment:
         """Read a statistics file of the paper's authors (`mom2.mom2` is Σ k kᵀ, not its mean).
 
-        Their GPT models take no BOS. The layer is read from their file name.
+        Their GPT models use no BOS. The layer is read from the file name.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not such a file, or not statistics.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not a complete statistics file.
         """
         path = Path(path)
         layer = re.search(r"(?:^|\.)(\d{1,4})\.mlp", path.name)
-        found = {"layer": int(layer[1]) if layer else None, "prepend_bos": False}
+        fields: dict[str, Any] = {"layer": int(layer[1]) if layer else None, "prepend_bos": False}
         try:
             total, count = read_npz(path, ["mom2.mom2", "mom2.count"])
             if count.size != 1 or count.dtype.kind != "i":
-                raise ValueError(f"mom2.count is no whole number, but of shape {count.shape}")
-            found |= {"sum_kk": torch.from_numpy(total), "n_tokens": int(count.item())}
-            return _sound(make(cls, {**found, "source": path.name, **known}))
+                raise ValueError(
+                    f"mom2.count must be one integer, got {count.dtype} of shape {count.shape}"
+                )
+            fields |= {"sum_kk": torch.from_numpy(total), "n_tokens": int(count.item())}
+            return _checked(make(cls, {**fields, "source": path.name, **known}))
         except ValueError as error:
             raise ValueError(
-                f"{path} is not a whole statistics file with mom2.mom2 and mom2.count ({error})"
+                f"{path} is not a complete statistics file with mom2.mom2 and mom2.count ({error})"
             ) from error
 
     @property
     def d_mlp(self) -> int:
-        """Width of the keys."""
+        """The width of the keys."""
         return len(self.sum_kk)
 
     @property
@@ -124,22 +126,26 @@ class SecondMoment:
     @torch_defaults()
     @torch.no_grad()
     def update(self, keys: Float[Tensor, "n d_mlp"]) -> None:
-        """Add keys, one a row."""
+        """Add keys, one per row."""
         if keys.ndim != 2 or keys.shape[1] != self.d_mlp:
             raise ValueError(f"keys must be [n, {self.d_mlp}], got {tuple(keys.shape)}")
         keys = keys.to(self.sum_kk.device).to(torch.promote_types(keys.dtype, torch.float32))
         if not torch.isfinite(keys).all():
-            raise ValueError("a key holds NaN or infinity; check the model's weights and dtype")
+            raise ValueError("a key contains NaN or infinity; check the model's weights and dtype")
         self.sum_kk += keys.T @ keys
         self.n_tokens += len(keys)
         self._factor = self.half_agreement = None
 
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """The statistics of both corpora together."""
+        """Return the statistics of both corpora together.
+
+        Raises:
+            ValueError: The statistics are of different models, layers or BOS settings.
+        """
         for name in ("d_mlp", "layer", "prepend_bos"):
             if getattr(self, name) != getattr(other, name):
-                mine, theirs = getattr(self, name), getattr(other, name)
-                raise ValueError(f"cannot merge statistics of different {name}: {mine}, {theirs}")
+                a, b = getattr(self, name), getattr(other, name)
+                raise ValueError(f"cannot merge statistics of different {name}: {a}, {b}")
         if not _same_probe(self.probe, other.probe):
             raise ValueError("cannot merge statistics of different models: their probe keys differ")
         source = " + ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
@@ -154,19 +160,22 @@ class SecondMoment:
 
     @torch_defaults()
     def solve(self, k: Float[Tensor, "d_mlp"], *, ridge: float = 0.0) -> Float[Tensor, "d_mlp"]:
-        """C⁻¹ k by Cholesky in float64; with a ridge, (C + ridge · mean(diag C) · I)⁻¹ k.
+        """Return C⁻¹ k by Cholesky in float64; with a ridge, (C + ridge · mean(diag C) · I)⁻¹ k.
 
         Raises:
-            ValueError: C is singular (too few tokens), or k holds NaN.
+            ValueError: C is singular (too few tokens), or k contains NaN or infinity.
         """
         if not torch.isfinite(k).all():
-            raise ValueError("the key holds NaN or infinity; check the model's weights and dtype")
+            raise ValueError(
+                "the key contains NaN or infinity; check the model's weights and dtype"
+            )
         if self._factor is None or self._factor[0] != ridge:
             self._factor = (ridge, self._cholesky(ridge))
         factor = self._factor[1]
         return torch.cholesky_solve(k.to(factor)[:, None], factor)[:, 0]
 
     def _cholesky(self, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
+        """Return the Cholesky factor of C with a ridge; raise ValueError if C is singular."""
         if self.n_tokens < self.d_mlp and ridge == 0:
             raise ValueError(_singular(self.n_tokens, self.d_mlp))
         C = self.C.double()
@@ -178,7 +187,7 @@ class SecondMoment:
 
     @torch_defaults()
     def report(self) -> dict[str, Any]:
-        """Tokens, conditioning and convergence, as plain values."""
+        """Return token counts, condition number and half agreement, as plain values."""
         eigenvalues = torch.linalg.eigvalsh(self.C.double())
         low, high = eigenvalues[0].item(), eigenvalues[-1].item()
         return {
@@ -193,7 +202,7 @@ class SecondMoment:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What an edit records of the statistics that it used."""
+        """Return the description that an edit saves of the statistics it used."""
         return {
             "n_tokens": self.n_tokens,
             "layer": self.layer,
@@ -203,7 +212,7 @@ class SecondMoment:
         }
 
     def save(self, path: Any) -> None:
-        """Write as safetensors, with everything that is known of the origin."""
+        """Write a safetensors file with the sum and the description of its origin."""
         tensors = {"sum_kk": self.sum_kk}
         if self.probe is not None:
             tensors["probe"] = self.probe
@@ -212,90 +221,95 @@ class SecondMoment:
     @classmethod
     @torch_defaults()
     def load(cls, path: Any) -> SecondMoment:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            ValueError: not safetensors, truncated, or not statistics.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not safetensors, is truncated, or contains no statistics.
         """
         tensors, info = read_tensors(path, _FORMAT)
         info.pop("format")
         try:
-            return _sound(make(cls, {**info, **tensors}))
+            return _checked(make(cls, {**info, **tensors}))
         except ValueError as error:
-            raise ValueError(f"{path} does not hold whole statistics ({error})") from error
+            raise ValueError(f"{path} does not contain complete statistics ({error})") from error
 
     @model_call
     def check_fits(self, model: Any, layer: int, prepend_bos: bool) -> None:
-        """Refuse statistics that do not belong to a model's layer, as far as that is known.
+        """Check that the statistics belong to a model's layer, as far as their origin is known.
 
         Raises:
-            ValueError: wrong width, layer, BOS setting, or another model.
+            ValueError: The width, the layer, the BOS setting or the model is another one.
         """
-        remedy = "collect_second_moment(model, texts, layer) gives the right ones"
+        remedy = "collect_second_moment(model, texts, layer) computes the right ones"
         d_mlp = len(adapter.w_out(model, layer))
-        wanted = {"d_mlp": d_mlp, "layer": layer, "prepend_bos": prepend_bos}
-        for name, value in wanted.items():
-            if (mine := getattr(self, name)) not in (None, value):
+        expected = {"d_mlp": d_mlp, "layer": layer, "prepend_bos": prepend_bos}
+        for name, value in expected.items():
+            if (received := getattr(self, name)) not in (None, value):
                 raise ValueError(
-                    f"these statistics have {name} {mine}, the edit needs {value}; {remedy}"
+                    f"these statistics have {name} {received}, the edit needs {value}; {remedy}"
                 )
         if self.probe is not None:
             if not _same_probe(self.probe, probe_keys(model, [layer])[layer]):
                 raise ValueError(
                     f"these statistics ({self.source}) are not from this model: its keys at layer "
-                    f"{layer} are others; {remedy}"
+                    f"{layer} are different; {remedy}"
                 )
 
 
-def _sound(found: SecondMoment) -> SecondMoment:
-    """Refuse what cannot be a sum of k kᵀ: finite, symmetric, no diagonal below zero.
+def _checked(moment: SecondMoment) -> SecondMoment:
+    """Return the statistics after a check that they can be a sum of k kᵀ.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: The sum is not finite or not symmetric, its diagonal has a negative entry, or
+            another field is out of range.
     """
-    total, n = found.sum_kk, found.n_tokens
-    check_finite({"sum_kk": total} | ({} if found.probe is None else {"probe": found.probe}))
-    if not 0 <= n < 2**53 or not 0 <= (found.layer or 0) < MAX_LAYERS or not len(total):
-        raise ValueError(f"n_tokens {n}, layer {found.layer} or width {len(total)} cannot be")
+    total, n = moment.sum_kk, moment.n_tokens
+    check_finite({"sum_kk": total} | ({} if moment.probe is None else {"probe": moment.probe}))
+    if not 0 <= n < 2**53 or not 0 <= (moment.layer or 0) < MAX_LAYERS or not len(total):
+        raise ValueError(f"n_tokens {n}, layer {moment.layer} or width {len(total)} is invalid")
     diagonal = total.diagonal()
-    if (diagonal < 0).any() or (n == 0 and total.any()):
-        raise ValueError("sum_kk is not a sum of squares: there is less than nothing in it")
-    most = 1e-4 * diagonal.max()
-    for rows in range(0, len(total), 1024):  # without a second matrix of that size
+    if (diagonal < 0).any():
+        raise ValueError("sum_kk has a negative diagonal entry, so it is not a second moment")
+    if n == 0 and total.any():
+        raise ValueError("sum_kk is not zero although n_tokens is 0")
+    tolerance = 1e-4 * diagonal.max()
+    for rows in range(0, len(total), 1024):  # in blocks, to avoid a second matrix of this size
         part = slice(rows, rows + 1024)
-        if (total[part] - total[:, part].T).abs().max() > most:
+        if (total[part] - total[:, part].T).abs().max() > tolerance:
             raise ValueError("sum_kk is not symmetric")
-    return found
+    return moment
 
 
 def _singular(n_tokens: int, d_mlp: int) -> str:
+    """Return the error message for a C that has no Cholesky factor."""
     if n_tokens < d_mlp:
         return (
             f"C from {n_tokens} tokens is singular for d_mlp={d_mlp}; collect at least {d_mlp} "
             "tokens (several times that is better) or pass RomeConfig(ridge=1e-3)"
         )
     return (
-        f"C from {n_tokens} tokens is not positive definite: it holds NaN, or some of its {d_mlp} "
-        "neurons never fire; collect more text or pass RomeConfig(ridge=1e-3)"
+        f"C from {n_tokens} tokens is not positive definite: it contains NaN, or some of its "
+        f"{d_mlp} neurons never fire; collect more text or pass RomeConfig(ridge=1e-3)"
     )
 
 
 def _same_probe(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two fingerprints can be of one model; an unknown one can be of any."""
+    """Return whether two probes can be of one model; an unknown probe matches any other."""
     return a is None or b is None or (a.shape == b.shape and cosine(a, b.to(a)) > 0.99)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two tensors, taken as vectors."""
+    """Return the cosine of two tensors of equal size, flattened to vectors."""
     return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
 
 
 @model_call
 def probe_keys(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, "probe"]]:
-    """The keys that a fixed handful of tokens have at some layers: a model's fingerprint there.
+    """Return the keys of some fixed tokens at some layers, which identify the model there.
 
-    An edit of a layer's own W_out leaves it as it is.
+    An edit of W_out of the same layer does not change them.
     """
     tokens = torch.arange(1, 9)[None] * 37 % model.cfg.d_vocab
-    found = passes.read(model, tokens, [Point("key", layer) for layer in layers])
-    return {point.layer: keys.float().cpu().flatten() for point, keys in found.items()}
+    keys = passes.read(model, tokens, [Point("key", layer) for layer in layers])
+    return {point.layer: values.float().cpu().flatten() for point, values in keys.items()}

@@ -1,20 +1,20 @@
-"""Where C comes from when nobody gives one: text that ships, the cache, a published file, a corpus.
+"""Default sources of C: bundled text, the cache, a published file, or a corpus.
 
-For a bundled model the package has text that this model wrote (`sampled/`, by
-`examples/sample_text.py`), from which C is collected in seconds. It is used only if the model at
-hand has the keys of the model that wrote it.
+For some models the package has text that the model wrote (`sampled/`, by
+`examples/sample_text.py`), from which C is collected in seconds. The text is used only if the given
+model has the keys of the model that wrote it.
 
-A file in the cache folder (see `files`) is found by model name, layer, BOS rule and corpus, and
-used only if its probe keys are those of the model at hand.
+A file in the cache folder (see `files.cache`) is selected by model name, layer, BOS rule and
+corpus. It is used only if its probe keys are those of the given model.
 
-The authors publish no checksums of their statistics, so these are not downloaded: whoever wants
-them puts them where `default_second_moment` says that it looked.
+The authors publish no checksums of their statistics, so these files are not downloaded. Users can
+save them at the path that `default_second_moment` logs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -46,41 +46,42 @@ _PUBLISHED = {
 }
 _HOST = "https://rome.baulab.info/data/stats"
 CORPUS = ("wikimedia/wikipedia", "20231101.en")
-"""The corpus that is streamed with `datasets` where nothing else is at hand."""
+"""The corpus that is streamed with `datasets` if there is no other source."""
 
 
 @model_call
 def default_second_moment(
     model: Any, layer: int, *, prepend_bos: bool, progress: bool = True
 ) -> SecondMoment:
-    """C for a layer, from the first of these that can be had.
+    """Return C for a layer from the first available source.
 
-    The model's own text, if it ships with this package; Wikipedia in the cache; the authors' file
-    there (GPT-2 M/L/XL, GPT-J); the model's own sampled text in the cache; Wikipedia, streamed.
+    The sources are, in this order: text that the model wrote and that is part of this package;
+    statistics of Wikipedia in the cache; the authors' file in the cache (GPT-2 M/L/XL, GPT-J);
+    statistics of sampled text in the cache; Wikipedia, streamed.
 
     Raises:
-        ValueError: none of these can be had, for instance offline; the message has the remedies.
+        ValueError: No source is available, for instance offline; the message says what to pass.
     """
     if bundled_texts(model):
         return sampled_second_moment(model, layer, prepend_bos=prepend_bos, progress=progress)
-    if (found := _cached(model, layer, prepend_bos, "wikipedia")) is not None:
-        return found
+    if (moment := _cached(model, layer, prepend_bos, "wikipedia")) is not None:
+        return moment
     try:
         if short_name(model) in _PUBLISHED and not prepend_bos:
             return _published(model, layer)
     except (OSError, ValueError) as error:
         logger.warning("no published statistics for layer %d: %s", layer, _first_line(error))
-    if (found := _cached(model, layer, prepend_bos, "sampled")) is not None:
-        return found
+    if (moment := _cached(model, layer, prepend_bos, "sampled")) is not None:
+        return moment
     try:
-        make = partial(_from_wikipedia, model, layer, prepend_bos, progress)
-        return cached_second_moment(model, layer, prepend_bos, "wikipedia", make)
+        collect = partial(_from_wikipedia, model, layer, prepend_bos, progress)
+        return cached_second_moment(model, layer, prepend_bos, "wikipedia", collect)
     except (_NoCorpus, ImportError) as error:
         logger.warning("no Wikipedia statistics for layer %d: %s", layer, _first_line(error))
     raise ValueError(
-        f"no second moment for layer {layer} of {adapter.model_name(model)}: none is in "
-        f"{cache_folder()} and no corpus could be read. Pass second_moment=, either "
-        "collect_second_moment(model, your_texts, layer) or, with no text at hand, "
+        f"no second moment for layer {layer} of {adapter.model_name(model)}: there is none in "
+        f"{cache_folder()}, and no corpus could be read. Pass second_moment=, either "
+        "collect_second_moment(model, your_texts, layer) or, if you have no text, "
         "collect_second_moment(model, sampled_texts(model, 500), layer)"
     )
 
@@ -94,11 +95,11 @@ def sampled_second_moment(
     prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> SecondMoment:
-    """C from text that the model writes itself; made once, then kept in the cache folder.
+    """Return C of text that the model writes; it is collected once and saved in the cache folder.
 
-    `layer=None` is the model's default layer, `max_tokens=None` four tokens for each dimension of a
-    key. Made with the default, `rome_edit` finds these statistics by itself later. Text that ships
-    with this package is taken where it is enough; sampling it takes minutes on a CPU.
+    `layer=None` means the model's default layer, `max_tokens=None` four tokens per dimension of a
+    key. With the default `max_tokens`, `rome_edit` uses the saved statistics later. Bundled text is
+    used if it is long enough; otherwise text is sampled, which takes minutes on a CPU.
     """
     layer = default_layer(model) if layer is None else layer
     prepend_bos = Encoder.of(model, prepend_bos).prepends_bos
@@ -106,8 +107,8 @@ def sampled_second_moment(
     budget = enough if max_tokens is None else max_tokens
     corpus = "sampled" if max_tokens is None else f"sampled-{max_tokens}"
 
-    def make() -> SecondMoment:
-        texts = bundled_texts(model) if budget <= enough else ()
+    def collect() -> SecondMoment:
+        texts: Sequence[str] = bundled_texts(model) if budget <= enough else ()
         if not texts:
             texts = sampled_texts(model, -(-budget // 120), progress=progress)
         return collect_second_moment(
@@ -120,30 +121,32 @@ def sampled_second_moment(
             progress=progress,
         )
 
-    return cached_second_moment(model, layer, prepend_bos, corpus, make)
+    return cached_second_moment(model, layer, prepend_bos, corpus, collect)
 
 
 @model_call
 def bundled_texts(model: Any) -> tuple[str, ...]:
-    """Text that ships with this package for a model, if the model is the one that wrote it.
+    """Return the texts of this package that the given model wrote; empty if there are none.
 
-    That is judged by the norms of a few keys of its first block, which edits leave as they are.
+    The model is recognised by the norms of some keys of its first block, which edits do not change.
     """
     name = f"{safe_name(short_name(model))}.json"
     file = resources.files("transformer_lens_rome.statistics") / "sampled" / name
     if not file.is_file():
         return ()
-    found = parse(file.read_bytes(), name)
-    expected = torch.tensor(found["key_norms"])
+    bundled = parse(file.read_bytes(), name)
+    expected = torch.tensor(bundled["key_norms"])
     if ((key_norms(model) - expected).abs() > 0.05 * expected).any():
-        logger.warning("text of %s is not used: this model has other keys", found["model"])
+        logger.warning(
+            "bundled text of %s is not used: this model has other keys", bundled["model"]
+        )
         return ()
-    return tuple(found["texts"])
+    return tuple(bundled["texts"])
 
 
 @model_call
 def key_norms(model: Any) -> Float[Tensor, "token"]:
-    """Norms of the keys that a fixed handful of tokens have in the first block."""
+    """Return the norms of the keys of some fixed tokens in the first block."""
     return probe_keys(model, [0])[0].unflatten(0, (8, -1)).norm(dim=1)
 
 
@@ -155,25 +158,26 @@ def cached_second_moment(
     corpus: str,
     make: Callable[[], SecondMoment],
 ) -> SecondMoment:
-    """The statistics of one corpus from the cache; else made, and kept there if possible."""
-    found = _cached(model, layer, prepend_bos, corpus)
-    if found is None:
-        found = make()
+    """Return the statistics of one corpus from the cache, or call `make` and save its result."""
+    moment = _cached(model, layer, prepend_bos, corpus)
+    if moment is None:
+        moment = make()
         if edited_weights(model):
             logger.warning(
-                "statistics of an edited model are not kept; the next call makes them anew"
+                "statistics of an edited model are not kept; the next call computes them again"
             )
-            return found
+            return moment
         path = _path(model, layer, prepend_bos, corpus)
         try:
-            found.save(path)
-            logger.info("kept the second moment of layer %d in %s", layer, path)
+            moment.save(path)
+            logger.info("saved the second moment of layer %d in %s", layer, path)
         except OSError as error:
-            logger.warning("cannot keep statistics in %s (%s); going on without", path, error)
-    return found
+            logger.warning("cannot save statistics in %s (%s); they are not kept", path, error)
+    return moment
 
 
 def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
+    """Return the path of statistics in the cache folder."""
     name, width = safe_name(adapter.model_name(model)), len(adapter.w_out(model, layer))
     bos = "bos" if prepend_bos else "nobos"
     file = f"{name}-{width}-layer{layer}-{bos}-{safe_name(corpus, 40)}.safetensors"
@@ -181,24 +185,28 @@ def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
 
 
 def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMoment | None:
-    """What the cache holds, if it belongs to this very model."""
+    """Return the statistics in the cache; None if there are none of this model."""
     path = _path(model, layer, prepend_bos, corpus)
     try:
-        found = SecondMoment.load(path)
-        found.check_fits(model, layer, prepend_bos)
-        if found.n_tokens < found.d_mlp:
-            raise ValueError(f"{found.n_tokens} tokens are too few for d_mlp={found.d_mlp}")
+        moment = SecondMoment.load(path)
+        moment.check_fits(model, layer, prepend_bos)
+        if moment.n_tokens < moment.d_mlp:
+            raise ValueError(f"{moment.n_tokens} tokens are too few for d_mlp={moment.d_mlp}")
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         logger.warning("%s is not used: %s", path, error)
         return None
     logger.info("second moment of layer %d: %s", layer, path)
-    return found
+    return moment
 
 
 def _published(model: Any, layer: int) -> SecondMoment:
-    """The authors' statistics file, 100,000 Wikipedia articles, if it was put into the cache."""
+    """Return the authors' statistics of 100,000 Wikipedia articles, if the user saved the file.
+
+    Raises:
+        FileNotFoundError: The file is not in the cache folder.
+    """
     folder, module = _PUBLISHED[short_name(model)]
     name = f"transformer.h.{layer}.mlp.{module}_float32_mom2_100000.npz"
     path = cache_folder() / folder / name
@@ -212,7 +220,7 @@ def _published(model: Any, layer: int) -> SecondMoment:
 
 
 def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:
-    """C from the start of the English Wikipedia, streamed, at ten tokens for each dimension."""
+    """Return C of the start of the English Wikipedia, streamed, at ten tokens per dimension."""
     budget = max(100_000, 10 * len(adapter.w_out(model, layer)))
     return collect_second_moment(
         model,
@@ -226,10 +234,11 @@ def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -
 
 
 class _NoCorpus(Exception):
-    """The corpus cannot be read; whatever else goes wrong meanwhile is not hidden behind this."""
+    """The corpus cannot be read; errors of the collection itself keep their own types."""
 
 
 def _articles() -> Iterator[str]:
+    """Yield the texts of the Wikipedia corpus; raise `_NoCorpus` if it cannot be read."""
     from datasets import load_dataset
 
     try:
@@ -237,9 +246,10 @@ def _articles() -> Iterator[str]:
             yield article["text"]
     except GeneratorExit:
         raise
-    except Exception as error:  # each host library and its network stack has errors of its own
+    except Exception as error:  # each host library and network stack has different errors
         raise _NoCorpus(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,1 @@
-"""Where a model recalls a fact: causal traces, and their averages."""
+"""Causal tracing: where in the model a fact is recalled, per fact and averaged over facts."""

@@ -1,23 +1,23 @@
-"""Traces averaged over facts, by the six kinds of token of the paper (Meng et al. 2022, fig. 2).
+"""Traces averaged over facts, in the paper's six categories of token (Meng et al. 2022, fig. 2).
 
-    category                  position, of subject tokens b .. e-1 and n prompt tokens    counted
-    first subject token       b                                                           a fact
-    middle subject tokens     b+1 .. e-2                                                  a token
-    last subject token        e-1                                                         a fact
-    first subsequent token    e                                                           a fact
-    further tokens            e+1 .. n-2                                                  a token
-    last token                n-1                                                         a fact
+    category                  position, of subject tokens b .. e-1 and n prompt tokens    n counts
+    first subject token       b                                                           facts
+    middle subject tokens     b+1 .. e-2                                                  tokens
+    last subject token        e-1                                                         facts
+    first subsequent token    e                                                           facts
+    further tokens            e+1 .. n-2                                                  tokens
+    last token                n-1                                                         facts
 
-Categories overlap as in the paper: the only token of a subject is its first and its last. A prompt
-that ends with its subject has no subsequent token. Averages are the released ones: the mean score
-of a category less the mean corrupted score of all facts.
+Categories overlap as in the paper: the only token of a subject is both its first and its last. A
+prompt that ends with its subject has no subsequent token. Averages are those of the released code:
+the mean score of a category minus the mean corrupted score of all facts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,10 @@ from transformer_lens_rome.tracing.results import (
     table_of_paths,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 CATEGORIES = (
     "first subject token",
     "middle subject tokens",
@@ -51,18 +55,18 @@ class AverageTrace(Result, Shown):
     """Mean scores by category and layer.
 
     Attributes:
-        scores: Mean metric with a state of that category restored; NaN for an empty category.
-        half_width: Half the 95% interval of the indirect effect, 1.96 standard errors over its own
-            n, from each item's score less its fact's corrupted score.
-        n: How many facts or tokens each category has.
+        scores: Mean metric with a state of the category restored; NaN for an empty category.
+        half_width: Half the 95% interval of the indirect effect: 1.96 standard errors over the n of
+            the category, from each item's score minus the corrupted score of its fact.
+        n: The number of facts or tokens in each category.
         effects: Total effect of each fact.
-        best_layer: For each fact, the layer at which its last subject token restores most.
+        best_layer: For each fact, the layer with the highest score at the last subject token.
         p_clean: Mean metric of the clean runs.
         p_corrupted: Mean metric with nothing restored.
         kind: As in `CausalTrace`.
         window: As in `CausalTrace`.
-        n_wrong: Facts that were left out because the model does not know them.
-        info: What all the traces share: model, metric, noise, samples, seed.
+        n_wrong: The number of facts left out because the model does not know them.
+        info: The options that all traces share: model, metric, noise, samples, seed.
     """
 
     scores: Float[Tensor, "category layer"]
@@ -87,7 +91,7 @@ class AverageTrace(Result, Shown):
 
     @property
     def n_facts(self) -> int:
-        """How many facts were averaged."""
+        """The number of averaged facts."""
         return len(self.effects)
 
     @property
@@ -101,12 +105,12 @@ class AverageTrace(Result, Shown):
         return self.p_clean - self.p_corrupted
 
     def peak(self, category: str) -> tuple[int, float]:
-        """The layer at which a category restores most, and its AIE."""
+        """Return the layer with the largest AIE of a category, and that AIE."""
         row = self.indirect_effect[CATEGORIES.index(category)]
         return int(row.argmax()), row.max().item()
 
-    def to_dataframe(self) -> Any:
-        """One row a category and layer, as a pandas DataFrame."""
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame with a row per category and layer."""
         import pandas as pd
 
         layers = self.scores.shape[1]
@@ -122,8 +126,8 @@ class AverageTrace(Result, Shown):
             }
         )
 
-    def plot(self) -> Any:
-        """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_averages`."""
+    def plot(self) -> Figure:
+        """Return a heat map as a matplotlib figure (the `plot` extra); see `viz.plot_averages`."""
         return figure(self)
 
 
@@ -132,7 +136,7 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
     """Average traces of one kind, window, metric and model over facts.
 
     Raises:
-        ValueError: no traces, or traces that do not belong together.
+        ValueError: there are no traces, or their kind, window, metric, samples or model differ.
     """
     if not traces:
         raise ValueError("there are no traces to average")
@@ -164,7 +168,7 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
 
 
 def _shared_info(traces: Sequence[CausalTrace]) -> dict[str, Any]:
-    """How the traces were made, as far as they agree."""
+    """Return the options that are equal in all traces."""
     every = [
         {**trace.info, "metric": trace.metric, "n_samples": len(trace.samples)} for trace in traces
     ]
@@ -177,14 +181,14 @@ def _shared_info(traces: Sequence[CausalTrace]) -> dict[str, Any]:
 
 
 def _half_width(items: Float[Tensor, "item layer"]) -> Float[Tensor, "layer"]:
-    """1.96 standard errors of the mean; NaN for fewer than two items."""
+    """Return 1.96 standard errors of the mean; NaN for fewer than two items."""
     if len(items) < 2:
         return torch.full(items.shape[1:], torch.nan)
     return 1.96 * items.std(0) / len(items) ** 0.5
 
 
 def _by_category(trace: CausalTrace) -> list[Float[Tensor, "item layer"]]:
-    """The trace's scores in each category, one row a position."""
+    """Return the scores of a trace in each category, a row per position."""
     begin, end = trace.subject_positions[0], trace.subject_positions[-1] + 1
     scores, n = trace.scores.T, len(trace.tokens)
     ranges = (
@@ -203,10 +207,10 @@ class AverageSevered(Severed):
     """The bars of figure 3: severed traces averaged over facts.
 
     Attributes:
-        ordinary: Indirect effect in each fact, by the layer restored.
+        ordinary: Indirect effect in each fact, by the restored layer.
         severed: The same with the path cut.
         sever: Which modules were cut: "mlp" or "attn".
-        n_wrong: Facts that were left out because the model does not know them.
+        n_wrong: The number of facts left out because the model does not know them.
     """
 
     ordinary: Float[Tensor, "fact layer"]
@@ -221,7 +225,7 @@ class AverageSevered(Severed):
 
     @property
     def n_facts(self) -> int:
-        """How many facts were averaged."""
+        """The number of averaged facts."""
         return len(self.ordinary)
 
     @property
@@ -238,8 +242,8 @@ class AverageSevered(Severed):
             return torch.full_like(stacked[:, 0], torch.nan)
         return 1.96 * stacked.std(1) / self.n_facts**0.5
 
-    def to_dataframe(self) -> Any:
-        """One row a layer and state of the path, as a pandas DataFrame."""
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame with a row per layer and state of the path."""
         table = table_of_paths(self.effects, self.sever)
         table["half_width"] = self.half_width.flatten().tolist()
         return table
@@ -250,7 +254,7 @@ def average_severed(traces: Sequence[SeveredTrace], *, n_wrong: int = 0) -> Aver
     """Average traces with one path cut over facts.
 
     Raises:
-        ValueError: no traces, or traces that do not belong together.
+        ValueError: there are no traces, or their cut paths, layers or models differ.
     """
     if not traces:
         raise ValueError("there are no traces to average")

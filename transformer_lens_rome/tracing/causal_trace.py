@@ -1,23 +1,23 @@
-"""Causal tracing: where in the model is a fact recalled (Meng et al. 2022, section 2 and App. B).
+"""Causal tracing: locate where a model recalls a fact (Meng et al. 2022, section 2 and App. B).
 
 Three runs on one prompt: clean; corrupted, with noise on the subject's embeddings; and corrupted
-with some states restored to what they were in the clean run, one set of states a cell:
+with some states restored to their clean values. Each cell restores one set of states:
 
     kind      restored in the cell (layer l, position t)
     resid     the residual after block l, at t
     mlp       the MLPs' outputs at t in layers l - window//2 .. l + ceil(window/2) - 1
     attn      the same for attention
 
-The score of a cell is the mean over noise samples of the answer's probability, as released. The
-same noise is used in all cells. A restored state reaches only later tokens in later layers, and
-`PartialForward` runs only those; restoring a position before the first corrupted one changes
-nothing, so its score is that of restoring nothing.
+The score of a cell is the mean over noise samples of the answer's probability, as released. All
+cells use the same noise. A restored state affects only later tokens in later layers, and
+`PartialForward` runs only those. Restoring a position before the first corrupted one changes
+nothing, so its score is that of the corrupted run.
 
-Noise breaks a model in ways that a change of subject does not (Zhang & Nanda, arXiv:2309.16042);
-`other_subject=` corrupts by putting another subject of as many tokens in the place.
+Noise affects a model in ways that another subject does not (Zhang & Nanda, arXiv:2309.16042).
+`other_subject=` corrupts with another subject of the same number of tokens instead.
 
-Embeddings are corrupted where `hook_embed` stands: before positions are added, and in BLOOM after
-its embedding norm.
+Embeddings are corrupted at `hook_embed`: before positions are added, and in BLOOM after its
+embedding norm.
 """
 
 from __future__ import annotations
@@ -69,33 +69,33 @@ def causal_trace(
     batch_size: int = 180,
     progress: bool = True,
 ) -> CausalTrace:
-    """Restore each state of a corrupted run, one after the other; the model stays as it was.
+    """Restore each state of a corrupted run in turn; the model is not changed.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        prompt: Text up to where the answer should follow.
+        prompt: The text before the answer.
         subject: The part of the prompt to corrupt.
-        answer: What should follow; any number of tokens. None: the model's top token.
-        kind: What is restored, see the module.
-        window: Layers restored at once, for "mlp" and "attn".
-        noise: What is added to the subject's embeddings, or a source of it (see `corruption`).
+        answer: The continuation to score, of any number of tokens. None: the model's top token.
+        kind: The states to restore; see the table in the module docstring.
+        window: The number of layers restored at once, for "mlp" and "attn".
+        noise: The noise added to the subject's embeddings, or a source of noise (see `corruption`).
             None: normal with standard deviation `noise_std`.
         noise_std: None: 3 times `subject_embedding_std` of this subject. The paper takes sigma over
             all known facts: `noise_std=3 * subject_embedding_std(model, subjects)`.
-        replace: Put the noise in the embeddings' place instead of adding it.
+        replace: Replace the embeddings by the noise instead of adding it.
         other_subject: Corrupt with this subject's tokens instead of noise; one sample.
-        n_samples: How many noises are drawn.
-        seed: For drawing them.
-        metric: What a score is: "probability", "log_probability" or "logit_diff".
-        foil: The other answer of "logit_diff"; first tokens are compared.
-        occurrence: Which of several places where the subject stands, from 0.
-        prepend_bos: Overrides the checkpoint's own rule.
-        batch_size: Rows at a time; changes the speed and nothing else.
+        n_samples: The number of noise samples.
+        seed: The seed of the noise.
+        metric: The score: "probability", "log_probability" or "logit_diff".
+        foil: The other answer of "logit_diff"; the first tokens are compared.
+        occurrence: Index of the subject's occurrence in the prompt, from 0, if it has several.
+        prepend_bos: Overrides the checkpoint's rule.
+        batch_size: The number of rows in a batch; it changes only the speed.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: the subject is not in the prompt or stands there twice, the answer holds no
-            token, or noise, window or metric do not fit; the message says what to do.
+        ValueError: the subject is not in the prompt or occurs twice, the answer has no token, or
+            noise, window or metric do not fit; the message says what to do.
     """
     if kind not in ("resid", "mlp", "attn"):
         raise ValueError(f"kind must be 'resid', 'mlp' or 'attn', got {kind!r}")
@@ -152,9 +152,9 @@ def severed_trace(
 ) -> SeveredTrace:
     """Restore the last subject token at each layer with a path cut (Meng et al. 2022, fig. 3).
 
-    The state after block l is restored, while at that token the MLPs (or attention) of the layers
-    above keep the outputs that they have in the corrupted run: what is lost is what they would have
-    made of the restored state. The arguments are those of `causal_trace`.
+    The state after block l is restored. At that token, the MLPs (or attention) of the layers above
+    keep their outputs of the corrupted run. The difference from an ordinary trace is the effect of
+    these modules on the restored state. The arguments are those of `causal_trace`.
     """
     if sever not in ("mlp", "attn"):
         raise ValueError(f"sever must be 'mlp' or 'attn', got {sever!r}")
@@ -175,10 +175,10 @@ def severed_trace(
 
 
 def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tuple[int, int]:
-    """Where the subject stands in the prompt, in characters.
+    """Return where the subject starts and ends in the prompt, in characters (end exclusive).
 
     Raises:
-        ValueError: nowhere, or in several places of which none was chosen.
+        ValueError: the subject does not occur, or occurs several times and none was chosen.
     """
     check_edges(subject)
     subject = subject.strip()
@@ -186,12 +186,12 @@ def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tu
     if not starts:
         same = unicodedata.normalize("NFC", subject) in unicodedata.normalize("NFC", prompt)
         raise ValueError(
-            f"the subject {subject!r} does not stand in the prompt {prompt!r}"
+            f"the subject {subject!r} does not occur in the prompt {prompt!r}"
             + ("; their accents are written differently (NFC and NFD)" if same and subject else "")
         )
     if occurrence is None and len(starts) > 1:
         raise ValueError(
-            f"the subject {subject!r} stands {len(starts)} times in {prompt!r}; say which with "
+            f"the subject {subject!r} occurs {len(starts)} times in {prompt!r}; choose one with "
             f"occurrence=0 to {len(starts) - 1}"
         )
     if not 0 <= (occurrence or 0) < len(starts):
@@ -203,7 +203,7 @@ def subject_span(prompt: str, subject: str, occurrence: int | None = None) -> tu
 def _source(
     noise: Tensor | NoiseSource | None, noise_std: float | None
 ) -> Tensor | NoiseSource | None:
-    """The noise that was asked for; None if nothing was said."""
+    """Return the requested noise, or None if none was requested."""
     if noise is not None and noise_std is not None:
         raise ValueError("give noise= or noise_std=, not both")
     return Gaussian(noise_std) if noise_std is not None else noise
@@ -225,14 +225,14 @@ def _corrupted_run(
     metric: Metric = "probability",
     foil: str | None = None,
 ) -> tuple[CorruptedRun, dict[str, Any]]:
-    """The clean and corrupted runs of a trace, and how to make them again."""
+    """Return the clean and corrupted runs of a trace, and the options that reproduce them."""
     _check_options(model, metric, foil, n_samples)
     encoder = Encoder.of(model, prepend_bos)
     span = subject_span(prompt, subject, occurrence)
     run = CleanRun.of(model, encoder, prompt, span, answer=answer, foil=foil, metric=metric)
     if other_subject is not None:
         if noise is not None or replace:
-            raise ValueError("other_subject= takes the place of noise; give no noise with it")
+            raise ValueError("other_subject= replaces the noise; give no noise with it")
         corrupted = _with_other_subject(run, encoder, prompt, span, other_subject)
     else:
         noise = _default_noise(model, subject, encoder) if noise is None else noise
@@ -253,9 +253,11 @@ def _corrupted_run(
 
 
 def _named(noise: Tensor | NoiseSource | None) -> str | None:
-    """Noise as it is kept in a result: whole if it is a number, else by its kind."""
-    if noise is None or isinstance(noise, (Gaussian, Uniform)):
-        return noise and repr(noise)
+    """Return the noise as text for `info`: in full if it is one number, else its type's name."""
+    if noise is None:
+        return None
+    if isinstance(noise, (Gaussian, Uniform)):
+        return repr(noise)
     return type(noise).__name__
 
 
@@ -279,7 +281,7 @@ def _default_noise(model: Any, subject: str, encoder: Encoder) -> Gaussian:
 def _noisy(
     run: CleanRun, noise: Tensor | NoiseSource, n_samples: int, seed: int, replace: bool
 ) -> CorruptedRun:
-    """As many rows as there are samples, with noise at the subject's positions."""
+    """Return one row per sample, with noise at the positions of the subject."""
     n_tokens, d_model = len(run.subject), run.model.cfg.d_model
     if not isinstance(noise, Tensor):
         noise = noise(n_samples, n_tokens, d_model, torch.Generator().manual_seed(seed))
@@ -289,7 +291,7 @@ def _noisy(
             f"{list(noise.shape)}"
         )
     if not torch.isfinite(noise).all():
-        raise ValueError("the noise holds NaN or infinity")
+        raise ValueError("the noise contains NaN or infinity")
     rows = torch.arange(len(noise)).repeat_interleave(n_tokens)
     positions = torch.tensor(run.subject).repeat(len(noise))
     values = Noise(rows, positions, noise.float().flatten(0, 1), replace)
@@ -299,7 +301,7 @@ def _noisy(
 def _with_other_subject(
     run: CleanRun, encoder: Encoder, prompt: str, span: tuple[int, int], other: str
 ) -> CorruptedRun:
-    """One row, with another subject in the place of this one."""
+    """Return one row, in which another subject replaces this one."""
     text = prompt[: span[0]] + other.strip() + prompt[span[1] :]
     row = encoder.row(text, (span[0], span[0] + len(other.strip())))
     if row.subject != run.subject or len(row.ids) != run.n_prompt:

@@ -1,15 +1,15 @@
-"""How a causal trace hides the subject: noise on its token embeddings (Meng et al. 2022, App. B).
+"""Corruption of the subject: noise on its token embeddings (Meng et al. 2022, App. B).
 
-A noise is called with the number of samples and tokens, the width and a generator, and gives what
-is added to (or put in the place of) each embedding:
+A noise source is called with the number of samples, the number of tokens, d_model and a generator.
+It returns noise to add to each embedding, or to replace it with:
 
     Gaussian(std)                      spherical; the paper's choice with std = 3 sigma
     Uniform(half_width)                each coordinate in (-half_width, half_width)
-    Multivariate(mean, covariance)     like token embeddings themselves
+    Multivariate(mean, covariance)     the moments of token embeddings
     StudentT(mean, covariance, df)     the same covariance, heavier tails
 
-sigma is `subject_embedding_std`. Everything is drawn on the CPU in float64, so that a seed gives
-the same noise on every device.
+sigma is `subject_embedding_std`. All noise is drawn on the CPU in float64, so a seed gives the same
+noise on every device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Gaussian:
     def __call__(
         self, n_samples: int, n_tokens: int, d_model: int, generator: torch.Generator
     ) -> Float[Tensor, "n_samples n_tokens d_model"]:
-        """Draw."""
+        """Draw the noise."""
         return self.std * _normal((n_samples, n_tokens, d_model), generator)
 
 
@@ -52,7 +52,7 @@ class Uniform:
     def __call__(
         self, n_samples: int, n_tokens: int, d_model: int, generator: torch.Generator
     ) -> Float[Tensor, "n_samples n_tokens d_model"]:
-        """Draw."""
+        """Draw the noise."""
         shape = (n_samples, n_tokens, d_model)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         return self.half_width * (2 * uniform - 1)
@@ -68,7 +68,7 @@ class Multivariate:
     def __call__(
         self, n_samples: int, n_tokens: int, d_model: int, generator: torch.Generator
     ) -> Float[Tensor, "n_samples n_tokens d_model"]:
-        """Draw."""
+        """Draw the noise."""
         return self.mean.double() + self._centred((n_samples, n_tokens, d_model), generator)
 
     def _centred(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -79,13 +79,13 @@ class Multivariate:
 
 @dataclass(frozen=True, eq=False)
 class StudentT(Multivariate):
-    """As `Multivariate`, each token's deviation times sqrt((df - 2) / chi2(df))."""
+    """Like `Multivariate`, with each token's deviation times sqrt((df - 2) / chi2(df))."""
 
     df: float = 3.0
 
     def __post_init__(self) -> None:
         if self.df <= 2:
-            raise ValueError(f"df must be above 2, or there is no covariance; got {self.df}")
+            raise ValueError(f"df must be above 2 for a finite covariance, got {self.df}")
 
     def _centred(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         half = torch.full((*shape[:2], 1), self.df / 2, dtype=torch.float64)
@@ -101,7 +101,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def subject_embedding_std(
     model: Any, subjects: Sequence[str], *, encoder: Encoder | None = None
 ) -> float:
-    """sigma_t: standard deviation over all entries of the embeddings of all subjects' tokens.
+    """Return sigma_t: the standard deviation of all entries of the subject tokens' embeddings.
 
     Each subject is tokenised alone, without BOS. The paper takes the subjects of all known facts.
     """
@@ -114,7 +114,7 @@ def subject_embedding_std(
 def embedding_moments(
     model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
-    """Mean and covariance of token embeddings over some texts, in float64."""
+    """Return the mean and covariance of the token embeddings of some texts, in float64."""
     embeddings = embeddings_of(model, texts, encoder=encoder).double()
     return embeddings.mean(0), torch.cov(embeddings.T)
 
@@ -123,7 +123,7 @@ def embedding_moments(
 def embeddings_of(
     model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> Float[Tensor, "token d_model"]:
-    """Embedding outputs, before positions are added, of every token of some texts."""
+    """Return the embedding of every token of some texts, before positions are added."""
     check_texts("texts", texts)
     encoder = encoder or Encoder.of(model)
     ids = [i for text in texts for i in encoder.ids(text)]

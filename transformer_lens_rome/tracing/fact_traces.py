@@ -1,4 +1,4 @@
-"""Trace many facts, for averages: which ones the model knows, and runs that survive a stop."""
+"""Trace many facts: select those that the model knows, and resume interrupted runs."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ T = TypeVar("T", CausalTrace, SeveredTrace)
 def facts_known_to(
     model: Any, facts: Iterable[KnownFact], *, limit: int | None = None, progress: bool = True
 ) -> tuple[list[KnownFact], int]:
-    """The facts whose attribute is the model's top token, and how many were left out before.
+    """Return the facts whose attribute is the model's top token, and the number of rejected ones.
 
     As in the released code, an attribute of several tokens counts as not known.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        facts: Asked in order.
-        limit: Stop when so many are found.
+        facts: The facts, tested in this order.
+        limit: Stop after this many known facts.
         progress: Show a progress bar.
     """
-    encoder, known, wrong = Encoder.of(model), [], 0
+    encoder, wrong = Encoder.of(model), 0
+    known: list[KnownFact] = []
     for fact in tqdm(facts, desc="asking", disable=not progress):
         if limit is not None and len(known) >= limit:
             break
@@ -63,28 +64,29 @@ def trace_facts(
     folder: Any = None,
     progress: bool = True,
 ) -> list[CausalTrace]:
-    """`causal_trace` of each fact, of the model's top token, with one noise level for all.
+    """Run `causal_trace` on each fact for the model's top token, with one noise level for all.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
-        facts: What to trace; see `facts_known_to`.
-        kind: As for `causal_trace`, as are window, n_samples and seed.
-        window: Layers restored at once, for "mlp" and "attn".
+        facts: The facts to trace; see `facts_known_to`.
+        kind: The states to restore, as for `causal_trace`.
+        window: The number of layers restored at once, for "mlp" and "attn".
         noise_std: None: 3 times `subject_embedding_std` of these facts' subjects. The paper takes
-            all of the known facts; give it if you trace them in parts.
-        n_samples: How many noises are drawn.
-        seed: For drawing them.
-        folder: Where each trace is kept as soon as it is made. A second call with the same folder
-            reads what is there and makes what is missing.
+            all known facts; pass the value if you trace them in parts.
+        n_samples: The number of noise samples.
+        seed: The seed of the noise.
+        folder: Save each trace in this folder as soon as it is made. A second call with the same
+            folder reads the saved traces and makes the missing ones.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: the folder holds traces that were made with other options.
+        ValueError: the folder contains traces that were made with other options.
     """
     shared = _shared(model, facts, noise_std, n_samples, seed)
-    own = {"kind": kind, "window": 1 if kind == "resid" else window}
-    make = partial(causal_trace, **own, **shared)
-    return _each(model, facts, make, CausalTrace, {**own, **shared}, folder, progress)
+    window = 1 if kind == "resid" else window
+    make = partial(causal_trace, kind=kind, window=window, **shared)
+    options = {"kind": kind, "window": window, **shared}
+    return _each(model, facts, make, CausalTrace, options, folder, progress)
 
 
 @model_call
@@ -99,7 +101,7 @@ def sever_facts(
     folder: Any = None,
     progress: bool = True,
 ) -> list[SeveredTrace]:
-    """`severed_trace` of each fact; everything else as for `trace_facts`."""
+    """Run `severed_trace` on each fact; the arguments are those of `trace_facts`."""
     shared = _shared(model, facts, noise_std, n_samples, seed)
     make = partial(severed_trace, sever=sever, **shared)
     return _each(model, facts, make, SeveredTrace, {"sever": sever, **shared}, folder, progress)
@@ -108,7 +110,7 @@ def sever_facts(
 def _shared(
     model: Any, facts: Sequence[KnownFact], noise_std: float | None, n_samples: int, seed: int
 ) -> dict[str, Any]:
-    """The options that all facts share, with 3 sigma of their subjects where none is given."""
+    """Return the options of all facts; the default noise is 3 sigma of their subjects."""
     if noise_std is None and facts:
         noise_std = 3 * subject_embedding_std(model, [fact.subject for fact in facts])
         logger.info("noise of standard deviation %.4g: 3 sigma of all subjects", noise_std)
@@ -124,10 +126,10 @@ def _each(
     folder: Any,
     progress: bool,
 ) -> list[T]:
-    """Make or read the trace of each fact; of several occurrences the first, as released."""
-    traces = []
-    what = f"tracing {options.get('kind') or options['sever'] + ' severed'}"
-    for fact in tqdm(facts, desc=what, disable=not progress):
+    """Make or read the trace of each fact, at the first occurrence of its subject, as released."""
+    traces: list[T] = []
+    label = f"tracing {options.get('kind') or options['sever'] + ' severed'}"
+    for fact in tqdm(facts, desc=label, disable=not progress):
         path = None if folder is None else Path(folder) / safe_name(f"{fact.known_id}.safetensors")
         if path is not None and path.is_file():
             traces.append(result.load(path))
@@ -146,12 +148,13 @@ def _check_same(
     options: dict[str, Any],
     path: Path,
 ) -> None:
-    """A trace that was kept is of this fact, with these options, on a model that answers alike."""
+    """Raise ValueError if a saved trace has another fact, other options or another model."""
     has = {**vars(trace), **trace.info, "n_samples": len(trace.corrupted_samples)}
     wanted = {**options, "prompt": fact.prompt, "subject": fact.subject}
-    other = [name for name, value in wanted.items() if has.get(name) != value]
+    differing = [name for name, value in wanted.items() if has.get(name) != value]
     ((_, p),) = top_tokens(model, fact.prompt, 1)
     if abs(p - trace.p_clean) > 1e-3:
-        other.append("model")
-    if other:
-        raise ValueError(f"{path} was made with another {', '.join(other)}; give another folder")
+        differing.append("model")
+    if differing:
+        names = ", ".join(differing)
+        raise ValueError(f"{path} was made with another {names}; give another folder")

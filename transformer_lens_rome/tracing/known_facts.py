@@ -1,4 +1,4 @@
-"""The 1,209 facts that the paper traces: prompts that GPT-2 XL completes rightly.
+"""The 1,209 facts that the paper traces: prompts that GPT-2 XL completes correctly.
 
 https://rome.baulab.info/data/dsets/known_1000.json
 """
@@ -17,12 +17,12 @@ from transformer_lens_rome.files.strict_json import read_json
 
 URL = "https://rome.baulab.info/data/dsets/known_1000.json"
 _FIELDS = ("known_id", "subject", "attribute", "template", "prediction", "prompt", "relation_id")
-_MOST = 10_000_000  # bytes; it has 0.3 million, and fields may be added
+_MOST = 10_000_000  # bytes; the file has 0.3 million, and fields may be added
 _SHA256 = "e4e8bd3266817799112b8c15cd84db5f6c5c6043e33459ad9cc506104cede96c"
 
 
 class KnownFact(NamedTuple):
-    """A fact: after `prompt`, in which `subject` stands, comes `attribute`."""
+    """A fact: `attribute` follows `prompt`, which contains `subject`."""
 
     known_id: int
     subject: str
@@ -32,31 +32,31 @@ class KnownFact(NamedTuple):
 
 
 def load_known_facts(path: Any = None) -> list[KnownFact]:
-    """Read the facts from a file; without one, download it once, to the cache folder.
+    """Read the facts from a file; without a path, download them once into the cache folder.
 
-    A download is taken only if what it holds is what was published (sha256 of its fields).
+    A download is accepted only if its fields are the published ones (by their sha256).
 
     Raises:
-        ValueError: not JSON, a record that lacks a field or whose subject is not in its prompt, or
-            a download of other content.
-        OSError: no such file, or no network.
+        ValueError: the file is not JSON, a record lacks a field, the subject of a record is not in
+            its prompt, or the download has other content.
+        OSError: there is no such file, or no network.
     """
     if path is not None:
         return _parse(Path(path))
-    kept = cache_folder() / "known_1000.json"
-    if not kept.is_file():
-        download(Published(URL, _MOST, same=_check), kept)
-    return _parse(kept)
+    cached = cache_folder() / "known_1000.json"
+    if not cached.is_file():
+        download(Published(URL, _MOST, same=_check), cached)
+    return _parse(cached)
 
 
 def _parse(path: Path) -> list[KnownFact]:
-    facts = []
+    facts: list[KnownFact] = []
     for i, record in enumerate(_records(path)):
         for name in KnownFact._fields:
             kind = int if name == "known_id" else str
-            if not fits(found := record.get(name), kind):
+            if not fits(value := record.get(name), kind):
                 raise ValueError(
-                    f"{path}: record {i}: {name} should be {kind.__name__}, it is {found!r:.60}"
+                    f"{path}: record {i}: {name} should be {kind.__name__}, it is {value!r:.60}"
                 )
         facts.append(KnownFact(*(record[name] for name in KnownFact._fields)))
         if not facts[-1].subject.strip() or facts[-1].subject not in facts[-1].prompt:
@@ -67,16 +67,16 @@ def _parse(path: Path) -> list[KnownFact]:
 def _records(path: Path) -> list[dict[str, Any]]:
     records = read_json(path)
     if not fits(records, list[dict]):
-        raise ValueError(f"{path} holds no list of facts")
+        raise ValueError(f"{path} contains no list of facts")
     return records
 
 
 def _check(path: Path) -> None:
-    """Compare the fields' sha256 with the published file's; added fields do not matter."""
+    """Raise ValueError if the fields are not the published ones; added fields are ignored."""
     records = _records(path)
     content = [[record.get(name) for name in _FIELDS] for record in records]
-    found = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-    if found != _SHA256:
+    digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+    if digest != _SHA256:
         raise ValueError(
-            f"{URL} gave other facts than were published (sha256 {found}); nothing was kept"
+            f"{URL} gave other facts than were published (sha256 {digest}); nothing was kept"
         )

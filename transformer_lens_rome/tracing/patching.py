@@ -1,14 +1,14 @@
-"""Windows of layers for activation patching, in the manner of `transformer_lens.patching`.
+"""Activation patching in windows of layers, in the style of `transformer_lens.patching`.
 
-The paper restores MLP or attention outputs in windows of layers, because one layer alone brings
-little back. `get_act_patch_window` does that for users who have corrupted tokens, a clean cache and
-a metric already; a trace of ours becomes a `PatchingResult` of TransformerLens 4.
+The paper restores MLP or attention outputs in windows of layers, because restoring one layer has
+little effect. `get_act_patch_window` does this from corrupted tokens, a clean cache and a metric.
+`patching_result` converts values to a `PatchingResult` of TransformerLens 4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +21,38 @@ _HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_
 
 
 def window_of(layer: int, window: int, n_layers: int) -> range:
-    """The layers restored around a centre, as released: layer - w//2 .. layer + ceil(w/2) - 1."""
+    """Return the layers of a window, as released: layer - w//2 .. layer + ceil(w/2) - 1."""
     return range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
+
+
+@overload
+def get_act_patch_window(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "batch pos"],
+    clean_cache: Mapping[str, Tensor],
+    metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    *,
+    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    window: int = 10,
+    positions: Sequence[int] | None = None,
+    reduce: Literal["scalar"] = "scalar",
+    progress: bool = True,
+) -> Float[Tensor, "layer pos"]: ...
+
+
+@overload
+def get_act_patch_window(
+    model: Any,
+    corrupted_tokens: Int[Tensor, "batch pos"],
+    clean_cache: Mapping[str, Tensor],
+    metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    *,
+    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    window: int = 10,
+    positions: Sequence[int] | None = None,
+    reduce: Literal["none"],
+    progress: bool = True,
+) -> Any: ...
 
 
 @model_call
@@ -39,30 +69,30 @@ def get_act_patch_window(
     reduce: Literal["scalar", "none"] = "scalar",
     progress: bool = True,
 ) -> Any:
-    """Patch a window of layers' clean outputs into the corrupted run, one position at a time.
+    """Patch the clean outputs of a window of layers into the corrupted run, one position at a time.
 
-    With `window=1` it is `get_act_patch_mlp_out` or `get_act_patch_attn_out`. A whole forward pass
-    a cell, since the metric sees all logits; `causal_trace` is many times faster where the metric
-    is one of its own.
+    With `window=1` it equals `get_act_patch_mlp_out` or `get_act_patch_attn_out`. Each cell takes a
+    whole forward pass, because the metric reads all logits. With one of its metrics, `causal_trace`
+    is many times faster.
 
     Args:
         model: A HookedTransformer or TransformerBridge.
         corrupted_tokens: Token ids of the corrupted prompts.
         clean_cache: From `model.run_with_cache(clean_tokens)`, of the same shape.
-        metric: From logits to a scalar, or to one number for each prompt with `reduce="none"`.
-        kind: What is patched.
-        window: How many layers, around each layer (see `window_of`); "resid" patches one.
-        positions: Only these, for instance the last subject token; None: all.
-        reduce: "none" keeps each prompt's number and gives a `PatchingResult`.
+        metric: A function from logits to a scalar, or with `reduce="none"` to a number per prompt.
+        kind: The activations to patch.
+        window: The number of layers around each layer (see `window_of`); "resid" patches one.
+        positions: The positions to patch, for instance the last subject token; None: all.
+        reduce: "none" keeps the number of each prompt and returns a `PatchingResult`.
         progress: Show a progress bar.
 
     Returns:
         `[layer, position]`, or a `PatchingResult` with the corrupted run as its baseline.
 
     Raises:
-        ValueError: an unknown kind, a window below 1, or a cache that lacks layers or has another
-            shape.
-        ImportError: `reduce="none"` before TransformerLens 4, which has no `PatchingResult`.
+        ValueError: the kind is unknown, the window is below 1, or the cache lacks layers or has
+            another shape.
+        ImportError: `reduce="none"` with TransformerLens 3 or older: it has no `PatchingResult`.
     """
     if kind not in _HOOKS or window < 1 or reduce not in ("scalar", "none"):
         raise ValueError(
@@ -71,7 +101,7 @@ def get_act_patch_window(
         )
     window = 1 if kind == "resid" else window
     if reduce == "none":
-        _result_class()  # before the work, not after it
+        _result_class()  # fail before the work, not after it
     n_layers, length = model.cfg.n_layers, corrupted_tokens.shape[1]
     names = [f"blocks.{layer}.{_HOOKS[kind]}" for layer in range(n_layers)]
     if missing := [name for name in names if name not in clean_cache]:
@@ -81,7 +111,7 @@ def get_act_patch_window(
     if (shape := tuple(clean_cache[names[0]].shape[:2])) != tuple(corrupted_tokens.shape):
         raise ValueError(
             f"the clean cache is of {shape} tokens and the corrupted ones are "
-            f"{tuple(corrupted_tokens.shape)}; both prompts need as many tokens"
+            f"{tuple(corrupted_tokens.shape)}; both prompts need the same number of tokens"
         )
     positions = range(length) if positions is None else positions
     cells = [(layer, position) for layer in range(n_layers) for position in positions]
@@ -98,7 +128,7 @@ def get_act_patch_window(
     return patching_result(stacked, metric(model(corrupted_tokens)), positions)
 
 
-def _patch(clean: Float[Tensor, "batch pos d_model"], position: int) -> Callable:
+def _patch(clean: Float[Tensor, "batch pos d_model"], position: int) -> Callable[..., Tensor]:
     def put(activation: Tensor, hook: Any = None) -> Tensor:
         activation = activation.clone()
         activation[:, position] = clean[:, position].to(activation)
@@ -113,10 +143,10 @@ def patching_result(
     positions: Sequence[int],
     name: str = "metric",
 ) -> Any:
-    """Per-sample values as a `transformer_lens.patching.PatchingResult`.
+    """Return per-sample values as a `transformer_lens.patching.PatchingResult`.
 
     Raises:
-        ImportError: this version of TransformerLens has none (4.x has).
+        ImportError: this version of TransformerLens has no `PatchingResult` (4.x has).
     """
     import pandas as pd
 

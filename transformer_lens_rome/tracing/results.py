@@ -1,9 +1,9 @@
-"""The result of a causal trace: a value to compare, tabulate, save and load."""
+"""The results of causal traces: values to compare, tabulate, save and load."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,28 +14,32 @@ from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
 from transformer_lens_rome.tracing.patching import patching_result
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
 Kind = Literal["resid", "mlp", "attn"]
 Metric = Literal["probability", "log_probability", "logit_diff"]
 
 
 @dataclass(frozen=True, eq=False)
 class CausalTrace(Result, Shown):
-    """What restoring each state of a corrupted run brings back (Meng et al. 2022, section 2).
+    """The effect of restoring each state of a corrupted run (Meng et al. 2022, section 2).
 
     Attributes:
-        samples: The metric in each corrupted sample, by the layer (the centre of the window) and
-            the position that were restored.
+        samples: The metric in each corrupted sample, by the restored layer (the centre of the
+            window) and position.
         corrupted_samples: The same with nothing restored.
         p_clean: The metric without corruption.
-        tokens: The prompt's tokens as text, BOS included where there is one.
-        subject_positions: Positions of the subject's tokens, which were corrupted.
-        answer: The text whose metric is taken.
+        tokens: The prompt's tokens as text, with BOS if there is one.
+        subject_positions: Positions of the subject's tokens, which are corrupted.
+        answer: The text that the metric scores.
         kind: "resid" restores one residual state; "mlp" and "attn" a window of layers' outputs.
-        window: How many layers; 1 for "resid".
+        window: The number of layers in a window; 1 for "resid".
         metric: "probability" of the whole answer, its "log_probability" in nats, or "logit_diff"
             against another answer.
-        info: How it was made: model, prompt, options. Noise that was given as a tensor, or has
-            tensors in it, is named only.
+        info: How the trace was made: model, prompt, options. Noise that is a tensor, or contains
+            tensors, is stored by name only.
     """
 
     samples: Float[Tensor, "sample layer pos"]
@@ -71,12 +75,12 @@ class CausalTrace(Result, Shown):
 
     @property
     def total_effect(self) -> float:
-        """What the corruption takes away: p_clean - p_corrupted."""
+        """The loss due to corruption: p_clean - p_corrupted."""
         return self.p_clean - self.p_corrupted
 
     @property
     def indirect_effect(self) -> Float[Tensor, "layer pos"]:
-        """What restoring brings back: scores - p_corrupted."""
+        """The gain due to restoring: scores - p_corrupted."""
         return self.scores - self.p_corrupted
 
     @property
@@ -85,8 +89,8 @@ class CausalTrace(Result, Shown):
         return self.subject_positions[-1]
 
     @torch_defaults()
-    def to_dataframe(self) -> Any:
-        """One row a cell, as a pandas DataFrame: layer, position, token, score and its error."""
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame with a row per cell: layer, position, token, score, error."""
         import pandas as pd
 
         n, layers, positions = self.samples.shape
@@ -105,16 +109,16 @@ class CausalTrace(Result, Shown):
         )
 
     def to_patching_result(self) -> Any:
-        """The same as a `transformer_lens.patching.PatchingResult` (TransformerLens 4).
+        """Return the trace as a `transformer_lens.patching.PatchingResult` (TransformerLens 4).
 
-        Its batch is the samples, its baseline the corrupted run.
+        The batch axis is the samples, and the baseline is the corrupted run.
         """
         values = self.samples.permute(1, 2, 0)
         positions = range(values.shape[1])
         return patching_result(values, self.corrupted_samples, positions, self.metric)
 
-    def plot(self, *, ax: Any = None) -> Any:
-        """A heat map as a matplotlib figure (the `plot` extra); see `viz.plot_trace`."""
+    def plot(self, *, ax: Any = None) -> Figure:
+        """Return a heat map as a matplotlib figure (the `plot` extra); see `viz.plot_trace`."""
         return figure(self, ax=ax)
 
 
@@ -122,26 +126,26 @@ Sever = Literal["mlp", "attn"]
 
 
 class Severed(Result, Shown):
-    """What a trace and an average of traces have in common."""
+    """The base class of SeveredTrace and AverageSevered: both are plotted as bars."""
 
-    def plot(self) -> Any:
-        """Bars as a matplotlib figure (the `plot` extra); see `viz.plot_severed`."""
+    def plot(self) -> Figure:
+        """Return bars as a matplotlib figure (the `plot` extra); see `viz.plot_severed`."""
         return figure(self)
 
 
 @dataclass(frozen=True, eq=False)
 class SeveredTrace(Severed):
-    """What restoring the last subject token brings back with a path cut.
+    """The effect of restoring the last subject token with a path cut.
 
     Attributes:
-        ordinary: The answer's probability in each corrupted sample, by the layer restored.
+        ordinary: The answer's probability in each corrupted sample, by the restored layer.
         severed: The same, while the cut modules above keep their corrupted outputs at that token.
         corrupted_samples: The same with nothing restored.
         p_clean: The probability without corruption.
         sever: Which modules were cut: "mlp" or "attn".
-        answer: The text whose probability is taken.
-        info: How it was made: model, prompt, options. Noise that was given as a tensor, or has
-            tensors in it, is named only.
+        answer: The text whose probability is scored.
+        info: How the trace was made: model, prompt, options. Noise that is a tensor, or contains
+            tensors, is stored by name only.
     """
 
     ordinary: Float[Tensor, "sample layer"]
@@ -167,19 +171,19 @@ class SeveredTrace(Severed):
         """The figure's bars: ordinary and severed scores less the corrupted one."""
         return torch.stack([self.ordinary.mean(0), self.severed.mean(0)]) - self.p_corrupted
 
-    def to_dataframe(self) -> Any:
-        """One row a layer and state of the path, as a pandas DataFrame."""
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a pandas DataFrame with a row per layer and state of the path."""
         return table_of_paths(self.effects, self.sever)
 
 
 def check_severed_axes(ordinary: Tensor, severed: Tensor, n: int) -> None:
-    """Raise a ValueError if effects with a path whole and cut do not have the same axes."""
+    """Raise ValueError if ordinary and severed effects do not have the same axes."""
     if ordinary.ndim != 2 or ordinary.shape != severed.shape or len(ordinary) != n or not n:
         raise ValueError(f"axes do not fit: {tuple(ordinary.shape)}, {tuple(severed.shape)}")
 
 
-def table_of_paths(effects: Float[Tensor, "2 layer"], sever: Sever) -> Any:
-    """Return one row a layer and state of the path, as a pandas DataFrame."""
+def table_of_paths(effects: Float[Tensor, "2 layer"], sever: Sever) -> pd.DataFrame:
+    """Return a pandas DataFrame with a row per layer and state of the path."""
     import pandas as pd
 
     layers = effects.shape[1]

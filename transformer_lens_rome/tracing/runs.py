@@ -1,10 +1,10 @@
-"""The grid of a causal trace: restore states of a corrupted run, and score the answer."""
+"""The runs of a causal trace: restore states of a corrupted run, and score the answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,24 +18,25 @@ from transformer_lens_rome.model.changes import Change, Noise
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.patching import window_of
-from transformer_lens_rome.tracing.results import Kind, Metric
+from transformer_lens_rome.tracing.results import Kind, Metric, Sever
 
-_POINTS = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+_Output = Literal["resid_post", "mlp_out", "attn_out"]
+_POINTS: dict[Kind, _Output] = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
 
 
 @dataclass(frozen=True)
 class CleanRun:
-    """A prompt, its answer, and how well the model gives it without corruption.
+    """A prompt and its answer, scored without corruption.
 
     Attributes:
         model: The model.
-        ids: Tokens of the prompt and of the answer but its last one, which predicts nothing.
+        ids: Tokens of the prompt and the answer, without the last one, which predicts nothing.
         subject: Positions of the subject's tokens.
-        n_prompt: How many of the ids are the prompt's.
+        n_prompt: The number of prompt tokens in ids.
         labels: The answer's tokens; the first is predicted from position n_prompt - 1.
         answer: The answer as text.
         tokens: The prompt's tokens as text.
-        metric: What a score is.
+        metric: The metric of a score.
         foil: First token of the other answer, for "logit_diff".
     """
 
@@ -62,7 +63,7 @@ class CleanRun:
         foil: str | None,
         metric: Metric,
     ) -> CleanRun:
-        """Tokenise the prompt; without an answer, ask the model for its top token."""
+        """Tokenise the prompt; if no answer is given, take the model's top token."""
         for text in (answer, foil):
             if text is not None and not stripped(text):
                 raise ValueError(f"an answer needs a token, got the text {text!r}")
@@ -71,19 +72,19 @@ class CleanRun:
         if answer is None:
             last = torch.tensor([len(row.ids) - 1])
             top = passes.logits_at(model, torch.tensor([row.ids]), torch.tensor([0]), last)
-            ids, n_prompt, labels = row.ids, len(row.ids), [int(top.argmax())]
+            ids, n_prompt, label_ids = row.ids, len(row.ids), [int(top.argmax())]
         else:
             ids, n_prompt = row.ids[: row.target[-1]], row.target[0]
-            labels = [row.ids[p] for p in row.target]
-        other = None
+            label_ids = [row.ids[p] for p in row.target]
+        foil_id = None
         if foil is not None:
-            against = encoder.row(prompt, None, foil)
-            other = against.ids[against.target[0]]
+            foil_row = encoder.row(prompt, None, foil)
+            foil_id = foil_row.ids[foil_row.target[0]]
         decode = encoder.tokenizer.decode
-        text = decode(labels) if answer is None else answer
+        text = decode(label_ids) if answer is None else answer
         tokens = tuple(decode([i]) for i in ids[:n_prompt])
-        labels = torch.tensor(labels)
-        return cls(model, ids, row.subject, n_prompt, labels, text, tokens, metric, other)
+        labels = torch.tensor(label_ids)
+        return cls(model, ids, row.subject, n_prompt, labels, text, tokens, metric, foil_id)
 
     @property
     def at(self) -> Int[Tensor, "n_answer"]:
@@ -92,7 +93,7 @@ class CleanRun:
 
     @property
     def wanted(self) -> Int[Tensor, "n_answer k"]:
-        """The tokens whose log-probabilities make the metric: the answer's, then the foil."""
+        """The tokens whose log-probabilities the metric needs: the answer's, then the foil."""
         foil = [] if self.foil is None else [torch.full_like(self.labels, self.foil)]
         return torch.stack([self.labels, *foil], 1)
 
@@ -102,33 +103,33 @@ class CleanRun:
         """The metric without corruption."""
         rows = torch.zeros_like(self.at)
         logits = passes.logits_at(self.model, torch.tensor([self.ids]), rows, self.at)
-        found = logits.float().log_softmax(-1).cpu().gather(1, self.wanted)
-        return self.score(found[None, None]).item()
+        log_probs = logits.float().log_softmax(-1).cpu().gather(1, self.wanted)
+        return self.score(log_probs[None, None]).item()
 
     def score(
         self, log_probs: Float[Tensor, "cell sample n_answer k"]
     ) -> Float[Tensor, "cell sample"]:
-        """The metric from the wanted tokens' log-probabilities."""
-        if self.metric == "logit_diff":  # the same as that of log-probabilities
+        """Compute the metric from the log-probabilities of the wanted tokens."""
+        if self.metric == "logit_diff":  # equals the difference of log-probabilities
             return log_probs[..., 0, 0] - log_probs[..., 0, 1]
         total = log_probs[..., 0].sum(-1)
         return total if self.metric == "log_probability" else total.exp()
 
-    def states(self, name: str) -> list[Float[Tensor, "pos d_model"]]:
-        """The clean run's activations at a kind of point, by layer."""
+    def states(self, name: _Output) -> list[Float[Tensor, "pos d_model"]]:
+        """Return the clean activations at a kind of point, by layer."""
         points = [Point(name, layer) for layer in range(self.model.cfg.n_layers)]
-        found = passes.read(self.model, torch.tensor([self.ids]), points)
-        return [found[point][0] for point in points]
+        activations = passes.read(self.model, torch.tensor([self.ids]), points)
+        return [activations[point][0] for point in points]
 
 
 @dataclass(frozen=True)
 class CorruptedRun:
-    """Rows in which the subject is hidden: the clean run's under noise, or others.
+    """Rows with a corrupted subject: the clean tokens under noise, or other tokens.
 
     Attributes:
         clean: The clean run.
-        rows: Token ids, one row a sample.
-        noise: Noise on their embeddings.
+        rows: Token ids, one row per sample.
+        noise: Noise on the embeddings of the rows.
     """
 
     clean: CleanRun
@@ -136,7 +137,7 @@ class CorruptedRun:
     noise: Noise | None
 
     def from_(self, position: int) -> PartialForward:
-        """The passes in which anything changes from one position on."""
+        """Return a partial pass that recomputes the tokens from a position on."""
         starts = [position] * len(self.rows)
         return PartialForward(self.clean.model, 0, self.rows, starts, noise=self.noise)
 
@@ -148,22 +149,22 @@ class CorruptedRun:
         *,
         progress: str | None = None,
     ) -> Float[Tensor, "sample cell"]:
-        """The metric in each sample with each cell's changes made; with a bar of that name."""
+        """Return the metric of each sample and cell; `progress` is the name of a progress bar."""
         run, n = self.clean, len(self.rows)
         rows, at = torch.arange(n).repeat_interleave(len(run.labels)), run.at.repeat(n)
-        each, found = max(1, batch_size // n), []
+        each, scores = max(1, batch_size // n), []
         for first in tqdm(range(0, len(cells), each), desc=progress, disable=progress is None):
-            some = cells[first : first + each]
-            log_probs = forward.log_probs(some, rows, at, run.wanted.repeat(n, 1)).cpu()
-            found.append(run.score(log_probs.unflatten(1, (n, -1))))
-        return torch.cat(found).T
+            batch = cells[first : first + each]
+            log_probs = forward.log_probs(batch, rows, at, run.wanted.repeat(n, 1)).cpu()
+            scores.append(run.score(log_probs.unflatten(1, (n, -1))))
+        return torch.cat(scores).T
 
 
 @torch.no_grad()
 def restore_each(
     corrupted: CorruptedRun, kind: Kind, window: int, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "sample layer pos"], Float[Tensor, "sample"]]:
-    """Scores with each (layer, position) restored, and with nothing restored."""
+    """Return the scores with each (layer, position) restored, and with nothing restored."""
     run, n = corrupted.clean, len(corrupted.rows)
     n_layers, first = run.model.cfg.n_layers, run.subject[0]
     clean = run.states(_POINTS[kind])
@@ -174,25 +175,25 @@ def restore_each(
         scores[:, :, position] = corrupted.scores(forward, cells, batch_size)
         if position == first:
             base = corrupted.scores(forward, [[]], batch_size)[:, 0]
-    scores[:, :, :first] = base[:, None, None]  # what was not corrupted is restored in vain
+    scores[:, :, :first] = base[:, None, None]  # restoring uncorrupted states changes nothing
     return scores, base
 
 
 @torch.no_grad()
 def sever_each(
-    corrupted: CorruptedRun, sever: Kind, batch_size: int, progress: bool
+    corrupted: CorruptedRun, sever: Sever, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "sample layer"], Float[Tensor, "sample layer"], Float[Tensor, "sample"]]:
-    """Scores with the last subject token restored at each layer: plainly, severed, and not at all.
+    """Return scores with the last subject token restored: ordinary, severed, and not restored.
 
-    Severed: the outputs of the layers above, at that token, stay those of the corrupted run.
+    Severed: at that token, the layers above keep their outputs of the corrupted run.
     """
     run, n, position = corrupted.clean, len(corrupted.rows), corrupted.clean.subject[-1]
     n_layers, clean = run.model.cfg.n_layers, run.states("resid_post")
-    every, there = torch.arange(n), torch.full((n,), position)
+    rows, positions = torch.arange(n), torch.full((n,), position)
     forward = corrupted.from_(position)
     points = [Point(_POINTS[sever], layer) for layer in range(n_layers)]
     kept = [
-        Change(point, every, there, lambda old, state=state: state.to(old))
+        Change(point, rows, positions, _put(state))
         for point, state in zip(points, forward.read(points), strict=True)
     ]
     restored = [list(_restored(clean, "resid", i, position, 1, n)) for i in range(n_layers)]
@@ -211,15 +212,19 @@ def _restored(
     window: int,
     n: int,
 ) -> Iterator[Change]:
-    """The changes of one cell: clean states at one position of every row.
+    """Yield the changes of one cell: clean states at one position of every row.
 
-    A residual is put where the next block starts, so that only blocks after it run.
+    A residual is restored where the next block starts, so that only later blocks run.
     """
-    every, there = torch.arange(n), torch.full((n,), position)
+    rows, positions = torch.arange(n), torch.full((n,), position)
     n_layers = len(clean)
     for at in window_of(layer, window, n_layers):
         point = Point(_POINTS[kind], at)
         if kind == "resid" and at + 1 < n_layers:
             point = Point("resid_pre", at + 1)
-        state = clean[at][position]
-        yield Change(point, every, there, lambda old, state=state: state.to(old).expand_as(old))
+        yield Change(point, rows, positions, _put(clean[at][position]))
+
+
+def _put(state: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that replaces activations by a state, or by one state per row."""
+    return lambda old: state.to(old).expand_as(old)

@@ -1,6 +1,6 @@
-"""Pictures of results: static ones (matplotlib), interactive ones (circuitsvis), saved pages."""
+"""Views of results: static figures (matplotlib), interactive ones (circuitsvis), saved pages."""
 
-import transformer_lens_rome.viz.cells  # noqa: F401  (it teaches `showing` its views)
+import transformer_lens_rome.viz.cells  # noqa: F401  (registers the views in `showing`)
 from transformer_lens_rome.viz.bars import plot_results
 from transformer_lens_rome.viz.edit_figure import plot_edit
 from transformer_lens_rome.viz.figures import plot_averages, plot_lines, plot_severed, plot_trace

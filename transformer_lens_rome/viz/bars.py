@@ -1,23 +1,26 @@
-"""Bars of what editing methods reach: S, ES, PS and NS with their intervals."""
+"""Bar plots of editing methods: S, ES, PS and NS with their intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _TITLES = {"S": "score", "ES": "efficacy", "PS": "generalization", "NS": "specificity"}
 
 
-def plot_results(runs: Sequence[Results]) -> Any:
-    """One panel a metric, one bar a method, the unedited model first and as a line.
+def plot_results(runs: Sequence[Results]) -> Figure:
+    """Plot one panel per metric and one bar per method; the unedited model is also a line.
 
     Args:
-        runs: Of one model and data set. In zsRE's panels stand shares of correct tokens.
+        runs: Runs of one model and data set. For zsRE the panels show shares of correct tokens.
     """
     columns = [("unedited", runs[0].scores(edited=False))]
     columns += [(run.name, run.scores()) for run in runs if run.after]

@@ -1,4 +1,4 @@
-"""What a notebook cell and a page show of each kind of result."""
+"""The view of each kind of result, in a notebook cell and on a page."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _RESTORED = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outp
 
 @view.register
 def _(trace: CausalTrace, *, interactive: bool = True) -> View:
-    """The heat map, and the tokens coloured by indirect effect with a layer chooser."""
-    what = _RESTORED[trace.kind] + (f" in {trace.window} layers" if trace.window > 1 else "")
+    """Show the heat map, and tokens coloured by indirect effect with a choice of the layer."""
+    restored = _RESTORED[trace.kind] + (f" in {trace.window} layers" if trace.window > 1 else "")
     shown = heat_map(
         trace.scores.T,
         token_labels(trace.tokens, trace.subject_positions),
@@ -35,7 +35,7 @@ def _(trace: CausalTrace, *, interactive: bool = True) -> View:
         low=trace.p_corrupted,
         high=trace.scores.max().item(),
         caption=f"{trace.answer.strip()!r}: clean {trace.p_clean:.3g}, corrupted "
-        f"{trace.p_corrupted:.3g}, and with {what} restored",
+        f"{trace.p_corrupted:.3g}, and with {restored} restored",
         unit=trace.metric.replace("_", " "),
     )
     if not interactive:
@@ -45,7 +45,7 @@ def _(trace: CausalTrace, *, interactive: bool = True) -> View:
 
 @view.register
 def _(average: AverageTrace, *, interactive: bool = True) -> View:
-    """A heat map, the kinds of token down and the layers across."""
+    """Show a heat map: one row per category of token, one column per layer."""
     rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, average.n.tolist(), strict=True)]
     return heat_map(
         average.indirect_effect,
@@ -70,14 +70,14 @@ def _(severed: AverageSevered, *, interactive: bool = True) -> View:
 
 
 def _paths(effects: Float[Tensor, "2 layer"], sever: str) -> View:
-    """A heat map of what a path whole and cut brings back."""
+    """Show a heat map of the effects of restoring, with ordinary and with severed paths."""
     return heat_map(
         effects,
         ["ordinary", f"{sever} severed"],
         colour=COLOURS["resid"],
         low=0.0,
         high=effects.max().item(),
-        caption="restoring the last subject token, with a path whole and cut",
+        caption="effect of restoring the last subject token, with paths ordinary and severed",
         unit="indirect effect",
     )
 
@@ -106,7 +106,7 @@ def _(texts: Generations, *, interactive: bool = True) -> View:
 
 @view.register
 def _(report: EditReport, *, interactive: bool = True) -> View:
-    """Traces, answers and neurons; then log-probabilities and attention to explore."""
+    """Show traces, answers and neurons, then interactive log-probabilities and attention."""
     prompts = [
         (
             one.prompt,
@@ -124,24 +124,25 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
         f"{report.request.text} -> {report.request.target_new} (layer {report.layer})",
         beside(*(view(trace, interactive=False) for trace in (report.before, report.after))),
         table(prompts, header),
-        f"Neurons with the largest parts in what is added to the value: {neurons}. Half of it "
-        f"comes from {report.neurons_for(0.5)} of {len(report.shares)}.",
+        f"Neurons with the largest shares of the value's change: {neurons}. Half of the change "
+        f"comes from {report.neurons_for(0.5)} of {len(report.shares)} neurons.",
     )
     return stack(shown, _explored(report)) if interactive else shown
 
 
 def _explored(report: EditReport) -> View:
-    """Log-probabilities, and the attention of the layer where it changed most."""
+    """Show log-probabilities, and the attention of the layer where it changed most."""
 
     def text(ids: list[int]) -> str:
         return report.texts.get(str(ids[0]), f"token {ids[0]}")
 
+    before, after = report.log_probs
     return stack(
         f"Attention in layer {report.attention_layer}, where it changed most (the edit is in layer "
         f"{report.layer}):",
         attention_before_and_after(list(report.tokens), *report.attention),
-        "Log-probability of each token; point at one to see what the model expected there:",
-        log_probs_before_and_after(report.ids, *report.log_probs, text),
+        "Log-probability of each token; point at a token to see the model's predictions there:",
+        log_probs_before_and_after(report.ids, before, after, text),
     )
 
 

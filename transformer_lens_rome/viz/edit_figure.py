@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformer_lens_rome.edit_report import EditReport
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@figure_of.register
-def plot_edit(report: EditReport) -> Any:
-    """Four panels: traces before and after, P(target) at each prompt, and the neurons' parts."""
+
+@figure_of.register(EditReport)
+def plot_edit(report: EditReport) -> Figure:
+    """Plot four panels: traces before and after, P(target) at each prompt, and neuron shares."""
     n = len(report.prompts)
     tokens = len(report.before.tokens)
     heights = (0.24 * tokens + 1.2, max(2.2, 0.42 * n + 1.2))
@@ -27,7 +30,7 @@ def plot_edit(report: EditReport) -> Any:
 
 
 def _answers(ax: Any, report: EditReport) -> None:
-    """Two bars a prompt: the target's probability before and after."""
+    """Plot two bars per prompt: the target's probability before and after."""
     target = plain(report.request.target_new.strip())
     for i, one in enumerate(report.prompts):
         first = i == 0
@@ -46,7 +49,7 @@ def _answers(ax: Any, report: EditReport) -> None:
 
 
 def _neurons(ax: Any, report: EditReport) -> None:
-    """How the new value is made up: the neurons' parts, the largest first, summed up."""
+    """Plot the cumulative sum of the neurons' shares of the change, the largest first."""
     shares = report.shares.sort(descending=True).values.cumsum(0)
     ax.plot(range(1, len(shares) + 1), shares.numpy(), color="#7261ab")
     ax.set_xscale("log")
@@ -54,7 +57,7 @@ def _neurons(ax: Any, report: EditReport) -> None:
     named = ", ".join(str(i) for i, _ in report.top_neurons(5))
     ax.set_title(f"neurons that carry the update: {named}, ...", fontsize=10)
     ax.set_xlabel(f"neurons of layer {report.layer}, the largest first", fontsize=9)
-    ax.set_ylabel("part of what is added to the value", fontsize=9)
+    ax.set_ylabel("share of the value's change", fontsize=9)
 
 
 def _short(text: str, length: int = 44) -> str:

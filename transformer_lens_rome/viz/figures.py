@@ -1,7 +1,7 @@
 """Static figures with matplotlib (the `plot` extra), in the style of Meng et al. 2022.
 
-Every function returns a `matplotlib.figure.Figure` and touches no global state of matplotlib; a
-notebook shows it as the last value of a cell, and `.savefig(path)` writes it.
+Every function returns a `matplotlib.figure.Figure` and does not change matplotlib's global state. A
+notebook shows the figure as the last value of a cell, and `.savefig(path)` writes it to a file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,27 +19,32 @@ from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.page import token_labels
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAPS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
 NAMES = {"resid": "state", "mlp": "MLP", "attn": "attention"}
 _LINES = ("C0", "C1", "C2", "C4", "C5", "C3")  # by category, as in the paper
 _BARS = {"ordinary": "#7261ab", "attn": "#f3201b", "mlp": "#20b020"}
 
 
-@figure_of.register
-def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
-    """Heat map of the scores, tokens down and layers across (figure 1).
+@figure_of.register(CausalTrace)
+def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Figure:
+    """Plot a heat map of the scores, one row per token and one column per layer (figure 1).
 
     Stars mark subject tokens, and the scale starts at the corrupted run's score.
 
     Args:
-        trace: What to draw.
-        ax: Axes to draw on; None makes a figure.
+        trace: The trace to draw.
+        ax: Axes to draw on. None: a new figure.
     """
     labels = [plain(label) for label in token_labels(trace.tokens, trace.subject_positions)]
     if ax is None:
         ax = new_figure(6.4, 1.2 + 0.24 * len(labels)).subplots()
     low, high = trace.p_corrupted, trace.scores.max().item()
-    high = max(high, low + 1e-9)  # where restoring only hurts, the floor stays the floor
+    high = max(
+        high, low + 1e-9
+    )  # if no score exceeds the corrupted run, the scale still starts there
     drawn = ax.pcolor(trace.scores.T.numpy(), cmap=MAPS[trace.kind], vmin=low, vmax=high)
     ax.invert_yaxis()
     ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
@@ -52,10 +57,10 @@ def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Any:
     return ax.figure
 
 
-def plot_averages(averages: Sequence[AverageTrace]) -> Any:
-    """Heat maps of average indirect effects by the six categories of token (figure 2).
+def plot_averages(averages: Sequence[AverageTrace]) -> Figure:
+    """Plot heat maps of average indirect effects by the six categories of token (figure 2).
 
-    The maps share a scale from 0 to the highest effect of the "resid" one, where there is one.
+    The maps share a scale from 0 to the highest effect of the "resid" map, if there is one.
     """
     first = [a for a in averages if a.kind == "resid"] or averages
     high = max(float(a.indirect_effect.nan_to_num(0.0).max()) for a in first)
@@ -78,8 +83,8 @@ def _(average: AverageTrace) -> Any:
     return plot_averages([average])
 
 
-def plot_lines(averages: Sequence[AverageTrace]) -> Any:
-    """Average indirect effects by layer, a line a category, with 95% intervals (figure 7)."""
+def plot_lines(averages: Sequence[AverageTrace]) -> Figure:
+    """Plot average indirect effects by layer, one line per category, 95% intervals (figure 7)."""
     figure = new_figure(3.8 * len(averages), 3.4)
     for i, (average, ax) in enumerate(_panels(figure, averages, sharey=True)):
         layers = range(average.scores.shape[1])
@@ -99,11 +104,11 @@ def plot_lines(averages: Sequence[AverageTrace]) -> Any:
     return figure
 
 
-def plot_severed(*severed: SeveredTrace | AverageSevered) -> Any:
-    """Bars of what restoring the last subject token brings back, paths whole and cut (figure 3).
+def plot_severed(*severed: SeveredTrace | AverageSevered) -> Figure:
+    """Plot bars of the effect of restoring the last subject token, paths severed or not (figure 3).
 
     Args:
-        severed: Traces or averages, usually one with attention and one with MLPs severed. Their
+        severed: Traces or averages, usually one with attention and one with MLPs severed. The
             ordinary bars are drawn once.
     """
     first = severed[0]
@@ -129,7 +134,7 @@ def plot_severed(*severed: SeveredTrace | AverageSevered) -> Any:
     ax.set_xlabel("layer at which the last subject token is restored", fontsize=9)
     ax.set_ylabel("indirect effect", fontsize=9)
     n = getattr(first, "n_facts", 1)
-    ax.set_title(f"Effect of the last subject token with paths cut (n = {n})", fontsize=10)
+    ax.set_title(f"Effect of the last subject token with severed paths (n = {n})", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
     return figure
 
@@ -147,8 +152,8 @@ def _(severed: AverageSevered) -> Any:
 # ---------------------------------------------------------------- shared
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that a notebook shows as a picture.
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure of a size in inches, which a notebook shows as a picture.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -161,27 +166,28 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
+    """Escape dollar signs, so that matplotlib does not read the text as a formula."""
     return text.replace("$", r"\$")
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
 
 
-def _panels(figure: Any, items: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+def _panels(figure: Figure, items: Sequence[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
     return zip(items, figure.subplots(1, len(items), squeeze=False, **options)[0], strict=True)
 
 
 def _layer_ticks(ax: Any, n_layers: int, offset: float = 0.0) -> None:
-    """A tick every five layers."""
+    """Set a tick at every fifth layer."""
     layers = range(0, n_layers, 5)
     ax.set_xticks([layer + offset for layer in layers], [str(layer) for layer in layers])
 
 
 def _restored(result: CausalTrace | AverageTrace) -> str:
+    """Return the label of the layer axis."""
     if result.kind == "resid":
         return "single restored layer"
     layers = f"{result.window} restored {NAMES[result.kind]} layers"

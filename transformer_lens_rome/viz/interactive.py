@@ -15,7 +15,7 @@ from transformer_lens_rome.viz.page import View, beside, component, stack
 
 
 def tokens_by_layer(trace: CausalTrace) -> View:
-    """The prompt's tokens, coloured by indirect effect; point at a layer to choose it."""
+    """Show the prompt's tokens, coloured by indirect effect; point at a layer to choose it."""
     labels = [f"layer {layer}" for layer in range(trace.scores.shape[0])]
     tokens = [_text(token) for token in trace.tokens]
     return component(colored_tokens_multi(tokens, trace.indirect_effect.T, labels))
@@ -27,13 +27,13 @@ def log_probs_before_and_after(
     after: Float[Tensor, "pos d_vocab"],
     to_string: Callable[[list[int]], str],
 ) -> View:
-    """Tokens coloured by log-probability, with the top ten at each, before and after an edit.
+    """Show tokens coloured by log-probability, with the top ten, before and after an edit.
 
     Args:
-        tokens: Token ids, of which the first is not predicted and not shown.
-        before: Log-probabilities of what follows each token, in nats.
+        tokens: Token ids; the first is not predicted and not shown.
+        before: Log-probabilities of the next token after each token, in nats.
         after: The same with the edit.
-        to_string: From a list of one token id to its text, such as `tokenizer.decode`.
+        to_string: A function from a list of one token id to its text, such as `tokenizer.decode`.
     """
 
     def text(token: int) -> str:
@@ -51,7 +51,7 @@ def attention_before_and_after(
     before: Float[Tensor, "head dest src"],
     after: Float[Tensor, "head dest src"],
 ) -> View:
-    """One layer's attention patterns before and after an edit, and by how much they differ."""
+    """Show one layer's attention patterns before and after an edit, and the largest change."""
     shown = [_text(token) for token in tokens]
     sides = [
         stack(name, component(attention_heads(patterns.float().cpu(), shown)))
@@ -62,8 +62,9 @@ def attention_before_and_after(
 
 
 def _text(token: str) -> str:
-    """A token that circuitsvis, which takes it for HTML in one place and text in another, shows.
+    """Return a token's text in a form that circuitsvis shows unchanged.
 
-    An invisible word joiner keeps "<bos>" from being a tag, and "&lt;" from being an entity.
+    circuitsvis inserts it as HTML in some places and as text in others. An invisible word joiner
+    prevents that "<bos>" becomes a tag, and that "&lt;" becomes an entity.
     """
     return token.replace("<", "<\u2060").replace("&", "&\u2060")

@@ -1,8 +1,8 @@
 """HTML that needs no network: in a notebook cell, or as one saved file.
 
-circuitsvis asks the network each time it renders, and a saved figure of its points to a server. Its
-package holds the whole program all the same, and a `View` brings that along: once a notebook
-output, once a saved file.
+circuitsvis uses the network each time it renders, and its saved figures refer to a server. But its
+package contains the whole program. A `View` includes that program once per notebook output and once
+per saved file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _STYLE = "background:white;color:#222;font:14px sans-serif;padding:4px 8px;overf
 
 @dataclass(frozen=True)
 class View:
-    """Something to look at.
+    """A piece of HTML that a notebook cell or a page shows.
 
     Attributes:
-        body: HTML.
-        interactive: Whether it needs the circuitsvis program, which `body` does not hold.
+        body: The HTML.
+        interactive: Whether it needs the circuitsvis program, which is not part of `body`.
     """
 
     body: str = field(repr=False)
@@ -46,7 +46,7 @@ class View:
 
 @cache
 def circuitsvis_program() -> str:
-    """JavaScript that defines `CircuitsVis`, fit to stand in an HTML file."""
+    """Return the JavaScript that defines `CircuitsVis`, escaped for an HTML file."""
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     lines = path.read_text(encoding="utf-8").splitlines()
     program = "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
@@ -54,7 +54,7 @@ def circuitsvis_program() -> str:
 
 
 def stack(*items: Any) -> View:
-    """Several things below each other.
+    """Arrange items below each other.
 
     Args:
         items: Text (a paragraph), matplotlib figures, circuitsvis figures, views, and results of
@@ -66,18 +66,18 @@ def stack(*items: Any) -> View:
 
 
 def beside(*items: View) -> View:
-    """Several views next to each other, or below where the window is narrow."""
+    """Arrange views next to each other, or below each other in a narrow window."""
     body = "".join(f'<div style="flex:1 1 320px;min-width:0">{item.body}</div>' for item in items)
     style = "display:flex;flex-wrap:wrap;gap:24px"
     return View(f'<div style="{style}">{body}</div>', any(item.interactive for item in items))
 
 
 def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> None:
-    """Write one file that shows things in any browser without a network.
+    """Write one file that shows items in any browser without a network.
 
     Args:
         path: The file, usually `.html`.
-        items: As for `stack`.
+        items: As in `stack`.
         title: The page's title and heading.
     """
     heading, path = html.escape(title), Path(path)
@@ -107,7 +107,7 @@ def _(rendered: RenderedHTML, *, interactive: bool = True) -> View:
 
 
 def _view(item: Any) -> View:
-    """A view of anything that a page takes; matplotlib need not be installed."""
+    """Return a view of any item of a page; this does not import matplotlib."""
     if hasattr(item, "savefig"):
         picture = io.BytesIO()
         item.savefig(picture, format="png", dpi=150)
@@ -119,28 +119,30 @@ def _view(item: Any) -> View:
 
 
 def component(rendered: Any) -> View:
-    """What circuitsvis rendered, without the program and without its references to a server.
+    """Return a view of a circuitsvis figure, without the program and references to a server.
 
-    It renders `<div id=ID/> <script> PROGRAM; CircuitsVis.render(ID, ...) </script>`, with a `div`
-    that browsers do not take for closed.
+    circuitsvis renders `<div id=ID/> <script> PROGRAM; CircuitsVis.render(ID, ...) </script>`.
+    Browsers do not treat that `div` as closed.
+
+    Raises:
+        RuntimeError: The installed circuitsvis renders another form.
     """
     source = rendered.local_src
-    name = re.match(r'<div id="([\w-]+)"', source)
-    call = source.rfind(f'CircuitsVis.render(\n      "{name[1]}"') if name else -1
+    match = re.match(r'<div id="([\w-]+)"', source)
+    name = match[1] if match else None
+    call = source.rfind(f'CircuitsVis.render(\n      "{name}"') if match else -1
     if call < 0:
-        raise RuntimeError("this version of circuitsvis renders otherwise; please report it")
+        raise RuntimeError("this version of circuitsvis renders in another form; please report it")
     end = source.rindex("</script>")
     script = source[call:end].replace("<", "\\u003c")  # no text may end the script
-    return View(
-        f'<div id="{name[1]}"></div><script type="module">{script}</script>', interactive=True
-    )
+    return View(f'<div id="{name}"></div><script type="module">{script}</script>', interactive=True)
 
 
 # ---------------------------------------------------------------- static parts
 
 
 def token_labels(tokens: Sequence[str], subject_positions: Sequence[int]) -> list[str]:
-    """Tokens as they are written beside a figure, the subject's with a star."""
+    """Return the labels of tokens in a figure; subject tokens get a star."""
     return [
         text.replace("\n", "\\n") + "*" * (i in subject_positions) for i, text in enumerate(tokens)
     ]
@@ -156,7 +158,7 @@ def heat_map(
     caption: str = "",
     unit: str = "",
 ) -> View:
-    """A table of coloured cells, layers across; each tells its number when it is pointed at."""
+    """Make a table of coloured cells, one column per layer; a cell shows its value on hover."""
     span = max(high - low, 0.0) or 1.0
     lines = []
     for name, line in zip(rows, values.tolist(), strict=True):
@@ -188,7 +190,7 @@ def heat_map(
 
 
 def table(rows: Iterable[tuple[str, ...]], header: Sequence[str] = ()) -> View:
-    """Plain text in rows and columns."""
+    """Make a table of plain text."""
     cell = '<{0} style="text-align:left;padding:1px 12px 1px 0;vertical-align:top">{1}</{0}>'
     lines = [
         "<tr>" + "".join(cell.format(tag, html.escape(text)) for text in row) + "</tr>"
@@ -199,6 +201,6 @@ def table(rows: Iterable[tuple[str, ...]], header: Sequence[str] = ()) -> View:
 
 
 def _mix(colour: tuple[int, int, int], share: float) -> str:
-    """From white (0, or not a number) to a colour (1)."""
+    """Mix white (share 0, or not a number) and a colour (share 1)."""
     share = min(max(share, 0.0), 1.0) if share == share else 0.0
     return "rgb({},{},{})".format(*(round(255 + (c - 255) * share) for c in colour))

@@ -1,1 +1,1 @@
-"""KE and MEND: edits that a trained network makes of a gradient, and their training."""
+"""KE and MEND: trained networks that turn a gradient into an edit, and their training."""

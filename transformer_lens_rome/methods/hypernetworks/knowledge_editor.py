@@ -1,27 +1,27 @@
-"""KE: a network that reads the edit and gates its gradient (De Cao et al. 2021, section 4).
+"""KE: a network that reads the text of an edit and gates its gradient (De Cao et al. 2021, sec. 4).
 
-The text to write, prompt and target, is read by a bidirectional LSTM; one head for each matrix W
-`[d_in, d_out]` with the gradient G gives two pairs of vectors and a number:
+A bidirectional LSTM reads the text to write, prompt and target. For each matrix W `[d_in, d_out]`
+with the gradient G, one head computes two pairs of vectors and a number:
 
     h        = tanh(linear(LSTM(text)))
     a, b, eta from h:   rows a_in, b_in `[d_in]`, columns a_out, b_out `[d_out]`
     dW       = sigmoid(eta) * (G * (softmax(a_in)ᵀ a_out) + softmax(b_in)ᵀ b_out)
 
-with * entry by entry: the re-implementation by Mitchell et al. that the ROME paper used. As G is a
-sum of products of vectors, so is dW, and it is kept that way.
+with * elementwise. This is the re-implementation by Mitchell et al. that the ROME paper used. G is
+a sum of outer products, so dW is one as well, and it is stored as factors.
 
 Where the released code and this module differ:
 
     what                     released                               here
-    embeddings               a copy of all, one row added, trained  the model's, with rows of their
-                                                                    own for tokens in training
+    embeddings               a copy of all, one row added, trained  the model's, with trained rows
+                                                                    for tokens of training texts
     orientation              as the checkpoint stores W             always `[d_in, d_out]`
-    first row of them        never trained (`padding_idx`)          as any other
+    first embedding          never trained (`padding_idx`)          trained like the others
     CounterFact targets      their last token                       all their tokens
     gated MLPs               -                                      W_gate is edited too
 
-A row of an embedding matrix that no training text uses gets no gradient, and Adam leaves it; so
-keeping only the others loses nothing.
+A row of an embedding matrix that no training text uses gets no gradient, and Adam does not change
+it. So it suffices to store the other rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from transformer_lens_rome.edits.kinds import Factors
 from transformer_lens_rome.methods.base import register_method
-from transformer_lens_rome.methods.hypernetworks.hypernetwork import Text, TokenFactors
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
+    EditorNetwork,
+    Shapes,
+    Text,
+    TokenFactors,
+)
 from transformer_lens_rome.methods.hypernetworks.trained_method import TrainedMethod
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.model.adapter import Weight
@@ -46,12 +51,14 @@ LSTM_WIDTH, H_WIDTH, HEAD_WIDTH = 512, 768, 512
 
 
 class Condition(nn.Module):
-    """From a text's embeddings to h: a bidirectional LSTM, its two last states, a linear layer.
+    """Map a text's embeddings to h: a bidirectional LSTM, its two last states, a linear layer.
 
     Attributes:
         tokens: Ids of the tokens whose embeddings are trained, in order, `[n]`.
         rows: Their embeddings, `[n, d_model]`.
     """
+
+    tokens: Tensor
 
     def __init__(self, d_model: int, tokens: Int[Tensor, "n"]) -> None:
         super().__init__()
@@ -63,17 +70,17 @@ class Condition(nn.Module):
     def forward(
         self, ids: Int[Tensor, "pos"], embeddings: Float[Tensor, "pos d_model"]
     ) -> Float[Tensor, "h"]:
-        """The vector h of one text, whose tokens have these embeddings in the model."""
+        """Compute the vector h of one text; `embeddings` are the model's, for its tokens."""
         if len(self.tokens):
             at = torch.searchsorted(self.tokens, ids).clamp(max=len(self.tokens) - 1)
-            own = (self.tokens[at] == ids)[:, None]
-            embeddings = torch.where(own, self.rows[at], embeddings)
+            trained = (self.tokens[at] == ids)[:, None]
+            embeddings = torch.where(trained, self.rows[at], embeddings)
         _, (last, _) = self.lstm(embeddings[None])
         return self.linear(last.flatten()).tanh()
 
 
 class Head(nn.Module):
-    """From h to the two pairs of vectors and the number for one matrix."""
+    """Map h to the two pairs of vectors and the number for one matrix."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -82,54 +89,49 @@ class Head(nn.Module):
         self.outer = weight_norm(nn.Linear(HEAD_WIDTH, sum(self.widths)))
 
     def forward(self, h: Float[Tensor, "h"], factors: TokenFactors) -> Factors:
-        """The change of W as two factors, whose rank is the number of tokens and one more."""
+        """Compute the change of W as two factors, of rank one more than the number of tokens."""
         a_out, a_in, b_out, b_in, eta = self.outer(self.inner(h).tanh()).split(self.widths)
         left = torch.cat([factors.x * a_in.softmax(0), b_in.softmax(0)[None]]).T
         right = torch.cat([factors.delta * a_out, b_out[None]])
         return left, eta.sigmoid() * right
 
 
-class KnowledgeEditorNetwork(nn.Module):
-    """The LSTM, and one head for each matrix.
+class KnowledgeEditorNetwork(EditorNetwork):
+    """The LSTM and one head for each matrix.
 
     Attributes:
-        names: Each head's matrix.
+        names: The name of each matrix's head.
     """
 
-    def __init__(
-        self, shapes: Mapping[Weight, tuple[int, int]], d_model: int, tokens: Int[Tensor, "n"]
-    ) -> None:
-        super().__init__()
+    def __init__(self, shapes: Shapes, d_model: int, tokens: Int[Tensor, "n"]) -> None:
+        super().__init__(shapes)
         self.names = {where: f"{where.name}_{where.layer}" for where in shapes}
         self.condition = Condition(d_model, tokens)
         self.heads = nn.ModuleDict({self.names[w]: Head(*shape) for w, shape in shapes.items()})
 
     def forward(self, factors: Mapping[Weight, TokenFactors], text: Text) -> dict[Weight, Factors]:
-        """The change of each matrix."""
+        """Compute the change of each matrix."""
         h = self.condition(*text)
         return {where: self.heads[name](h, factors[where]) for where, name in self.names.items()}
 
 
 @dataclass(frozen=True)
 class KnowledgeEditor(TrainedMethod):
-    """KE, or with `counterfact` KE-CF, as an `EditMethod` that has to be trained, or loaded."""
+    """KE, or KE-CF with `counterfact`, as an `EditMethod` that has to be trained or loaded."""
 
     kind = "ke"
 
     def new_network(
-        self,
-        shapes: Mapping[Weight, tuple[int, int]],
-        embeddings: Float[Tensor, "n d_model"],
-        tokens: Int[Tensor, "n"],
+        self, shapes: Shapes, embeddings: Float[Tensor, "n d_model"], tokens: Int[Tensor, "n"]
     ) -> KnowledgeEditorNetwork:
-        """A new network, whose own embeddings start as the model's."""
+        """Construct a new network, whose trained embeddings start as the model's."""
         network = KnowledgeEditorNetwork(shapes, embeddings.shape[1], tokens)
         with torch.no_grad():
             network.condition.rows.copy_(embeddings)
         return network
 
     def settings(self) -> Training:
-        """The published settings."""
+        """Return the published settings."""
         return Training(lr=1e-5, n_labels=None if self.counterfact else 1)
 
 

@@ -6,18 +6,18 @@ For each matrix W, with the gradient's factors x_t and delta_t of every token t:
     twice:   z <- z + max(0, scale * (U V z + b) + shift)         (section 3.2, Eq. 3)
     dW     = alpha * sum over t of x~_tᵀ delta~_t                 where [x~_t ; delta~_t] = z
 
-Matrices of one shape share U, V, b and the statistics; scale, shift and alpha are each matrix's
-own. U starts as zeros, so the network starts as the identity. The sign of dW is not given: that it
-should go against the gradient is learned.
+Matrices of one shape share U, V, b and the statistics; each matrix has its own scale, shift and
+alpha. U starts as zeros, so the network starts as the identity. The sign of dW is not fixed: the
+network learns that dW should go against the gradient.
 
 Where the released code and this module differ:
 
     what                     released                               here
-    learning rate of alpha   the network's; its own has no effect   its own, 1e-4
-    alpha when editing       W_in's and W_out's exchanged on        each matrix's own;
-                             GPT-2                                  `swap_alphas=True`: exchanged
-    mean and std when        those of the first edit's own tokens,  those of training;
-      editing                then moving                            `own_statistics=True`: its own
+    learning rate of alpha   the network's; 1e-4 has no effect      1e-4
+    alpha when editing       W_in's and W_out's swapped on GPT-2    each matrix's own;
+                                                                    `swap_alphas=True`: swapped
+    mean and std when        of the first edit's tokens, then       of training;
+      editing                updated by each edit                   `own_statistics=True`: edit's
     CounterFact targets      their last token; ten on GPT-J         all their tokens
     gated MLPs               -                                      W_gate is edited too
 """
@@ -34,17 +34,29 @@ from torch import Tensor, nn
 
 from transformer_lens_rome.edits.kinds import Factors
 from transformer_lens_rome.methods.base import register_method
-from transformer_lens_rome.methods.hypernetworks.hypernetwork import Text, TokenFactors
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
+    EditorNetwork,
+    MatrixName,
+    Shapes,
+    Text,
+    TokenFactors,
+)
 from transformer_lens_rome.methods.hypernetworks.trained_method import TrainedMethod
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.model.adapter import Weight
 
+_SWAPPED: dict[str, MatrixName] = {"W_in": "W_out", "W_out": "W_in"}
+
 RANK = 1920
-"""Largest inner width of the network."""
+"""Largest rank of U V."""
 
 
 class Moments(nn.Module):
     """Mean and standard deviation of each coordinate of the vectors so far (Welford's sums)."""
+
+    n: Tensor
+    mean: Tensor
+    squares: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,7 +66,7 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: Float[Tensor, "n width"]) -> None:
-        """Add some vectors; those that hold no numbers would spoil the sums for good."""
+        """Add vectors to the sums; skip vectors that are not finite."""
         vectors = vectors[vectors.isfinite().all(1)]
         if (n := len(vectors)) == 0:
             return
@@ -65,12 +77,13 @@ class Moments(nn.Module):
         self.n += n
 
     def normalised(self, vectors: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-        """Vectors less the mean, over the standard deviation."""
+        """Return vectors minus the mean, divided by the standard deviation."""
         std = (self.squares / (self.n - 1).clamp(min=1)).sqrt()
         return (vectors - self.mean) / (std + 1e-7)
 
 
 def _moments_for(factors: TokenFactors) -> tuple[Moments, Moments]:
+    """Construct empty statistics of x and delta."""
     x, delta = (Moments(part.shape[1]).to(part.device) for part in factors)
     return x, delta
 
@@ -88,9 +101,10 @@ class ResidualLayer(nn.Module):
         self.shift = nn.Parameter(torch.zeros(n_matrices, width))
 
     def forward(self, z: Float[Tensor, "n width"], which: int) -> Float[Tensor, "n width"]:
-        """One layer for one of the matrices.
+        """Apply the layer for one of the matrices.
 
-        All starts at max(0, 0), where `clamp` passes the gradient on; a ReLU would never start.
+        At the start of training the maximum is max(0, 0). `clamp` has a gradient there; a ReLU has
+        none, and the layer would never learn.
         """
         y = z @ self.v.T @ self.u.T + self.bias
         return z + (y * self.scale[which] + self.shift[which]).clamp(min=0)
@@ -107,14 +121,14 @@ class ShapeEditor(nn.Module):
     def forward(
         self, factors: TokenFactors, which: int, own: tuple[Moments, Moments] | None = None
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """New factors for one of the matrices; in training its statistics, or others, grow first.
+        """Compute new factors for one of the matrices; in training, update the statistics first.
 
         Args:
-            factors: The gradient's.
-            which: The matrix's number among those of its shape.
-            own: Statistics of x and delta to use instead, and to add to.
+            factors: The factors of the gradient.
+            which: The index of the matrix among those of its shape.
+            own: Statistics of x and delta to update and use instead of the network's.
         """
-        if own is None and not self.training and not self.x.n:  # it has seen nothing yet
+        if own is None and not self.training and not self.x.n:  # no statistics yet
             own = _moments_for(factors)
         x, delta = own or (self.x, self.delta)
         if own or self.training:
@@ -126,17 +140,17 @@ class ShapeEditor(nn.Module):
         return z.split([factors.x.shape[1], factors.delta.shape[1]], dim=1)
 
 
-class MendNetwork(nn.Module):
-    """From a gradient's factors to those of a change, for some matrices.
+class MendNetwork(EditorNetwork):
+    """Map the factors of a gradient to the factors of a change, for some matrices.
 
     Attributes:
-        places: For each matrix, its shape's key and its number among those of that shape.
-        alpha: Each matrix's learned step size.
-        swap_alphas, own_statistics: See `Mend`; in training both are off.
+        places: For each matrix, its shape's key and its index among the matrices of that shape.
+        alpha: The learned step size of each matrix.
+        swap_alphas, own_statistics: See `Mend`; both are False in training.
     """
 
-    def __init__(self, shapes: Mapping[Weight, tuple[int, int]]) -> None:
-        super().__init__()
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
         self.swap_alphas = self.own_statistics = False
         self.places: dict[Weight, tuple[str, int]] = {}
         counts: dict[tuple[int, int], int] = {}
@@ -148,27 +162,28 @@ class MendNetwork(nn.Module):
         self.alpha = nn.Parameter(torch.full((len(shapes),), 1e-4))
 
     def forward(self, factors: Mapping[Weight, TokenFactors], text: Text) -> dict[Weight, Factors]:
-        """The change of each matrix; what the text is makes no difference."""
+        """Compute the change of each matrix; the text is not used."""
         alpha = dict(zip(self.places, self.alpha, strict=True))
-        found, own = {}, {}
+        changes: dict[Weight, Factors] = {}
+        own: dict[str, tuple[Moments, Moments]] = {}
         for where, (shape, which) in self.places.items():
-            if self.own_statistics and shape not in own:  # those of a shape share them, one by one
+            if self.own_statistics and shape not in own:  # shared by the matrices of a shape
                 own[shape] = _moments_for(factors[where])
             x, delta = self.editors[shape](factors[where], which, own.get(shape))
-            other = Weight({"W_in": "W_out", "W_out": "W_in"}.get(where.name, ""), where.layer)
+            other = where._replace(name=_SWAPPED.get(where.name, where.name))
             step = alpha.get(other, alpha[where]) if self.swap_alphas else alpha[where]
-            found[where] = (x.T, step * delta)
-        return found
+            changes[where] = (x.T, step * delta)
+        return changes
 
 
 @dataclass(frozen=True)
 class Mend(TrainedMethod):
-    """MEND, or with `counterfact` MEND-CF, as an `EditMethod` that has to be trained, or loaded.
+    """MEND, or MEND-CF with `counterfact`, as an `EditMethod` that has to be trained or loaded.
 
     Attributes:
-        swap_alphas: Exchange the step sizes of W_in and W_out, as the released code does on GPT-2.
-        own_statistics: Normalise with the edit's own tokens, as the released code does in its first
-            edit: those of this matrix and of the matrices of its shape before it.
+        swap_alphas: Swap the step sizes of W_in and W_out, as the released code does on GPT-2.
+        own_statistics: Normalise with the edit's tokens, as the released code does in its first
+            edit: the tokens of this matrix and of the matrices of its shape before it.
     """
 
     swap_alphas: bool = False
@@ -177,21 +192,19 @@ class Mend(TrainedMethod):
     kind = "mend"
 
     def new_network(
-        self,
-        shapes: Mapping[Weight, tuple[int, int]],
-        embeddings: Float[Tensor, "n d_model"],
-        tokens: Int[Tensor, "n"],
+        self, shapes: Shapes, embeddings: Float[Tensor, "n d_model"], tokens: Int[Tensor, "n"]
     ) -> MendNetwork:
-        """A new network, which takes no account of tokens."""
+        """Construct a new network; embeddings and tokens are not used."""
         return MendNetwork(shapes)
 
-    def for_editing(self, network: nn.Module) -> nn.Module:
-        """A trained network, which from now on edits as the released code does, where asked to."""
+    def for_editing(self, network: EditorNetwork) -> EditorNetwork:
+        """Set the options of the released code on a trained network and return the network."""
+        assert isinstance(network, MendNetwork)
         network.swap_alphas, network.own_statistics = self.swap_alphas, self.own_statistics
         return network
 
     def settings(self) -> Training:
-        """The published settings, but that alpha's learning rate has its effect."""
+        """Return the published settings, but with an effective learning rate of alpha."""
         return Training(lr=1e-6, alpha_lr=1e-4, n_labels=None if self.counterfact else 10)
 
 

@@ -1,4 +1,4 @@
-"""A trained editor: a network's tensors, and what they are for, in one safetensors file."""
+"""A trained editor: a network's tensors and their description, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformer_lens_rome.files.tensors import (
     read_tensors,
     write_tensors,
 )
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import matrix
 from transformer_lens_rome.methods.hypernetworks.training_data import Fact, fact_digest
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
@@ -42,11 +43,14 @@ def trained_on(
     facts: tuple[Sequence[Fact], Sequence[Fact]],
     others: tuple[Sequence[str], Sequence[str]],
 ) -> dict[str, Any]:
-    """What was trained for which model and on what; data are for training and for validation."""
+    """Return the description of an editor: its matrices, its model, and the digests of its data.
+
+    `facts` and `others` are pairs: data for training and for validation.
+    """
     texts = "\n".join([*others[0], "", *others[1]])
     return {
         "matrices": [[*where] for where in matrices],
-        "hashes": [adapter.weight_hash(adapter.parameter(model, where)) for where in matrices],
+        "hashes": [adapter.weight_hash(matrix(model, where)) for where in matrices],
         "d_model": model.cfg.d_model,
         "model": adapter.model_name(model),
         "train": [fact_digest(fact) for fact in facts[0]],
@@ -56,16 +60,16 @@ def trained_on(
 
 
 class TrainedEditor:
-    """A network's tensors and what is known of them.
+    """The tensors of a trained network and their description.
 
     Attributes:
-        tensors: The network's state.
+        tensors: The state of the network.
         info: Plain values: `kind`, `counterfact`, `matrices` and their `hashes`, `d_model`,
             `prepend_bos`, `settings`, `train` and `validation` (digests of the facts), `curve`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Keep both; see `load` for one from a file."""
+        """Store both; `load` reads an editor from a file."""
         self.tensors, self.info = dict(tensors), dict(info)
         state = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
@@ -74,51 +78,53 @@ class TrainedEditor:
         self._seen = {*self.info.get("train", ()), *self.info.get("validation", ())}
 
     def __repr__(self) -> str:
-        """Name and sha256, by which runs that used it are told apart."""
+        """Return kind and sha256, which identify the editor in the settings of a run."""
         return f"{self.info['kind']} editor, sha256 {self.digest}"
 
     @property
     def matrices(self) -> list[Weight]:
-        """What it edits."""
+        """Return the matrices that it edits."""
         return [Weight(name, layer) for name, layer in self.info["matrices"]]
 
     def has_seen(self, fact: Fact) -> bool:
-        """Whether a fact was among those that it was trained or validated on."""
+        """Return whether the editor was trained or validated on a fact."""
         return fact_digest(fact) in self._seen
 
     def check(self, model: Any) -> None:
-        """Refuse a model that it was not trained for; edits that are on the model do not matter.
+        """Raise ValueError if the editor was trained for another model.
+
+        Edits on the model do not matter.
 
         Raises:
-            ValueError: another model.
+            ValueError: the model is another one.
         """
         if (width := self.info["d_model"]) != model.cfg.d_model:
             raise ValueError(
-                f"this editor was trained for a model of width {width} ({self.info['model']}), "
-                f"this one's is {model.cfg.d_model}; call fit(model, ...) for another"
+                f"this editor was trained for a model of width {width} ({self.info['model']}), got "
+                f"a model of width {model.cfg.d_model}; call fit(model, ...) for another editor"
             )
         for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
-            known = where.layer < model.cfg.n_layers
-            weight = base_weight(model, where) if known else None
+            exists = where.layer < model.cfg.n_layers
+            weight = base_weight(model, where) if exists else None
             if weight is None or adapter.weight_hash(weight) != digest:
                 raise ValueError(
                     f"{where.name} of layer {where.layer} is not the one that this editor was "
-                    f"trained for ({self.info['model']}); call fit(model, ...) for another"
+                    f"trained for ({self.info['model']}); call fit(model, ...) for another editor"
                 )
 
     def save(self, path: Any) -> None:
-        """Write it."""
+        """Write the editor to a file."""
         copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
         write_tensors(path, copies, {"format": _FORMAT, **self.info})
 
     @classmethod
     @torch_defaults()
     def load(cls, path: Any) -> TrainedEditor:
-        """Read what `save` wrote.
+        """Read an editor that `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a whole editor file.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a complete editor file.
         """
         tensors, info = read_tensors(path, _FORMAT)
         wrong = [name for name, kind in _NEEDED.items() if not fits(info.get(name), kind)]
@@ -127,24 +133,24 @@ class TrainedEditor:
         try:
             editor = cls(tensors, info)
             if info["kind"] not in ("ke", "mend"):
-                raise ValueError(f"there is no editor of the kind {info['kind']!r:.40}")
+                raise ValueError(f"the kind must be ke or mend, got {info['kind']!r:.40}")
             _check_matrices(editor.matrices, info["hashes"])
             check_finite(tensors)
-            for name, tensor in tensors.items():  # MEND's sums of squares, and how many there are
+            for name, tensor in tensors.items():  # MEND's sums of squares and counts
                 if name.endswith((".squares", ".n")) and (tensor < 0).any():
-                    raise ValueError(f"{name[:60]} is below zero")
+                    raise ValueError(f"{name[:60]} is negative")
             tokens = tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
             if tokens.ndim != 1 or tokens.dtype != torch.long or (tokens.diff() <= 0).any():
-                raise ValueError("condition.tokens are no token ids in order")
+                raise ValueError("condition.tokens is not an increasing list of token ids")
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is an incomplete editor file ({error!r:.400})") from error
         return editor
 
 
 def _check_matrices(matrices: Sequence[Weight], hashes: Sequence[str]) -> None:
-    """Refuse what are no matrices of a model, or not one with each hash."""
+    """Raise ValueError if these are not matrices of a model, or not one for each hash."""
     for name, layer in matrices:
         if name not in adapter.WEIGHTS or type(layer) is not int or not 0 <= layer < MAX_LAYERS:
-            raise ValueError(f"{name!r:.40} of layer {layer!r:.40} is no matrix")
+            raise ValueError(f"{name!r:.40} of layer {layer!r:.40} is not a matrix of a model")
     if not matrices or not len(set(matrices)) == len(matrices) == len(hashes):
-        raise ValueError("one hash is needed for each matrix")
+        raise ValueError("each matrix needs exactly one hash")

@@ -1,4 +1,4 @@
-"""What KE and MEND have in common as methods: `fit`, `save`, `load`, `compute`."""
+"""The base class of KE and MEND as methods: `fit`, `save`, `load`, `compute`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens_rome.edits.kinds import EditRequest, FactoredEdit
 from transformer_lens_rome.edits.ledger import check_unedited
 from transformer_lens_rome.edits.measure import measured
 from transformer_lens_rome.methods.base import provenance
 from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
+    EditorNetwork,
+    Shapes,
     Text,
     gradient_factors,
+    matrix,
+    matrix_shapes,
     mlp_matrices,
 )
 from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor, trained_on
@@ -35,45 +39,50 @@ from transformer_lens_rome.torch_states import torch_defaults
 
 logger = logging.getLogger(__name__)
 
-Shapes = Mapping[Weight, tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class TrainedMethod(ABC):
-    """A method whose edits a trained network makes.
+    """A method whose edits are computed by a trained network.
 
     Attributes:
-        editor: What was trained, or the file that holds it; None: `fit` has to be called.
-        counterfact: The variant that is trained on CounterFact.
-        scale: What every change is multiplied by.
-        prepend_bos: Overrides the checkpoint's own rule; an editor has the one it was trained with.
+        editor: The trained editor, or its file. None: call `fit` first.
+        counterfact: Use the variant that is trained on CounterFact.
+        scale: Factor of every change.
+        prepend_bos: Whether `fit` prepends BOS. None: as the checkpoint's tokenizer does. Edits use
+            the rule of the editor's training.
     """
 
     editor: TrainedEditor | str | Path | None = None
     counterfact: bool = False
     scale: float = 1.0
     prepend_bos: bool | None = None
-    _network: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+    _network: EditorNetwork | None = field(default=None, init=False, repr=False, compare=False)
 
     kind: ClassVar[str]
 
     @abstractmethod
     def new_network(
         self, shapes: Shapes, embeddings: Float[Tensor, "n d_model"], tokens: Int[Tensor, "n"]
-    ) -> nn.Module:
-        """A network as it is before training; tokens are those of the texts, with embeddings."""
+    ) -> EditorNetwork:
+        """Construct an untrained network.
 
-    def for_editing(self, network: nn.Module) -> nn.Module:
-        """A trained network, as it is to make edits."""
+        Args:
+            shapes: `[d_in, d_out]` of each matrix to edit.
+            embeddings: The model's embeddings of `tokens`.
+            tokens: Ids of all tokens of the training texts, in order.
+        """
+
+    def for_editing(self, network: EditorNetwork) -> EditorNetwork:
+        """Prepare a trained network for editing; the default changes nothing."""
         return network
 
     @abstractmethod
     def settings(self) -> Training:
-        """The settings that `fit` takes if none are given."""
+        """Return the default settings of `fit`."""
 
     @property
     def name(self) -> str:
-        """The method's name in tables."""
+        """Return the method's name in tables."""
         return f"{self.kind}-cf" if self.counterfact else self.kind
 
     # ------------------------------------------------------------ training
@@ -91,73 +100,77 @@ class TrainedMethod(ABC):
         out: Any = None,
         progress: bool = True,
     ) -> TrainedMethod:
-        """Train an editor for a model; the model stays as it is.
+        """Train an editor for a model; the model stays unchanged.
 
         Args:
             model: A HookedTransformer or TransformerBridge without edits on it.
-            data: Records or requests, or texts whose last tokens are the target; None: texts of 32
-                tokens that the model writes.
-            validation: More of the kind; None: the last tenth of the data.
-            locality: Texts on which the model should stay as it is; the last tenth is for
-                validation. None: the data, if they are texts, else texts that the model writes.
-            settings: See `Training`; None: the published ones.
-            out: A file for the best editor so far; beside it `<out>.training` holds what a run
-                that was stopped goes on with, and may be deleted at the end.
+            data: Records or requests, or texts whose last tokens are the target. None: texts of 32
+                tokens sampled from the model.
+            validation: Validation data of the same kind. None: the last tenth of the data.
+            locality: Texts on which the model should stay unchanged; the last tenth is for
+                validation. None: the data if they are texts, else texts sampled from the model.
+            settings: See `Training`. None: the published settings.
+            out: A file for the best editor so far. A stopped run resumes from `<out>.training`,
+                which may be deleted at the end.
             progress: Show progress bars.
 
         Raises:
-            ValueError: edits on the model, unfit data, or `out` holds another run.
-            NotImplementedError: a model whose matrices cannot be edited.
+            ValueError: there are edits on the model, the data do not fit, or `out` has another run.
+            NotImplementedError: the model's matrices cannot be edited.
         """
         settings, encoder = settings or self.settings(), Encoder.of(model, self.prepend_bos)
         check_unedited(model)
         matrices = mlp_matrices(model, settings.layers, settings.matrices)
         if data is None:
-            data = _written(model, 1000, 32, settings.seed, progress)
+            data = _sample_texts(model, 1000, 32, settings.seed, progress)
         facts = others = split(data, validation)
         if locality is not None or not isinstance(data[0], str):
             if locality is None:
-                locality = _written(model, 200, 64, settings.seed, progress)
+                locality = _sample_texts(model, 200, 64, settings.seed, progress)
             check_texts("locality", locality)
             others = split(locality)
         lengths = (settings.n_labels, settings.locality_tokens)
-        corpora = tuple(
-            Corpus.of(encoder, *some, *lengths, crop=settings.crop)
-            for some in zip(facts, others, strict=True)
+        train_on, validate_on = (
+            Corpus.of(encoder, *both, *lengths, crop=settings.crop)
+            for both in zip(facts, others, strict=True)
         )
-        plain = {"prepend_bos": encoder.prepends_bos, "settings": run_info(settings)}
-        known = {"kind": self.kind, "counterfact": self.counterfact, **plain}
-        info = known | trained_on(model, matrices, facts, others)
-        state = State.new(self._new(model, matrices, corpora[0], settings.seed), settings)
+        run = {"prepend_bos": encoder.prepends_bos, "settings": run_info(settings)}
+        variant = {"kind": self.kind, "counterfact": self.counterfact, **run}
+        info = variant | trained_on(model, matrices, facts, others)
+        state = State.new(self._initialised(model, matrices, train_on, settings.seed), settings)
         path = None if out is None else Path(f"{out}.training")
         if path is not None and path.exists():
             state.load(path, info)
-            logger.info("going on at step %d of %s", state.step, path)
+            logger.info("resuming at step %d of %s", state.step, path)
         elif path is not None and Path(out).exists():
-            raise ValueError(f"there is a file {out} already, but no {path}; give another name")
+            raise ValueError(f"there is a file {out} already, but no {path}; pass another name")
 
         def saved(state: State) -> None:
             if path is not None:
                 state.save(path, info)
-                self._trained(state, info).save(out)
+                self._best_editor(state, info).save(out)
 
+        corpora = (train_on, validate_on)
         train(model, matrices, state, settings, corpora, saved=saved, progress=progress)
-        editor = self._trained(state, info)
-        if path is not None:  # also if a run was stopped between its two files
+        editor = self._best_editor(state, info)
+        if path is not None:  # needed if a run was stopped between writing its two files
             editor.save(out)
         return replace(self, editor=editor)
 
-    def _new(self, model: Any, matrices: Sequence[Weight], corpus: Corpus, seed: int) -> nn.Module:
-        """A new network, drawn from a seed without a trace in the global random state."""
+    def _initialised(
+        self, model: Any, matrices: Sequence[Weight], corpus: Corpus, seed: int
+    ) -> EditorNetwork:
+        """Draw a new network from a seed; the global random state stays unchanged."""
         ids = torch.tensor([i for sample in corpus.samples for i in sample.ids]).unique()
         embeddings = adapter.embeddings(model, ids).cpu()
-        shapes = {where: tuple(adapter.parameter(model, where).shape) for where in matrices}
+        shapes = matrix_shapes(model, matrices)
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
             network = self.new_network(shapes, embeddings, ids)
-        return network.to(adapter.parameter(model, matrices[0]).device)
+        return network.to(matrix(model, matrices[0]).device)
 
-    def _trained(self, state: State, info: Mapping[str, Any]) -> TrainedEditor:
+    def _best_editor(self, state: State, info: Mapping[str, Any]) -> TrainedEditor:
+        """Construct the editor of the best validation."""
         run = {"step": state.best_step, "seconds": state.seconds, "curve": state.curve}
         return TrainedEditor(state.best, {**info, **run})
 
@@ -170,7 +183,7 @@ class TrainedMethod(ABC):
     @classmethod
     @torch_defaults()
     def load(cls, path: Any, **options: Any) -> TrainedMethod:
-        """A method with the editor in a file, and the variant that it was trained as.
+        """Construct a method with the editor in a file, in the variant of its training.
 
         Raises:
             FileNotFoundError, ValueError: see `TrainedEditor.load`.
@@ -181,7 +194,7 @@ class TrainedMethod(ABC):
         return method
 
     def _loaded(self) -> TrainedEditor:
-        """The editor, read if it is a file, and of this kind."""
+        """Return the editor, read if it is a file; raise ValueError unless it is of this kind."""
         editor = self.editor
         if editor is None:
             raise ValueError(
@@ -190,36 +203,36 @@ class TrainedMethod(ABC):
             )
         if not isinstance(editor, TrainedEditor):
             editor = TrainedEditor.load(editor)
-        own = (editor.info["kind"], editor.info["counterfact"])
-        if own != (self.kind, self.counterfact):
-            name = f"{own[0]}-cf" if own[1] else own[0]
+        kind, counterfact = editor.info["kind"], editor.info["counterfact"]
+        if (kind, counterfact) != (self.kind, self.counterfact):
+            name = f"{kind}-cf" if counterfact else kind
             raise ValueError(f"this is an editor of {name}; use get_method({name!r}, editor=...)")
         return editor
 
     # ------------------------------------------------------------ editing
 
     def has_seen(self, fact: Fact) -> bool:
-        """Whether the editor was trained or validated on a fact."""
+        """Return whether the editor was trained or validated on a fact."""
         return self._loaded().has_seen(fact)
 
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> TrainedMethod:
-        """The same with its network ready for a model.
+        """Return a copy whose network is ready to edit a model.
 
         Raises:
-            ValueError: no editor, or one that was trained for another model.
+            ValueError: there is no editor, or it was trained for another model.
         """
         if self._network is not None:
             return self
         editor = self._loaded()
         editor.check(model)
-        shapes = {w: tuple(adapter.parameter(model, w).shape) for w in editor.matrices}
+        shapes = matrix_shapes(model, editor.matrices)
         return replace(self, editor=editor)._with_network(shapes)
 
     @torch_defaults()
     def _with_network(self, shapes: Shapes) -> TrainedMethod:
-        """This, which has its editor, with the editor's network; a change in place."""
-        editor = self.editor
+        """Construct the editor's network, store it in this method, and return the method."""
+        editor = self._loaded()
         tokens = editor.tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
         with torch.random.fork_rng(devices=[]):
             rows = torch.zeros(len(tokens), editor.info["d_model"])
@@ -227,38 +240,37 @@ class TrainedMethod(ABC):
         try:
             network.load_state_dict(editor.tensors)
         except RuntimeError as error:
-            raise ValueError(
-                f"the editor's tensors are not those of {self.name}: {error}"
-            ) from error
-        network.shapes = dict(shapes)
+            raise ValueError(f"the editor's tensors do not fit {self.name}: {error}") from error
         network = self.for_editing(network.eval().requires_grad_(False))
         object.__setattr__(self, "_network", network)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers: shapes in place of the network, which not every pickle can hold."""
+        """Return the state with shapes instead of the network, which may not be picklable."""
         shapes = None if self._network is None else self._network.shapes
         return {**vars(self), "_network": shapes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state and construct the network again."""
         vars(self).update({**state, "_network": None})
         if state["_network"] is not None:
             self._with_network(state["_network"])
 
     @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
-        """The edit that the network makes of the request's gradient; nothing in it is random.
+        """Compute the edit with the network from the request's gradient; no step is random.
 
         Raises:
-            ValueError: no editor, or one for another model.
+            ValueError: there is no editor, or it was trained for another model.
         """
         method = self.prepared(model)
-        editor = method.editor
-        weights = {w: adapter.parameter(model, w).detach() for w in editor.matrices}
+        editor, network = method._loaded(), method._network
+        assert network is not None  # `prepared` sets it
+        weights = {where: matrix(model, where).detach() for where in editor.matrices}
         hashes = {where: adapter.weight_hash(weight) for where, weight in weights.items()}
-        if [*hashes.values()] != editor.info["hashes"]:  # there are edits on it, or it is another
+        if [*hashes.values()] != editor.info["hashes"]:  # an edited model, or another one
             editor.check(model)
-        network = method._network.to(next(iter(weights.values())).device)
+        network.to(next(iter(weights.values())).device)
         encoder = Encoder.of(model, editor.info["prepend_bos"])
         sample = to_sample(encoder, request, None)
         before, factors = gradient_factors(model, sample, editor.matrices)
@@ -275,11 +287,12 @@ class TrainedMethod(ABC):
         return replace(edit, health=health)
 
     def _config(self) -> dict[str, Any]:
-        """The method's options, and which editor it used."""
+        """Return the method's options and the name and sha256 of its editor."""
         options = asdict(replace(self, editor=None))
         return {**options, "editor": repr(self.editor)}
 
 
-def _written(model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
+def _sample_texts(model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
+    """Sample texts from the model and log it."""
     logger.info("sampling %d texts of %d tokens from the model", n, length)
     return sampled_texts(model, n, length=length, seed=seed, progress=progress)

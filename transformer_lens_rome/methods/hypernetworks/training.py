@@ -2,9 +2,9 @@
 
     L = c_edit * NLL(target | edited model) + c_loc * KL(model || edited model) on other text
 
-One edit and one other text a step; gradients of ten steps are summed, divided and clipped before
-Adam uses them. At each validation the state is written to a file, from which a run that was stopped
-goes on to the same end; the best network so far is kept beside it.
+Each step uses one edit and one other text. Gradients of ten steps are averaged and clipped before
+Adam uses them. At each validation the state is written to a file, from which a stopped run resumes
+with the same result; the best network so far is stored in a second file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
+    MatrixName,
     Outcome,
     Text,
     gradient_factors,
@@ -39,21 +40,23 @@ class Training:
 
     Attributes:
         lr: Adam's learning rate.
-        alpha_lr: That of MEND's step sizes alpha; None: `lr`, which is what the released code does.
-        n_labels: How many last tokens of a text are its target; None: a request's whole target.
+        alpha_lr: Adam's learning rate for MEND's step sizes alpha; None: `lr`, as in the released
+            code.
+        n_labels: Number of last tokens of a text that are its target; None: a request's whole
+            target.
         c_edit, c_loc: Weights of the two losses.
-        accumulate: Steps between updates.
+        accumulate: Number of steps for each update.
         clip: Largest norm of an update's gradient.
-        max_steps: Largest number of steps; the last is that of a validation.
+        max_steps: Largest number of steps; training ends at the last validation within it.
         validate_every: Steps between validations, a multiple of `accumulate`.
-        n_validation: Edits in a validation, at most.
-        patience: Stop after so many steps without a better validation.
-        crop: Ask with the text's first tokens cropped.
+        n_validation: Largest number of edits in a validation.
+        patience: Stop after this number of steps without a better validation.
+        crop: Score the edited model on the text without some of its first tokens.
         locality_tokens: Length to which other texts are cut, in tokens.
-        n_locality: Other texts for each validation edit; a training step has one.
+        n_locality: Number of other texts for each validation edit; a training step has one.
         layers: Blocks to edit; None: the last three.
-        matrices: Names of the matrices to edit; None: all of the MLP's.
-        seed: Of the network's start and of all that is drawn.
+        matrices: Names of the matrices to edit; None: all matrices of the MLP.
+        seed: Seed of the network's initial weights and of all other draws.
     """
 
     lr: float
@@ -71,7 +74,7 @@ class Training:
     locality_tokens: int = 200
     n_locality: int = 4
     layers: tuple[int, ...] | None = None
-    matrices: tuple[str, ...] | None = None
+    matrices: tuple[MatrixName, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,11 +89,11 @@ class Training:
         if self.max_steps < self.validate_every:
             raise ValueError(
                 f"max_steps ({self.max_steps}) is less than validate_every ({self.validate_every}),"
-                " and only what was validated is kept"
+                " and only validated networks are kept; increase max_steps"
             )
 
     def released(self) -> Training:
-        """The same as the released code runs it: alpha's learning rate is without effect."""
+        """Return the released code's settings, in which alpha's learning rate has no effect."""
         return replace(self, alpha_lr=None)
 
 
@@ -104,12 +107,12 @@ def train(
     saved: Callable[[State], None],
     progress: bool,
 ) -> None:
-    """Train until the validation loss has not improved for long, or for `max_steps`.
+    """Train until the validation loss stops improving (`patience`), or for `max_steps`.
 
     Args:
-        model: The model to be edited; it is left as it is.
-        matrices: What is edited.
-        state: A new run, or one to go on with.
+        model: The model to be edited; it stays unchanged.
+        matrices: The matrices to edit.
+        state: A new run, or one to resume.
         settings: See `Training`.
         corpora: For training and for validation.
         saved: Called after each validation.
@@ -140,17 +143,18 @@ def train(
 
 
 def _validated(state: State) -> bool:
+    """Return whether the current step has been validated already."""
     return bool(state.curve) and state.curve[-1]["step"] == state.step
 
 
 def _step(
     model: Any, matrices: Sequence[Weight], state: State, settings: Training, corpus: Corpus
 ) -> None:
-    """One edit; every so many, an update."""
+    """Add the gradient of one edit; update the network every `accumulate` steps."""
     state.network.train()
     item = corpus.item(_generator(settings.seed, 0, state.step), 1)
-    found, _ = _try(model, matrices, state.network, item)
-    loss = settings.c_edit * found.edit + settings.c_loc * found.locality
+    result, _ = _edit_and_score(model, matrices, state.network, item)
+    loss = settings.c_edit * result.edit + settings.c_loc * result.locality
     parameters = [p for group in state.adam.param_groups for p in group["params"]]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if all(g is None or torch.isfinite(g).all() for g in gradients):
@@ -159,7 +163,7 @@ def _step(
                 share = gradient / settings.accumulate
                 parameter.grad = share if parameter.grad is None else parameter.grad + share
     else:
-        logger.warning("step %d gives gradients that are no numbers; left out", state.step)
+        logger.warning("step %d gives gradients that are not finite; they are left out", state.step)
     state.step += 1
     if state.step % settings.accumulate == 0:
         nn.utils.clip_grad_norm_(parameters, settings.clip, error_if_nonfinite=True)
@@ -167,10 +171,10 @@ def _step(
         state.adam.zero_grad()
 
 
-def _try(
+def _edit_and_score(
     model: Any, matrices: Sequence[Weight], network: nn.Module, item: Item
 ) -> tuple[Outcome, float]:
-    """What the network's edit does, and the loss before it."""
+    """Return the effect of the network's edit, and the loss before the edit."""
     before, factors = gradient_factors(model, item.inner, matrices)
     changes = network(factors, Text.of(model, item.inner))
     return outcome(model, changes, item.outer, item.others), before
@@ -185,25 +189,28 @@ def validate(
     corpus: Corpus,
     progress: bool,
 ) -> dict[str, float]:
-    """Means over validation edits: `before`, `edit`, `locality` in nats; the weighted `loss`."""
+    """Return means over validation edits: `before`, `edit`, `locality`, in nats, and the `loss`.
+
+    `before` is the loss without the edit, and `loss` the weighted sum of `edit` and `locality`.
+    """
     state.network.eval()
     n = min(settings.n_validation, len(corpus.samples))
     rows = []
     for i in tqdm(range(n), desc="validation", disable=not progress, leave=False):
         item = corpus.item(_generator(settings.seed, 1, i), settings.n_locality, sample=i)
-        found, before = _try(model, matrices, state.network, item)
-        rows.append((before, found.edit.item(), found.locality.item()))
+        result, before = _edit_and_score(model, matrices, state.network, item)
+        rows.append((before, result.edit.item(), result.locality.item()))
     before, edit, locality = (math.fsum(column) / n for column in zip(*rows, strict=True))
     loss = settings.c_edit * edit + settings.c_loc * locality
     return {"before": before, "edit": edit, "locality": locality, "loss": loss}
 
 
 def _generator(seed: int, purpose: int, index: int) -> torch.Generator:
-    """A generator of its own for each draw, so that a run can go on at any step."""
+    """Construct the generator of one draw; a run can thus resume at any step."""
     return torch.Generator().manual_seed((seed * 2 + purpose) * 1_000_000_007 + index)
 
 
 def run_info(settings: Training) -> dict[str, Any]:
-    """The settings by which two runs are told apart: all but how long they go on."""
+    """Return the settings that identify a run: all except `max_steps` and `patience`."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
     return {k: v for k, v in plain.items() if k not in ("max_steps", "patience")}

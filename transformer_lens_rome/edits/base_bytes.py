@@ -1,0 +1,188 @@
+"""The ledger of an edited weight: a copy of its base bytes, and the edits written on top of it.
+
+A weight always equals its base plus its active edits, added in the order they were applied. The
+first edit of a weight copies its bytes into a ledger. Each apply or undo writes base and active
+edits anew. So undoing one of several edits gives what the others alone would give, and undoing all
+of them, in any order, restores the bytes of the base.
+
+The ledger is stored on the module that holds the parameter. It is therefore copied and pickled with
+the model, and it survives when the parameter object is replaced. The bytes of the weight decide
+whether the ledger still describes it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model.adapter import Weight
+
+
+@dataclass(eq=False)
+class Ledger:
+    """The base bytes of a weight, its active edits, and the hash of their sum.
+
+    Attributes:
+        where: The weight.
+        base: A copy of the weight before its first edit.
+        base_hash: sha256 of the base.
+        active: The edits on the weight, in the order they were applied.
+        written_hash: sha256 of base and active edits, as last written.
+        processing: The form of the model's weights. The base bytes are valid only in this form.
+    """
+
+    where: Weight
+    base: Float[Tensor, "..."]
+    base_hash: str
+    active: list[Edit]
+    written_hash: str
+    processing: str
+
+
+def live_weight(model: Any, where: Weight) -> Tensor:
+    """Return the live parameter of a weight that the model is known to have."""
+    weight = adapter.parameter(model, where)
+    assert weight is not None, f"the model has no {where.name} at layer {where.layer}"
+    return weight
+
+
+def ledger_of(model: Any, where: Weight) -> Ledger | None:
+    """Return the ledger of a weight, or None if the weight has none."""
+    if adapter.parameter(model, where) is None:
+        return None
+    holder = adapter.holder(model, where)
+    return None if holder is None else vars(holder).get("_rome_ledgers", {}).get(where.name)
+
+
+def every_ledger(model: Any) -> list[Ledger]:
+    """Return the ledgers of all edited weights of a model."""
+    modules = (module for _, module in adapter.every_module(model))
+    return [ledger for m in modules for ledger in vars(m).get("_rome_ledgers", {}).values()]
+
+
+def ledger_to_edit(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> Ledger:
+    """Return the ledger of a weight that an edit will change, or a new one if there is none."""
+    weight = adapter.parameter(model, where)
+    if weight is None or shape != tuple(weight.shape):
+        has = "none" if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
+            f"model has {has}; it was made on {edit.provenance.get('model', 'another model')}"
+        )
+    refusals.check_weight(weight, where)
+    if adapter.holder(model, where) is None:
+        raise NotImplementedError(
+            f"{named(where)} is computed from other tensors at each pass "
+            "(torch.nn.utils.prune, weight_norm), so a change of it would be lost; make it a plain "
+            "parameter first, for instance with torch.nn.utils.prune.remove"
+        )
+    ledger, digest = ledger_of(model, where), adapter.weight_hash(weight)
+    # the second case: other code, for instance loading a checkpoint, removed the edits
+    if ledger is None or digest == ledger.base_hash != ledger.written_hash:
+        form = adapter.processing(model)
+        return Ledger(where, weight.detach().clone(), digest, [], digest, form)
+    if digest != ledger.written_hash:
+        raise changed_by_others(where, "revert the edits on it with force=True")
+    if ledger.where != where:
+        raise NotImplementedError(
+            f"{named(where)} and {named(ledger.where)} are the same parameter, and there are "
+            "edits of the latter on it; give both edits the same layer"
+        )
+    return ledger
+
+
+def has_its_edits(model: Any, ledger: Ledger, force: bool) -> bool:
+    """Return whether the weight still contains the edits of its ledger.
+
+    Raises:
+        ValueError: removing the edits would overwrite a change that the ledger does not record.
+    """
+    if ledger_of(model, ledger.where) is not ledger:
+        raise ValueError(
+            f"the parameter that held this edit of layer {ledger.where.layer} is not in the model "
+            "any more (its module was replaced, or computes it at each pass now); reload the model"
+        )
+    digest = adapter.weight_hash(live_weight(model, ledger.where))
+    if digest in (ledger.written_hash, ledger.base_hash):  # base: a checkpoint was loaded
+        return digest == ledger.written_hash
+    if adapter.processing(model) != ledger.processing:
+        raise ValueError(
+            "the model's weights were processed (enable_compatibility_mode, process_weights_) with "
+            f"an edit of {named(ledger.where)} on, which cannot be taken off any more; reload the "
+            "model, and process it before it is edited"
+        )
+    if not force:
+        raise changed_by_others(ledger.where, "revert(force=True) discards that change")
+    return True
+
+
+def write_all(model: Any, writes: list[tuple[Ledger, list[Edit]]]) -> None:
+    """Write base + edits into all of the weights, or on an error into none of them."""
+    with ExitStack() as undo:
+        for ledger, edits in writes:
+            undo.callback(write, model, ledger, list(ledger.active))
+            write(model, ledger, edits)
+        undo.pop_all()
+
+
+@torch.no_grad()
+def write(model: Any, ledger: Ledger, edits: list[Edit]) -> None:
+    """Write base + edits into a weight and store or drop its ledger; an error changes nothing."""
+    weight, where = live_weight(model, ledger.where), ledger.where
+    holder = adapter.holder(model, where)
+    assert holder is not None  # checked by `ledger_to_edit` and `has_its_edits`
+    ledgers = vars(holder).setdefault("_rome_ledgers", {})
+    new = _sum(ledger, weight, edits)
+    if not torch.isfinite(new).all():
+        raise ValueError(f"the edit would put NaN or infinity into {named(where)}")
+    old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
+    try:
+        ledger.active, ledger.written_hash = edits, adapter.weight_hash(new)
+        ledgers[where.name] = ledger
+        weight.copy_(new)
+        if not torch.equal(live_weight(model, where), new):
+            raise NotImplementedError(
+                f"{named(where)} does not keep what is written into it, as it is computed from "
+                "something else (torch.nn.utils.parametrize, prune); make it a plain parameter"
+            )
+    except BaseException:
+        ledger.active, ledger.written_hash = state
+        weight.copy_(old)
+        raise
+    finally:
+        torch.clear_autocast_cache()  # an outer autocast may cache a copy of the weight
+        if not ledger.active:
+            ledgers.pop(where.name, None)
+
+
+def _sum(ledger: Ledger, weight: Tensor, edits: list[Edit]) -> Tensor:
+    """Return base + edits, summed in float32 or wider and rounded to the weight's dtype once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    n_active = len(ledger.active)
+    more = n_active and edits[:n_active] == ledger.active and weight.dtype == wide
+    if more and adapter.weight_hash(weight) == ledger.written_hash:
+        total, edits = weight.detach().clone(), edits[n_active:]  # add only the new edits
+    else:
+        total = ledger.base.to(weight.device, wide, copy=True)
+    for edit in edits:
+        total += edit.change(ledger.where).to(total)
+    return total.to(weight.dtype)
+
+
+def named(where: Weight) -> str:
+    """Return the name of a weight for messages."""
+    return f"{where.name} of layer {where.layer}"
+
+
+def changed_by_others(where: Weight, remedy: str) -> ValueError:
+    """Return the error for a weight that changed after it was edited."""
+    return ValueError(
+        f"{named(where)}, or its dtype, was changed by something else since it was edited; {remedy}"
+    )
