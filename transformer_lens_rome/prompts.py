@@ -218,7 +218,7 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
 
         try:
             found = AutoTokenizer.from_pretrained(tokenizer.name_or_path, local_files_only=True)
-            if _probe(found) != _probe(tokenizer):
+            if not found.get_vocab().items() <= tokenizer.get_vocab().items():
                 raise OSError("what is there now has another vocabulary")
         except (OSError, ValueError, TypeError, KeyError) as error:
             if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
@@ -231,12 +231,6 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
             found = None  # not the tokenizer itself: it would hold a reference to itself
         tokenizer._rome_checkpoint = found
     return tokenizer._rome_checkpoint or tokenizer
-
-
-def _probe(tokenizer: Any) -> list[int]:
-    """Ids of some text, by which tokenizers are told apart."""
-    text = "The 12 Eiffel Towers — “Zoë” ﬁnds ＡＢ, e\u0301 and 東京 in <b>it</b>.\n"
-    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _first_line(error: Exception) -> str:
