@@ -346,7 +346,7 @@ def gradients_for(model: Any) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             with suppress(RuntimeError):  # they are switched off, so there are no others either
-                keep = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+                keep = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _as_it_is)
                 stack.enter_context(keep)  # in place of a caller's, which may round
             yield
     finally:
@@ -355,6 +355,7 @@ def gradients_for(model: Any) -> Iterator[None]:
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
+    """What was packed; what is packed is detached, as a result that is kept whole keeps itself."""
     return tensor
 
 
