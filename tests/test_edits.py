@@ -223,3 +223,12 @@ def test_an_interrupted_save_leaves_the_old_file_whole(gpt2, tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["edit"]
     new.save(path)  # control: without the fault it is replaced
     assert load_edit(path).digest == new.digest
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_an_edit_is_scaled_and_turned_round_by_operators(gpt2, rank):
+    edit = random_edit(gpt2, rank=rank)
+    for one, alpha in ((edit * 0.5, 0.5), (0.5 * edit, 0.5), (-edit, -1.0)):
+        assert one.digest == edit.scale(alpha).digest
+        assert torch.allclose(one.delta(), alpha * edit.delta())
+    assert torch.equal((-(-edit)).delta(), edit.delta())

@@ -277,7 +277,8 @@ ALONE = {
     "without": "two writes, with the caller's own code between them",
     "get_act_patch_window": "the host's own passes, in the states that the clean cache is of",
     "provenance": "runs no pass",
-    "of": "puts values together",
+    "AppliedEdit.of": "puts values together",
+    "Encoder.of": "reads the tokenizer",
 }
 """Public functions with a parameter `model` that are not called under `model_call`, and why."""
 
@@ -298,12 +299,13 @@ def functions_of_models() -> Iterator[tuple[str, Any]]:
             for one in (getattr(member, "__func__", member) for member in members):
                 public = inspect.isfunction(one) and not one.__name__.startswith("_")
                 if public and "model" in inspect.signature(one).parameters:
-                    yield one.__name__, one
+                    yield one.__qualname__, one
 
 
 def test_every_public_function_runs_under_torchs_defaults_alone_on_its_model():
     found = dict(functions_of_models())
-    assert {"rome_edit", "causal_trace", "compute", "fit", "attribute"} <= set(found)
+    every = {"rome_edit", "causal_trace", "Rome.compute", "TrainedMethod.fit", "FineTuning.compute"}
+    assert every <= set(found)
     plain = {
         n for n, one in found.items() if not one.__code__.co_filename.endswith("model/calls.py")
     }

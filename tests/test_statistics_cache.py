@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from transformer_lens_rome import applied
 from transformer_lens_rome.files import tensors as files
+from transformer_lens_rome.files.cache import cache_folder
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.sampling import sampled_texts
 from transformer_lens_rome.statistics import sources as default_statistics
@@ -207,12 +208,12 @@ def test_no_name_leads_out_of_the_folder_or_is_too_long(gpt2, folder, monkeypatc
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path / "own"))
-    assert files.cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("TRANSFORMER_LENS_ROME_CACHE")
-    assert files.cache_folder() == tmp_path / "xdg" / "transformer_lens_rome"
+    assert cache_folder() == tmp_path / "xdg" / "transformer_lens_rome"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"
+    assert cache_folder() == tmp_path / ".cache" / "transformer_lens_rome"
 
 
 # ---------------------------------------------------------------- text that ships

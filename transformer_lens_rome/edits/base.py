@@ -71,6 +71,18 @@ class BaseEdit(Shown):
         """Return the change of one parameter."""
         return self.changes()[where]
 
+    def scale(self: E, alpha: float) -> E:
+        """Return the edit, alpha times as strong."""
+        raise NotImplementedError
+
+    def __mul__(self: E, alpha: float) -> E:
+        return self.scale(alpha)
+
+    __rmul__ = __mul__
+
+    def __neg__(self: E) -> E:
+        return self.scale(-1.0)
+
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
         """Return the shape of every changed parameter, without computing the changes."""
         raise NotImplementedError

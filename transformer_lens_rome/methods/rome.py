@@ -318,6 +318,7 @@ class Rome:
             config=setting.config,
         )
 
+    @model_call
     def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
         """Compute the edit that writes one fact."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
