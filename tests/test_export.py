@@ -107,7 +107,7 @@ def test_a_hooked_transformer_needs_the_model_it_came_from(tokenizer, tmp_path):
     with applied(model, random_edit(model)):
         with pytest.raises(ValueError, match="pass the one that it was loaded from"):
             export_hf(model, tmp_path)
-        with pytest.raises(ValueError, match="holds no tensor equal to W_out of layer 0"):
+        with pytest.raises(ValueError, match="has no tensor equal to W_out of layer 0"):
             export_hf(model, tmp_path, hf_model=other)
     assert not list(tmp_path.iterdir())
 
