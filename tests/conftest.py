@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from tiny_tokenizer import tiny_tokenizer
+from helpers import tiny_models
+from helpers.tiny_tokenizer import tiny_tokenizer
 
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 

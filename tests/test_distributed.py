@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES
-from rome_setting import LAYER
-from test_evaluate import RECORDS, assert_alike, evaluate, seconds_apart
+from helpers.evaluation_setting import RECORDS, assert_alike, evaluate, seconds_apart
+from helpers.rome_setting import LAYER
 
 from transformer_lens_rome import collect_second_moment, distributed, get_method
 from transformer_lens_rome.extras import needed

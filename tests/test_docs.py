@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES, make_model
-from rome_setting import LAYER, NEAR, REQUEST, keys_and_values, random_moment
-from tiny_tokenizer import tiny_tokenizer
+from helpers.rome_setting import LAYER, NEAR, REQUEST, keys_and_values, random_moment
+from helpers.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
 
 import transformer_lens_rome

@@ -1,28 +1,20 @@
-"""Nothing stays behind after many edits and traces; `examples/benchmarks/leaks.py` runs more."""
+"""Nothing stays behind after many edits and traces; `python -m leaks` in this folder runs more."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model
+from leaks.__main__ import survivors, users
+from leaks.cycles import tiny_setting
+from leaks.footprint import InterruptAt, Interrupted, footprint, grown, run, slope
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
-if not BENCHMARKS.is_dir():
-    pytest.skip("the benchmarks are not at hand (examples/benchmarks)", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
-
-from conftest import make_model  # noqa: E402
-from footprint import InterruptAt, Interrupted, footprint, grown, run, slope  # noqa: E402
-from leak_cycles import tiny_setting  # noqa: E402
-from leaks import survivors, users  # noqa: E402
-
-from transformer_lens_rome import apply_edit  # noqa: E402
-from transformer_lens_rome.model.adapter import owner, w_out  # noqa: E402
+from transformer_lens_rome import apply_edit
+from transformer_lens_rome.model.adapter import owner, w_out
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the notebook extra is not installed")
-EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.ipynb"))
+NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 MAJOR = int(version("transformer-lens").split(".")[0])
 
 
 def read(name):
-    return nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +25,7 @@ def test_it_is_committed_as_it_ran(name):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert any("image/png" in o.get("data", {}) for o in outputs)
     text = "".join(str(cell.source) + str(cell.outputs) for cell in cells)
-    assert str(Path.home()) not in text and str(EXAMPLES.parent) not in text
+    assert str(Path.home()) not in text and str(NOTEBOOKS.parents[1]) not in text
 
 
 @pytest.mark.real_model
@@ -39,7 +39,7 @@ def test_it_runs(name, gemma_moment):  # in the cache: no notebook samples anew
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    resources = {"metadata": {"path": str(EXAMPLES)}}
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
     nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)

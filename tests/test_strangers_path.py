@@ -7,10 +7,18 @@ What counts is whether a pass is random now, not what a flag says.
 import contextlib
 
 import pytest
-import tiny_models
 import torch
 from conftest import CLASSES, make_model
-from rome_setting import LAYER, NEAR, PREFIXES, REQUEST, random_edit, random_moment, small_edit
+from helpers import tiny_models
+from helpers.rome_setting import (
+    LAYER,
+    NEAR,
+    PREFIXES,
+    REQUEST,
+    random_edit,
+    random_moment,
+    small_edit,
+)
 from torch import nn
 
 from transformer_lens_rome import (

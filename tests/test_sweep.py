@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from rome_setting import CONFIG, PREFIXES, random_moment
+from helpers.rome_setting import CONFIG, PREFIXES, random_moment
 
 from transformer_lens_rome import (
     CounterFact,

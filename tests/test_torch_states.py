@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 from conftest import make_model
-from rome_setting import LAYER, NEAR, PREFIXES, random_edit, random_moment, small_edit
+from helpers.rome_setting import LAYER, NEAR, PREFIXES, random_edit, random_moment, small_edit
 
 from transformer_lens_rome import (
     SecondMoment,

@@ -1,8 +1,8 @@
 """Default sources of C: bundled text, the cache, a published file, or a corpus.
 
 For some models the package has text that the model wrote (`sampled/`, by
-`examples/sample_text.py`), from which C is collected in seconds. The text is used only if the given
-model has the keys of the model that wrote it.
+`examples/scripts/sample_text.py`), from which C is collected in seconds. The text is used only if
+the given model has the keys of the model that wrote it.
 
 A file in the cache folder (see `files.cache`) is selected by model name, layer, BOS rule and
 corpus. It is used only if its probe keys are those of the given model.

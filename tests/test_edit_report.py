@@ -1,0 +1,242 @@
+"""`show_edit` says what two ordinary passes say, and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from helpers.rome_setting import LAYER, NEAR, factored_edit, random_edit, small_edit
+
+from transformer_lens_rome import applied, apply_edit
+from transformer_lens_rome import edit_report as microscope
+from transformer_lens_rome.edit_report import EditReport, show_edit
+from transformer_lens_rome.edits.ledger import active_edits, without
+from transformer_lens_rome.model.adapter import Weight, w_out
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.results import CausalTrace
+
+PROMPTS = ["In the city Space Needle is", "Cuba is in"]
+OPTIONS = {"noise_std": 1.0, "n_samples": 2, "progress": False}
+
+
+@pytest.fixture(params=(1, 3, "factored"))
+def edit(request, gpt2):
+    if request.param == "factored":
+        return factored_edit(gpt2, [Weight("W_out", LAYER)])
+    return random_edit(gpt2, rank=request.param)
+
+
+@torch.no_grad()
+def run(model, prompt):
+    """Log-probabilities after a prompt, and its keys and values, by the model's own cache."""
+    tokens = torch.tensor([Encoder.of(model).ids(prompt)])
+    logits, cache = model.run_with_cache(tokens)
+    key = cache[f"blocks.{LAYER}.mlp.hook_post"][0]
+    return logits[0, -1].log_softmax(-1), key, cache[f"blocks.{LAYER}.hook_mlp_out"][0]
+
+
+def test_each_prompt_says_what_plain_passes_say(gpt2, edit):
+    report = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    assert [one.prompt for one in report.prompts] == [edit.request.text, *PROMPTS]
+    for one in report.prompts:
+        before, key, value = run(gpt2, one.prompt)
+        with_edit = apply_edit(gpt2, edit)
+        after, *_ = run(gpt2, one.prompt)
+        with_edit.revert()
+        wanted = torch.nn.functional.kl_div(after, before, log_target=True, reduction="sum").item()
+        assert one.divergence == pytest.approx(wanted, rel=1e-4) and wanted > 1e-4
+        for top, log_probs in ((one.top_before, before), (one.top_after, after)):
+            wanted = log_probs.exp().topk(3).values.tolist()
+            assert [p for _, p in top] == pytest.approx(wanted, rel=1e-4)
+        target = Encoder.of(gpt2).row(one.prompt, None, edit.request.target_new)
+        shift = (key @ edit.delta()).norm(dim=1) / value.norm(dim=1)
+        assert one.value_shift == pytest.approx(shift.max().item(), rel=1e-4)
+        assert len(target.target) == 1
+        label = target.ids[target.target[0]]
+        assert one.p_before == pytest.approx(before[label].exp().item(), rel=1e-4)
+        assert one.p_after == pytest.approx(after[label].exp().item(), rel=1e-4)
+
+
+def test_shares_of_neurons(gpt2, edit):
+    report = show_edit(gpt2, edit, **OPTIONS)
+    _, keys, _ = run(gpt2, edit.request.text)
+    key = keys[Encoder.of(gpt2).templated_row("{} is in", edit.request.subject).subject[-1]]
+    added = key[:, None] * edit.delta()
+    torch.testing.assert_close(report.shares, added @ added.sum(0) / added.sum(0).square().sum())
+    assert report.shares.sum().item() == pytest.approx(1.0, abs=1e-4)
+    (first, share), *_ = report.top_neurons(4)
+    assert share == report.shares.max().item() == report.shares[first].item()
+    ordered = report.shares.sort(descending=True).values
+    n = report.neurons_for(0.5)
+    assert ordered[:n].sum() >= 0.5 > ordered[: n - 1].sum()
+
+
+def test_traces_are_of_the_old_and_the_new_answer(gpt2, edit):
+    report = show_edit(gpt2, edit, kind="mlp", **OPTIONS)
+    request = edit.request
+    plain = {"kind": "mlp", **OPTIONS}
+    wanted = causal_trace(gpt2, request.text, request.subject, **plain)
+    torch.testing.assert_close(report.before.samples, wanted.samples)
+    with_edit = apply_edit(gpt2, edit)
+    wanted = causal_trace(gpt2, request.text, request.subject, answer="Paris", **plain)
+    with_edit.revert()
+    torch.testing.assert_close(report.after.samples, wanted.samples)
+    assert report.after.answer == "Paris"
+
+
+def test_an_edit_on_the_model_is_lifted_and_put_back(gpt2):
+    base = w_out(gpt2, LAYER).detach().clone()
+    one, two = random_edit(gpt2, seed=1), random_edit(gpt2, seed=2)
+    absent = show_edit(gpt2, one, PROMPTS, **OPTIONS)
+    first, _second = apply_edit(gpt2, one), apply_edit(gpt2, two)
+    both = w_out(gpt2, LAYER).detach().clone()
+    present = show_edit(gpt2, first, PROMPTS, **OPTIONS)
+    assert torch.equal(w_out(gpt2, LAYER), both) and active_edits(gpt2, LAYER) == (one, two)
+    first.revert()
+    alone = show_edit(gpt2, one, PROMPTS, **OPTIONS)  # the other edit is on the model both times
+    assert present.prompts == alone.prompts != absent.prompts
+    _second.revert()
+    assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+def test_without_gives_everything_back_on_an_error(gpt2):
+    base = w_out(gpt2, LAYER).detach().clone()
+    one = random_edit(gpt2)
+    undo = apply_edit(gpt2, one)
+    edited = w_out(gpt2, LAYER).detach().clone()
+    with pytest.raises(RuntimeError, match="mine"):
+        with without(gpt2, one):
+            assert torch.equal(w_out(gpt2, LAYER), base) and not active_edits(gpt2, LAYER)
+            raise RuntimeError("mine")
+    assert torch.equal(w_out(gpt2, LAYER), edited) and undo.active
+    undo.revert()
+    assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+@pytest.mark.parametrize("prompt, subject", (("Paris, {}", "Paris"), ("Paris:{} is", " Paris")))
+def test_the_subject_that_was_edited_is_the_one_that_is_traced(gpt2, prompt, subject):
+    request = dataclasses.replace(NEAR, prompt=prompt, subject=subject)
+    edit = dataclasses.replace(random_edit(gpt2), request=request)
+    report = show_edit(gpt2, edit, **OPTIONS)
+    assert report.before.subject_positions[0] > 0
+
+
+def test_a_change_by_others_is_neither_lost_nor_shown(gpt2):
+    undo = apply_edit(gpt2, random_edit(gpt2))
+    with torch.no_grad():
+        w_out(gpt2, LAYER).add_(0.5)
+    mine = w_out(gpt2, LAYER).detach().clone()
+    with pytest.raises(ValueError, match="changed by something else"):
+        show_edit(gpt2, undo, **OPTIONS)
+    assert torch.equal(w_out(gpt2, LAYER), mine)
+
+
+def test_the_model_is_as_it_was_when_a_trace_fails(gpt2, monkeypatch):
+    undo, calls = apply_edit(gpt2, random_edit(gpt2)), []
+    edited = w_out(gpt2, LAYER).detach().clone()
+
+    def fail_at_the_second(*args, **options):
+        calls.append(w_out(gpt2, LAYER).detach().clone())
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return causal_trace(*args, **options)
+
+    monkeypatch.setattr(microscope, "causal_trace", fail_at_the_second)
+    with pytest.raises(MemoryError, match="no room"):
+        show_edit(gpt2, undo, **OPTIONS)
+    assert not torch.equal(calls[0], edited) and torch.equal(calls[1], edited)
+    assert torch.equal(w_out(gpt2, LAYER), edited) and undo.active
+
+
+def test_what_cannot_be_shown_says_why(gpt2, gemma3):
+    edit = random_edit(gpt2)
+    for bad, prompts, words in (
+        ([edit, edit], (), "one edit"),
+        (edit, "Cuba is in", "list of texts"),
+        (edit.scale(0.0), (), "changes nothing"),
+        (dataclasses.replace(edit, layer=7), (), "layers 0 to 2"),
+        (dataclasses.replace(edit, model_hash="other"), (), "force=True"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            show_edit(gpt2, bad, prompts, **OPTIONS)
+    other = dataclasses.replace(edit, model_hash="other")
+    assert show_edit(gpt2, other, force=True, **OPTIONS).layer == LAYER
+
+
+def test_an_edit_of_several_matrices_is_refused_before_any_pass(gpt2, monkeypatch):
+    one, places = Weight("W_out", LAYER), [Weight("W_out", 0), Weight("W_in", LAYER)]
+
+    def fail(*_, **__):
+        raise AssertionError("a pass was run")
+
+    monkeypatch.setattr(microscope, "causal_trace", fail)
+    monkeypatch.setattr(microscope.passes, "read", fail)
+    for bad, words in (
+        (places, "W_out of layer 0, W_in of layer 1, not one W_out alone"),
+        ([one, places[0]], "W_out of layer 0, W_out of layer 1, not"),
+        (places[1:], "W_in of layer 1, not"),
+        ([], "changes nothing"),
+    ):
+        edit = factored_edit(gpt2, bad)
+        for shown in (edit, apply_edit(gpt2, edit)):
+            with pytest.raises(ValueError, match=words):
+                show_edit(gpt2, shown, **OPTIONS)
+        shown.revert()
+    with pytest.raises(AssertionError, match="a pass was run"):  # control
+        show_edit(gpt2, factored_edit(gpt2, [one]), **OPTIONS)
+
+
+def test_bos_is_not_where_a_value_moved_most(gemma3):
+    edit = random_edit(gemma3)
+    bos = Encoder.of(gemma3).tokenizer.bos_token
+    found = [one.token for one in show_edit(gemma3, edit, PROMPTS, **OPTIONS).prompts]
+    assert bos not in found
+
+
+def test_it_can_be_looked_at(model_class, gemma3):
+    edit = small_edit(gemma3, NEAR)
+    report = show_edit(gemma3, edit, PROMPTS, **OPTIONS)
+    shown = report._repr_html_()
+    assert "<script" not in shown and all(prompt in shown for prompt in PROMPTS)
+    assert report.show().interactive and "Attention in layer 2" in report.show().body
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    figure = report.plot()
+    bars = figure.axes[2].containers
+    found = [[bar.get_width() for bar in some][0] for some in bars[::2]]
+    assert found == pytest.approx([one.p_before for one in report.prompts])
+    assert figure.axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_report_is_saved_and_drawn_again(gemma3, tmp_path):
+    report = show_edit(gemma3, small_edit(gemma3, NEAR), PROMPTS, **OPTIONS)
+    report.save(tmp_path / "report.safetensors")
+    again = EditReport.load(tmp_path / "report.safetensors")
+    for field in dataclasses.fields(report):
+        one, other = getattr(report, field.name), getattr(again, field.name)
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), field.name
+        elif not isinstance(one, CausalTrace):
+            assert one == other, field.name
+    assert torch.equal(again.after.samples, report.after.samples)
+    assert again._repr_html_() == report._repr_html_()
+    strip = re.compile(r"circuits-vis-[\w-]+")
+    assert strip.sub("", again.show().body) == strip.sub("", report.show().body)
+
+
+def test_what_a_page_says_was_expected_is_what_the_model_expected(gemma3):
+    edit = small_edit(gemma3, NEAR)
+    report, row = (
+        show_edit(gemma3, edit, **OPTIONS),
+        Encoder.of(gemma3).row(NEAR.text, None, "Paris"),
+    )
+    assert report.ids.tolist() == list(row.ids)
+    for i, edits in enumerate(((), (edit,))):
+        with applied(gemma3, *edits):
+            logits = gemma3(report.ids[None]).detach()[0]
+        expected = logits.log_softmax(-1)
+        torch.testing.assert_close(report.log_probs[i], expected, rtol=1e-4, atol=1e-4)
+        for token in expected.topk(10).indices.unique().tolist():
+            assert report.texts[str(token)] == Encoder.of(gemma3).tokenizer.decode([token])
