@@ -26,6 +26,16 @@ def make_model(model_class: str, shape: str, tokenizer, **options):
     return make(shape, tokenizer, **options)
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the quick lane: each test once, with its first parameters, without the real model."""
+    seen = set()
+    for item in items:
+        test = (item.path, item.originalname)
+        if test not in seen and not any(map(item.get_closest_marker, ("real_model", "slow"))):
+            item.add_marker("quick")
+        seen.add(test)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Tests neither read nor write the user's cache folder."""

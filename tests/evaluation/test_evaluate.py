@@ -31,7 +31,7 @@ from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import greedy_continuation
+from transformer_lens_rome.prompts.sampling import greedy_continuations
 
 # ---------------------------------------------------------------- numbers
 
@@ -46,7 +46,7 @@ def test_accuracy_is_exact_match_by_greedy_decoding(gpt2):
         with applied(gpt2, method.compute(gpt2, one.request)):
             for i, prompt in enumerate(one.paraphrase_prompts):
                 row = encoder.row(prompt, target=one.request.target_new)
-                text = greedy_continuation(gpt2, prompt, len(row.target), encoder=encoder)
+                (text,) = greedy_continuations(gpt2, [prompt], len(row.target), encoder=encoder)
                 greedy = text == encoder.tokenizer.decode([row.ids[p] for p in row.target])
                 scores = found.after[one.case_id]["scores"]["paraphrase"][i]
                 assert all(scores[2]) == greedy

@@ -22,7 +22,7 @@ from transformer_lens_rome.methods.hypernetworks.training_data import to_sample
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.held_out import held_out_rows
-from transformer_lens_rome.prompts.sampling import greedy_continuation, sample_continuations
+from transformer_lens_rome.prompts.sampling import greedy_continuations, sample_continuations
 
 HEADS = {  # as Gemma, Llama 3, ChatML and Mistral write them
     "gemma": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),
@@ -82,7 +82,7 @@ def test_the_rule_is_the_same_wherever_text_is_read(chat):
             collect_second_moment(chat, [t], LAYER, max_tokens=6, progress=False).sum_kk
         ),
         "training": lambda t: to_sample(encoder, t, 2),
-        "greedy": lambda t: greedy_continuation(chat, t, 5),
+        "greedy": lambda t: greedy_continuations(chat, [t], 5),
         "continued": lambda t: sample_continuations(chat, [t], 15),
         "trace": lambda t: causal_trace(chat, t, "Rome", n_samples=2, progress=False).samples,
     }

@@ -10,7 +10,7 @@ from transformer_lens_rome.model import passes
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import (
     PREFIX_LENGTHS,
-    greedy_continuation,
+    greedy_continuations,
     sample_continuations,
     sample_prefixes,
     sample_tokens,
@@ -129,6 +129,18 @@ def test_sampled_texts_are_as_many_as_asked_for(gpt2, n):
     assert not any(token in text for text in texts for token in gpt2.tokenizer.all_special_tokens)
 
 
+def test_greedy_continuations_take_the_most_probable_tokens(model):
+    """Each row goes its own way, whatever stands beside it."""
+    encoder, prompts = Encoder.of(model), ["A", "The old man and the sea were", "The old man"]
+    together = greedy_continuations(model, prompts, 6)
+    assert len(set(together)) == 3
+    for prompt, found in zip(prompts, together, strict=True):
+        ids = list(encoder.row(prompt).ids)
+        for _ in range(6):
+            ids.append(int(full_logits(model, torch.tensor([ids]))[0, -1].argmax()))
+        assert found == encoder.tokenizer.decode(ids[-6:], skip_special_tokens=True)
+
+
 def test_sampling_leaves_the_model_as_it_was(model):
     tokens = torch.arange(3, 12)[None]
     before = full_logits(model, tokens)
@@ -147,7 +159,7 @@ def written(model):
     return (
         tokens.tolist(),
         sample_continuations(model, prompts, 20),
-        greedy_continuation(model, "A"),
+        greedy_continuations(model, ["A", *prompts]),
     )
 
 

@@ -24,7 +24,7 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.default_layer import default_layer
 from transformer_lens_rome.model.load import default_class
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import greedy_continuation, sampled_texts
+from transformer_lens_rome.prompts.sampling import greedy_continuations, sampled_texts
 from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
 from transformer_lens_rome.statistics.collect import collect_second_moment
 from transformer_lens_rome.statistics.second_moment import SecondMoment
@@ -270,12 +270,14 @@ def _edit(
 def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Return the top next token, P(target) and the greedy continuation for each prompt."""
     encoder = Encoder.of(model)
+    prompts = [prompt for _, prompt in ask]
+    targets = [request.target_new] * len(ask)
+    scores = target_log_probs(model, prompts, targets, encoder=encoder)
+    texts = greedy_continuations(model, prompts, 12, encoder=encoder)
     answers = []
-    for label, prompt in ask:
+    for (label, prompt), score, text in zip(ask, scores, texts, strict=True):
         (token, p), *_ = top_tokens(model, prompt, 1, encoder=encoder)
-        (scores,) = target_log_probs(model, [prompt], [request.target_new], encoder=encoder)
-        text = greedy_continuation(model, prompt, 12, encoder=encoder)
-        numbers = {"top": token, "p_top": p, "p_target": scores.sum().exp().item(), "text": text}
+        numbers = {"top": token, "p_top": p, "p_target": score.sum().exp().item(), "text": text}
         answers.append({"label": label, "prompt": prompt, "before": numbers})
     return answers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
-from transformer_lens_rome.prompts.encoder import Encoder, check_texts, pad
+from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
 
 PREFIX_LENGTHS = ((5, 10), (10, 10))
 """(Length in tokens, number of texts) of the released code; the length includes the start token."""
@@ -183,10 +183,8 @@ def sample_continuations(
 ) -> list[str]:
     """Return texts of `length` tokens (BOS not counted), each of which begins with its prompt.
 
-    A prompt longer than `length` may be cut to the length of the shortest prompt.
-
-    All prompts run as one batch: while shorter prompts are already continued, longer ones still
-    supply their remaining tokens. Special tokens are never drawn, so no text ends early.
+    A prompt longer than `length` may be cut to the length of the shortest prompt. Special tokens
+    are never drawn, so no text ends early.
 
     Raises:
         ValueError: A prompt has no tokens.
@@ -194,36 +192,55 @@ def sample_continuations(
     encoder = encoder or Encoder.of(model)
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(sorted(encoder.special_ids), dtype=torch.long)
-    check_texts("prompts", prompts)
-    rows = [encoder.row(prompt) for prompt in prompts]
-    if not all(row.ids for row in rows):
-        raise ValueError("a prompt contains no token; pass prompts with some text")
-    prompt_ids, lengths = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
-    tokens = new = prompt_ids[:, : int(lengths.min())]
-    text = _GrowingText(model)
-    while tokens.shape[1] < length + encoder.prepends_bos:
-        logits = text.logits_after(new).float().cpu()
+
+    def draw(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, "n 1"]:
         logits[:, special] = -torch.inf
         best = logits.topk(top_k)
-        new = best.indices.gather(1, _draw(best.values, generator))
-        column = tokens.shape[1]
-        if column < prompt_ids.shape[1]:
-            new = torch.where(column < lengths, prompt_ids[:, column : column + 1], new)
-        tokens = torch.cat([tokens, new], dim=1)
+        return best.indices.gather(1, _draw(best.values, generator))
+
+    check_texts("prompts", prompts)
+    rows = [encoder.row(prompt) for prompt in prompts]
+    tokens = _continued(model, rows, length + encoder.prepends_bos, draw)
     return encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 @model_call
-def greedy_continuation(
-    model: Any, prompt: str, n_tokens: int = 20, *, encoder: Encoder | None = None
-) -> str:
-    """Return the continuation of a prompt in which each token is the most probable one."""
+def greedy_continuations(
+    model: Any, prompts: Sequence[str], n_tokens: int = 20, *, encoder: Encoder | None = None
+) -> list[str]:
+    """Return the continuation of each prompt in which each token is the most probable one.
+
+    Raises:
+        ValueError: A prompt has no tokens.
+    """
     encoder = encoder or Encoder.of(model)
-    new, text = torch.tensor([encoder.row(prompt).ids]), _GrowingText(model)
-    continuation: list[int] = []
-    if not new.numel():
-        raise ValueError("the prompt contains no token; pass a prompt with some text")
-    for _ in range(n_tokens):
-        new = text.logits_after(new).argmax(-1, keepdim=True).cpu()
-        continuation.append(int(new.item()))
-    return encoder.tokenizer.decode(continuation, skip_special_tokens=True)
+    check_texts("prompts", prompts)
+    rows = [encoder.row(prompt) for prompt in prompts]
+    lengths = [len(row.ids) for row in rows]
+    width = max(lengths, default=0) + n_tokens
+    tokens = _continued(model, rows, width, lambda logits: logits.argmax(-1, keepdim=True))
+    new = [row[n : n + n_tokens] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    return encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def _continued(
+    model: Any,
+    rows: Sequence[Row],
+    width: int,
+    choose: Callable[[Float[Tensor, "n d_vocab"]], Int[Tensor, "n 1"]],
+) -> Int[Tensor, "n width"]:
+    """Return the rows continued to `width` tokens, as one batch; `choose` picks the next tokens.
+
+    While shorter rows are already continued, longer ones still supply their own tokens.
+    """
+    if not all(row.ids for row in rows):
+        raise ValueError("a prompt contains no token; pass prompts with some text")
+    given, lengths = pad(rows), torch.tensor([[len(row.ids)] for row in rows])
+    tokens = new = given[:, : int(lengths.min())]
+    text = _GrowingText(model)
+    while (column := tokens.shape[1]) < width:
+        new = choose(text.logits_after(new).float().cpu())
+        if column < given.shape[1]:
+            new = torch.where(column < lengths, given[:, column : column + 1], new)
+        tokens = torch.cat([tokens, new], dim=1)
+    return tokens
