@@ -267,7 +267,10 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             # numbers that take more room than the file: NumPy would believe a zip bomb
             if sum(part.file_size for part in file.zip.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed; write it with np.savez")
-            return file["mom2.mom2"], file["mom2.count"]
+            total, count = file["mom2.mom2"], file["mom2.count"]
+            if not isinstance(total, np.ndarray) or not isinstance(count, np.ndarray):
+                raise ValueError("they are not arrays")  # a part without NumPy's header is bytes
+            return total, count
     except Exception as error:  # NumPy and zipfile raise errors of many types for a damaged file
         raise ValueError(f"{error!r:.400}") from error
 
