@@ -97,14 +97,15 @@ class TfIdf:
             ValueError: The files are of another format, or do not belong together.
             OSError: There is no such file, or no network.
         """
-        path = _published("tfidf_vocab.json", vocabulary)
-        indices = read_json(path)
-        weights = _numbers(_published("idf.npy", idf))
+        path, idf_path = _published("tfidf_vocab.json", vocabulary), _published("idf.npy", idf)
+        indices, weights = read_json(path), _numbers(idf_path)
         valid = isinstance(indices, dict) and all(type(i) is int for i in indices.values())
         if not valid or sorted(indices.values()) != list(range(len(weights))):
-            raise ValueError(f"the vocabulary {path} and the idf weights do not belong together")
+            raise ValueError(
+                f"the vocabulary {path} and the weights {idf_path} do not fit together"
+            )
         if not all(0 <= weight < 1000 for weight in weights):  # ln(n) + 1 of n documents
-            raise ValueError(f"{idf or 'idf.npy'} contains weights outside 0 to 1000")
+            raise ValueError(f"{idf_path} contains weights outside 0 to 1000")
         return cls({term: weights[i] for term, i in indices.items()})
 
     @classmethod
