@@ -12,6 +12,7 @@ import torch
 from conftest import CLASSES
 from helpers.rome_setting import random_edit
 from helpers.tiny_models import has_bridge
+from served import bridges, checks, hooked, page, verdict
 
 from transformer_lens_rome import apply_edit, revert_all
 from transformer_lens_rome.edits.ledger import active_edits
