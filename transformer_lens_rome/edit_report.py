@@ -21,7 +21,8 @@ from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import target_log_probs
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.tracing.causal_trace import causal_trace
-from transformer_lens_rome.tracing.results import CausalTrace, Kind
+from transformer_lens_rome.tracing.kinds import Kind
+from transformer_lens_rome.tracing.results import CausalTrace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ import torch
 from conftest import CLASSES
 from helpers.rome_setting import random_edit
 from helpers.tiny_models import has_bridge
+from served import bridges, checks, hooked, page, verdict
 
 from transformer_lens_rome import apply_edit, revert_all
 from transformer_lens_rome.edits.ledger import active_edits
@@ -20,7 +21,7 @@ from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.model.changes import Change
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts import sampling
-from transformer_lens_rome.tracing import runs as restoring
+from transformer_lens_rome.tracing.kinds import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def _wrong_layer(patch, plain=adapter.parameter):
 
 
 def _wrong_state(patch):
-    patch.setitem(restoring._POINTS, "mlp", "attn_out")
+    patch.setitem(KINDS, "mlp", KINDS["attn"])
 
 
 def _forgetful_text(patch, plain=passes.next_logits):

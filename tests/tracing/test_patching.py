@@ -97,8 +97,8 @@ def test_a_trace_becomes_a_patching_result(gpt2):
 @pytest.mark.parametrize(
     ("options", "words"),
     (
-        ({"kind": "key"}, "kind is one of"),
-        ({"window": 0}, "window at least 1"),
+        ({"kind": "key"}, "kind must be one of"),
+        ({"window": 0}, "window must be at least 1"),
         ({"reduce": "mean"}, "'scalar' or 'none'"),
     ),
 )

@@ -15,8 +15,8 @@ from circuitsvis.tokens import colored_tokens
 from transformer_lens_rome import viz
 from transformer_lens_rome.edits.kinds import EditHealth
 from transformer_lens_rome.tracing.averages import average_severed, average_traces
+from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
-from transformer_lens_rome.viz import cells as viz_cells
 from transformer_lens_rome.viz import page
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -141,7 +141,7 @@ def test_a_cell_shows_a_trace_as_a_heat_map():
         number, _ = found[f"Space* layer {layer}"]
         assert number == pytest.approx(TRACE.scores[layer, 1].item(), rel=1e-3)
     colours = [colour for _, colour in sorted(found.values())]
-    assert colours[0][0] > colours[-1][0] and colours[-1] == viz_cells.COLOURS["mlp"]
+    assert colours[0][0] > colours[-1][0] and colours[-1] == KINDS["mlp"].colour
     assert "Seattle" in TRACE._repr_html_() and "<script" not in TRACE._repr_html_()
 
 

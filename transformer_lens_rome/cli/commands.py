@@ -30,6 +30,7 @@ from transformer_lens_rome.statistics.collect import collect_second_moment
 from transformer_lens_rome.statistics.second_moment import SecondMoment
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.viz import save_html
 
 
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("prompt", help="text that the answer should follow")
     trace.add_argument("subject", help="the part of the prompt to corrupt")
     trace.add_argument("--answer", help="the answer (default: the model's top token)")
-    trace.add_argument("--kind", choices=("resid", "mlp", "attn"), default="resid")
+    trace.add_argument("--kind", choices=tuple(KINDS), default="resid")
     trace.add_argument("--window", type=int, default=10, help="layers restored at once")
     trace.add_argument("--samples", type=int, default=10, help="number of noise samples")
     trace.add_argument("--seed", type=int, default=0)

@@ -20,15 +20,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.extras import needed
-from transformer_lens_rome.files.arrays import read_npy
 from transformer_lens_rome.files.cache import cache_folder
 from transformer_lens_rome.files.download import Published, download
 from transformer_lens_rome.files.fields import fits
-from transformer_lens_rome.files.strict_json import read_json, read_list
+from transformer_lens_rome.files.strict_json import MAX_DEPTH, read_json
 
 HOST = "https://rome.baulab.info/data/dsets/"
 PUBLISHED = {
@@ -96,14 +97,15 @@ class TfIdf:
             ValueError: The files are of another format, or do not belong together.
             OSError: There is no such file, or no network.
         """
-        path = _published("tfidf_vocab.json", vocabulary)
-        indices = read_json(path)
-        weights = read_npy(_published("idf.npy", idf)).reshape(-1).tolist()
+        path, idf_path = _published("tfidf_vocab.json", vocabulary), _published("idf.npy", idf)
+        indices, weights = read_json(path), _numbers(idf_path)
         valid = isinstance(indices, dict) and all(type(i) is int for i in indices.values())
         if not valid or sorted(indices.values()) != list(range(len(weights))):
-            raise ValueError(f"the vocabulary {path} and the idf weights do not belong together")
+            raise ValueError(
+                f"the vocabulary {path} and the weights {idf_path} do not fit together"
+            )
         if not all(0 <= weight < 1000 for weight in weights):  # ln(n) + 1 of n documents
-            raise ValueError(f"{idf or 'idf.npy'} contains weights outside 0 to 1000")
+            raise ValueError(f"{idf_path} contains weights outside 0 to 1000")
         return cls({term: weights[i] for term, i in indices.items()})
 
     @classmethod
@@ -127,6 +129,19 @@ class TfIdf:
         """Return the cosine of two texts' vectors, 0 to 1."""
         a, b = self.vector(one), self.vector(other)
         return sum(value * b.get(term, 0.0) for term, value in a.items())
+
+
+def _numbers(path: Path) -> list[float]:
+    """Return the numbers of a `.npy` file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:  # a map, because NumPy then compares the array's size with the file's
+        array = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=1024)
+    except Exception as error:  # NumPy raises errors of many types for a damaged header
+        raise ValueError(f"{path} is not a complete array of numbers ({error!r:.400})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fi":
+        raise ValueError(f"{path} is not a .npy file of numbers")
+    return array.reshape(-1).tolist()
 
 
 def _terms(text: str) -> list[str]:
@@ -161,6 +176,7 @@ class References:
         Raises:
             ValueError: The file is not a snippets file.
             OSError: There is no such file, or no network.
+            ImportError: ijson is not installed; the message names the extra that installs it.
         """
         wanted = {key(record) for record in records}
         texts_by_key: dict[str, list[str]] = {}
@@ -191,15 +207,48 @@ class References:
 
 def _snippets(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the key and the texts of each item of a snippets file, while it is read."""
-    for i, item in enumerate(read_list(path)):
+    ijson = needed("ijson", "generation")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    with path.open("rb") as file:
         try:
-            texts = [sample["text"] for sample in item["samples"]]
-            names = [item["relation_id"], item["target_id"]]
-            if not fits([*names, *texts], list[str]):
-                raise TypeError("samples need text, relation_id and target_id as strings")
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a snippets file (item {i}: {error!r:.200})") from error
-        yield "/".join(names), texts
+            for i, item in enumerate(_items(file, ijson)):
+                yield _key_and_texts(item, i)
+        except (ijson.JSONError, ValueError) as error:
+            raise ValueError(f"{path} is not a snippets file ({str(error):.300})") from error
+
+
+def _items(file: BinaryIO, ijson: Any) -> Iterator[Any]:
+    """Yield the items of a JSON list, from the events of a parser.
+
+    `ijson.items` is shorter, but nesting of depth n takes it memory of n squared, and without
+    `use_float` it crashes on a number of 5,000 digits.
+    """
+    events = ijson.basic_parse(file, use_float=True)
+    if next(events)[0] != "start_array":
+        raise ValueError("it is not a JSON list")
+    builder, depth = ijson.ObjectBuilder(), 0
+    for event, value in events:
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+        if depth >= 0:  # below 0, the list has ended
+            builder.event(event, value)
+        if depth == 0:
+            yield builder.value
+            builder = ijson.ObjectBuilder()
+
+
+def _key_and_texts(item: Any, i: int) -> tuple[str, list[str]]:
+    """Return the key and the texts of item i of a snippets file."""
+    try:
+        texts = [sample["text"] for sample in item["samples"]]
+        names = [item["relation_id"], item["target_id"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"item {i}: {error!r:.200}") from error
+    if not fits([*names, *texts], list[str]):
+        raise ValueError(f"item {i} needs text, relation_id and target_id as strings")
+    return "/".join(names), texts
 
 
 def key(record: CounterFactRecord) -> str:

@@ -1,24 +1,21 @@
 """Read JSON files of unknown origin, and check their texts.
 
-Python's reader accepts the following, and this module refuses it: a key that occurs twice in an
-object, lone surrogates, deep nesting, very long texts, and encodings other than UTF-8.
+Python's reader accepts the following, and this module refuses it, because runs and edits are passed
+on between people: a key that occurs twice in an object, lone surrogates, deep nesting, very long
+texts, and encodings other than UTF-8.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 MAX_DATA = 256 * 2**20
 """Largest JSON file in bytes: five times the largest published one (CounterFact, 45 MB). Python
 objects can take about 25 times the size of their JSON."""
-MAX_ITEM = 2**26
-"""Largest item, in characters, of a list that is read item by item."""
 MAX_DEPTH = 32
 """Deepest nesting of lists and objects; the deepest file of this package has 8 levels."""
 MAX_TEXT = 1_000_000
@@ -52,7 +49,7 @@ def read_json(path: Any) -> Any:
     return parse(read_bytes(path), str(path))
 
 
-def parse(text: str | bytes, name: str, *, longest: int = MAX_TEXT) -> Any:
+def parse(text: str | bytes, name: str) -> Any:
     """Parse JSON; bytes must be UTF-8.
 
     NaN and infinity are accepted, because Python writes them for measured numbers. An integer
@@ -61,7 +58,6 @@ def parse(text: str | bytes, name: str, *, longest: int = MAX_TEXT) -> Any:
     Args:
         text: The JSON text.
         name: The name of the text, for messages.
-        longest: The longest string allowed, in characters.
 
     Raises:
         ValueError: The text is not JSON, or exceeds a limit above.
@@ -69,84 +65,14 @@ def parse(text: str | bytes, name: str, *, longest: int = MAX_TEXT) -> Any:
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
-        _check(value, longest)
+        _check(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON that can be read ({str(error):.300})") from error
     return value
 
 
-def read_list(path: Path) -> Iterator[Any]:
-    """Yield the items of a JSON list, each as `parse` returns it, from a file of any size.
-
-    Raises:
-        FileNotFoundError: The file does not exist, or is not a regular file.
-        ValueError: The file is not a JSON list, an item is longer than `MAX_ITEM`, or `parse`
-            refuses it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            yield from _items(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a JSON list that can be read ({str(error):.300})"
-            ) from error
-
-
-def _items(file: TextIO) -> Iterator[Any]:
-    """Yield items from a window on the file; the window grows until it contains a whole item."""
-    text, at = _gap(file, "", 0)
-    mark = "["
-    while text.startswith(mark, at):
-        text, at = _gap(file, text, at + 1)
-        if mark == "[" and text.startswith("]", at):
-            break
-        item, text, at = _item(file, text, at)
-        yield item
-        text, at = _gap(file, text, at)
-        mark = ","
-    if not text.startswith("]", at):
-        raise ValueError(f"expected {mark!r} or the end of the list, got {text[at : at + 20]!r}")
-    text, at = _gap(file, text, at + 1)
-    if text[at:]:
-        raise ValueError(f"unexpected text after the end of the list: {text[at : at + 20]!r}")
-
-
-def _gap(file: TextIO, text: str, at: int) -> tuple[str, int]:
-    """Skip white space; return the window and the index of the next character."""
-    while (at := _after_space(text, at)) == len(text) and (more := file.read(_WINDOW)):
-        text, at = more, 0
-    return text, at
-
-
-def _after_space(text: str, at: int) -> int:
-    """Return the index of the first character from `at` on that is not white space."""
-    space = _SPACE.match(text, at)
-    assert space is not None  # the pattern also matches the empty text
-    return space.end()
-
-
-def _item(file: TextIO, text: str, at: int) -> tuple[Any, str, int]:
-    """Read one item; return it, the window, and the index after the item."""
-    while True:
-        try:
-            item, end = _DECODER.raw_decode(text, at)
-        except json.JSONDecodeError:
-            item, end = None, len(text)
-        if end > len(text) - _MARGIN:  # a number might continue in the next window
-            if len(text) - at > MAX_ITEM:
-                raise ValueError(f"an item has more than {MAX_ITEM:,} characters")
-            if more := file.read(max(_WINDOW, len(text) - at)):
-                text, at = text[at:] + more, 0
-                continue
-            item, end = _DECODER.raw_decode(text, at)
-        _check(item, MAX_TEXT)
-        return item, text, end
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dictionary.
+    """Return a JSON object as a dictionary; Python would keep the last of two values of a key.
 
     Raises:
         ValueError: A key occurs twice.
@@ -160,24 +86,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
-    """Return a number without fraction: an int if it fits into 64 bits, else a float."""
+    """Return a number without fraction: an int if it fits into 64 bits, else a float.
+
+    A longer int would overflow as soon as a tensor is made of it.
+    """
     short = len(digits) <= 20 and -(2**63) <= int(digits) < 2**64
     return int(digits) if short else float(digits)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_whole)
-_SPACE = re.compile(r"[ \t\n\r]*")
-_WINDOW, _MARGIN = 2**20, 8  # characters
+def _check(value: Any) -> None:
+    """Raise ValueError if a value is nested too deeply or contains a text that is not allowed.
 
-
-def _check(value: Any, longest: int) -> None:
-    """Raise ValueError if a value is nested too deeply or contains a text that is not allowed."""
+    Values nested deeper than Python's stack could be read but not written or compared.
+    """
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         below: list[Any] = []
         for one in level:
             if isinstance(one, str):
-                check_text(one, longest)
+                check_text(one)
             elif isinstance(one, dict):
                 below += one
                 below += one.values()
@@ -189,15 +116,15 @@ def _check(value: Any, longest: int) -> None:
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
-def check_text(text: str, longest: int = MAX_TEXT) -> None:
+def check_text(text: str) -> None:
     """Check that a text is not too long and can be encoded in UTF-8.
 
     Raises:
         ValueError: The text is too long, or contains a lone surrogate.
     """
-    if len(text) > longest:
+    if len(text) > MAX_TEXT:
         raise ValueError(
-            f"a text has {len(text):,} characters, at most {longest:,} are allowed; it begins "
+            f"a text has {len(text):,} characters, at most {MAX_TEXT:,} are allowed; it begins "
             f"{text[:40]!r}"
         )
     try:

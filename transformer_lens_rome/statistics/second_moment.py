@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.files.arrays import read_npz
 from transformer_lens_rome.files.fields import make
 from transformer_lens_rome.files.tensors import (
     MAX_LAYERS,
@@ -100,10 +100,11 @@ class SecondMoment:
         layer = re.search(r"(?:^|\.)(\d{1,4})\.mlp", path.name)
         fields: dict[str, Any] = {"layer": int(layer[1]) if layer else None, "prepend_bos": False}
         try:
-            total, count = read_npz(path, ["mom2.mom2", "mom2.count"])
-            if count.size != 1 or count.dtype.kind != "i":
+            total, count = _arrays(path)
+            if count.size != 1 or count.dtype.kind != "i" or total.dtype.char not in "efd":
                 raise ValueError(
-                    f"mom2.count must be one integer, got {count.dtype} of shape {count.shape}"
+                    f"mom2.count must be one integer and mom2.mom2 float16, 32 or 64, got "
+                    f"{count.dtype} of shape {count.shape} and {total.dtype}"
                 )
             fields |= {"sum_kk": torch.from_numpy(total), "n_tokens": int(count.item())}
             return _checked(make(cls, {**fields, "source": path.name, **known}))
@@ -255,6 +256,23 @@ class SecondMoment:
                     f"these statistics ({self.source}) are not from this model: its keys at layer "
                     f"{layer} are different; {remedy}"
                 )
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return mom2.mom2 and mom2.count of an uncompressed `.npz` file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with np.load(path, allow_pickle=False, max_header_size=1024) as file:
+            # numbers that take more room than the file: NumPy would believe a zip bomb
+            if sum(part.file_size for part in file.zip.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed; write it with np.savez")
+            total, count = file["mom2.mom2"], file["mom2.count"]
+            if not isinstance(total, np.ndarray) or not isinstance(count, np.ndarray):
+                raise ValueError("they are not arrays")  # a part without NumPy's header is bytes
+            return total, count
+    except Exception as error:  # NumPy and zipfile raise errors of many types for a damaged file
+        raise ValueError(f"{error!r:.400}") from error
 
 
 def _checked(moment: SecondMoment) -> SecondMoment:

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
+from transformer_lens_rome.tracing.kinds import check_kind
 from transformer_lens_rome.tracing.results import (
     CausalTrace,
-    Kind,
     Sever,
     Severed,
     SeveredTrace,
@@ -76,7 +76,7 @@ class AverageTrace(Result, Shown):
     best_layer: Int[Tensor, "fact"]
     p_clean: float
     p_corrupted: float
-    kind: Kind
+    kind: str
     window: int
     n_wrong: int = 0
     info: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +85,7 @@ class AverageTrace(Result, Shown):
     categories: ClassVar[tuple[str, ...]] = CATEGORIES
 
     def __post_init__(self) -> None:
+        check_kind(self.kind)
         whole = self.scores.shape == self.half_width.shape and self.scores.numel()
         if not whole or not len(self.scores) == len(self.n) == len(CATEGORIES):
             raise ValueError(f"axes do not fit: {tuple(self.scores.shape)}")

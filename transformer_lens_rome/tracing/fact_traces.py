@@ -17,8 +17,9 @@ from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import top_tokens
 from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
 from transformer_lens_rome.tracing.corruption import subject_embedding_std
+from transformer_lens_rome.tracing.kinds import Kind, layers_at_once
 from transformer_lens_rome.tracing.known_facts import KnownFact
-from transformer_lens_rome.tracing.results import CausalTrace, Kind, Sever, SeveredTrace
+from transformer_lens_rome.tracing.results import CausalTrace, Sever, SeveredTrace
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T", CausalTrace, SeveredTrace)
@@ -83,7 +84,7 @@ def trace_facts(
         ValueError: the folder contains traces that were made with other options.
     """
     shared = _shared(model, facts, noise_std, n_samples, seed)
-    window = 1 if kind == "resid" else window
+    window = layers_at_once(kind, window)
     make = partial(causal_trace, kind=kind, window=window, **shared)
     options = {"kind": kind, "window": window, **shared}
     return _each(model, facts, make, CausalTrace, options, folder, progress)

@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.model.calls import model_call
-
-_HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+from transformer_lens_rome.tracing.kinds import KINDS, Kind, layers_at_once
 
 
 def window_of(layer: int, window: int, n_layers: int) -> range:
@@ -32,7 +31,7 @@ def get_act_patch_window(
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
     *,
-    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    kind: Kind = "mlp",
     window: int = 10,
     positions: Sequence[int] | None = None,
     reduce: Literal["scalar"] = "scalar",
@@ -47,7 +46,7 @@ def get_act_patch_window(
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
     *,
-    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    kind: Kind = "mlp",
     window: int = 10,
     positions: Sequence[int] | None = None,
     reduce: Literal["none"],
@@ -63,7 +62,7 @@ def get_act_patch_window(
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
     *,
-    kind: Literal["resid", "mlp", "attn"] = "mlp",
+    kind: Kind = "mlp",
     window: int = 10,
     positions: Sequence[int] | None = None,
     reduce: Literal["scalar", "none"] = "scalar",
@@ -94,20 +93,16 @@ def get_act_patch_window(
             another shape.
         ImportError: `reduce="none"` with TransformerLens 3 or older: it has no `PatchingResult`.
     """
-    if kind not in _HOOKS or window < 1 or reduce not in ("scalar", "none"):
-        raise ValueError(
-            f"kind is one of {list(_HOOKS)}, window at least 1 and reduce 'scalar' or 'none', got "
-            f"{kind!r}, {window} and {reduce!r}"
-        )
-    window = 1 if kind == "resid" else window
+    window = layers_at_once(kind, window)
+    if reduce not in ("scalar", "none"):
+        raise ValueError(f"reduce must be 'scalar' or 'none', got {reduce!r}")
     if reduce == "none":
         _result_class()  # fail before the work, not after it
     n_layers, length = model.cfg.n_layers, corrupted_tokens.shape[1]
-    names = [f"blocks.{layer}.{_HOOKS[kind]}" for layer in range(n_layers)]
+    hook = f"hook_{KINDS[kind].point.name}"
+    names = [f"blocks.{layer}.{hook}" for layer in range(n_layers)]
     if missing := [name for name in names if name not in clean_cache]:
-        raise ValueError(
-            f"the clean cache lacks {missing[0]}; cache all of blocks.*.{_HOOKS[kind]}"
-        )
+        raise ValueError(f"the clean cache lacks {missing[0]}; cache all of blocks.*.{hook}")
     if (shape := tuple(clean_cache[names[0]].shape[:2])) != tuple(corrupted_tokens.shape):
         raise ValueError(
             f"the clean cache is of {shape} tokens and the corrupted ones are "

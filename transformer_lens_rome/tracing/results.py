@@ -12,13 +12,13 @@ from torch import Tensor
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
+from transformer_lens_rome.tracing.kinds import check_kind
 from transformer_lens_rome.tracing.patching import patching_result
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Kind = Literal["resid", "mlp", "attn"]
 Metric = Literal["probability", "log_probability", "logit_diff"]
 
 
@@ -34,7 +34,8 @@ class CausalTrace(Result, Shown):
         tokens: The prompt's tokens as text, with BOS if there is one.
         subject_positions: Positions of the subject's tokens, which are corrupted.
         answer: The text that the metric scores.
-        kind: "resid" restores one residual state; "mlp" and "attn" a window of layers' outputs.
+        kind: What was restored, a key of `KINDS`: "resid" one residual state, "mlp" and "attn" the
+            outputs of a window of layers.
         window: The number of layers in a window; 1 for "resid".
         metric: "probability" of the whole answer, its "log_probability" in nats, or "logit_diff"
             against another answer.
@@ -48,7 +49,7 @@ class CausalTrace(Result, Shown):
     tokens: tuple[str, ...]
     subject_positions: tuple[int, ...]
     answer: str
-    kind: Kind
+    kind: str
     window: int
     metric: Metric
     info: dict[str, Any]
@@ -56,6 +57,7 @@ class CausalTrace(Result, Shown):
     FORMAT: ClassVar[str] = "transformer_lens_rome.trace.1"
 
     def __post_init__(self) -> None:
+        check_kind(self.kind)
         n, _, positions = self.samples.shape
         if (n, positions) != (len(self.corrupted_samples), len(self.tokens)):
             raise ValueError(f"axes do not fit: {tuple(self.samples.shape)}")

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_rome.files.strict_json import stripped
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change, Noise
 from transformer_lens_rome.model.partial_forward import PartialForward
-from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.tracing.kinds import KINDS, StateKind
 from transformer_lens_rome.tracing.patching import window_of
-from transformer_lens_rome.tracing.results import Kind, Metric, Sever
-
-_Output = Literal["resid_post", "mlp_out", "attn_out"]
-_POINTS: dict[Kind, _Output] = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out"}
+from transformer_lens_rome.tracing.results import Metric, Sever
 
 
 @dataclass(frozen=True)
@@ -50,42 +46,6 @@ class CleanRun:
     metric: Metric
     foil: int | None
 
-    @classmethod
-    @torch.no_grad()
-    def of(
-        cls,
-        model: Any,
-        encoder: Encoder,
-        prompt: str,
-        span: tuple[int, int],
-        *,
-        answer: str | None,
-        foil: str | None,
-        metric: Metric,
-    ) -> CleanRun:
-        """Tokenise the prompt; if no answer is given, take the model's top token."""
-        for text in (answer, foil):
-            if text is not None and not stripped(text):
-                raise ValueError(f"an answer needs a token, got the text {text!r}")
-        answer = None if answer is None else stripped(answer)
-        row = encoder.row(prompt, span, answer)
-        if answer is None:
-            last = torch.tensor([len(row.ids) - 1])
-            top = passes.logits_at(model, torch.tensor([row.ids]), torch.tensor([0]), last)
-            ids, n_prompt, label_ids = row.ids, len(row.ids), [int(top.argmax())]
-        else:
-            ids, n_prompt = row.ids[: row.target[-1]], row.target[0]
-            label_ids = [row.ids[p] for p in row.target]
-        foil_id = None
-        if foil is not None:
-            foil_row = encoder.row(prompt, None, foil)
-            foil_id = foil_row.ids[foil_row.target[0]]
-        decode = encoder.tokenizer.decode
-        text = decode(label_ids) if answer is None else answer
-        tokens = tuple(decode([i]) for i in ids[:n_prompt])
-        labels = torch.tensor(label_ids)
-        return cls(model, ids, row.subject, n_prompt, labels, text, tokens, metric, foil_id)
-
     @property
     def at(self) -> Int[Tensor, "n_answer"]:
         """The positions from which the answer's tokens are predicted."""
@@ -97,10 +57,9 @@ class CleanRun:
         foil = [] if self.foil is None else [torch.full_like(self.labels, self.foil)]
         return torch.stack([self.labels, *foil], 1)
 
-    @property
     @torch.no_grad()
     def p_clean(self) -> float:
-        """The metric without corruption."""
+        """Run the model; return the metric without corruption."""
         rows = torch.zeros_like(self.at)
         logits = passes.logits_at(self.model, torch.tensor([self.ids]), rows, self.at)
         log_probs = logits.float().log_softmax(-1).cpu().gather(1, self.wanted)
@@ -115,9 +74,9 @@ class CleanRun:
         total = log_probs[..., 0].sum(-1)
         return total if self.metric == "log_probability" else total.exp()
 
-    def states(self, name: _Output) -> list[Float[Tensor, "pos d_model"]]:
-        """Return the clean activations at a kind of point, by layer."""
-        points = [Point(name, layer) for layer in range(self.model.cfg.n_layers)]
+    def states(self, kind: StateKind) -> list[Float[Tensor, "pos d"]]:
+        """Return the clean states of a kind, by layer."""
+        points = [kind.at(layer) for layer in range(self.model.cfg.n_layers)]
         activations = passes.read(self.model, torch.tensor([self.ids]), points)
         return [activations[point][0] for point in points]
 
@@ -162,15 +121,16 @@ class CorruptedRun:
 
 @torch.no_grad()
 def restore_each(
-    corrupted: CorruptedRun, kind: Kind, window: int, batch_size: int, progress: bool
+    corrupted: CorruptedRun, kind: str, window: int, batch_size: int, progress: bool
 ) -> tuple[Float[Tensor, "sample layer pos"], Float[Tensor, "sample"]]:
     """Return the scores with each (layer, position) restored, and with nothing restored."""
     run, n = corrupted.clean, len(corrupted.rows)
     n_layers, first = run.model.cfg.n_layers, run.subject[0]
-    clean = run.states(_POINTS[kind])
+    restored = KINDS[kind]
+    clean = run.states(restored)
     scores = torch.empty(n, n_layers, run.n_prompt)
     for position in tqdm(range(first, run.n_prompt), desc=f"tracing {kind}", disable=not progress):
-        cells = [list(_restored(clean, kind, i, position, window, n)) for i in range(n_layers)]
+        cells = [list(_restored(clean, restored, i, position, window, n)) for i in range(n_layers)]
         forward = corrupted.from_(position)
         scores[:, :, position] = corrupted.scores(forward, cells, batch_size)
         if position == first:
@@ -188,15 +148,16 @@ def sever_each(
     Severed: at that token, the layers above keep their outputs of the corrupted run.
     """
     run, n, position = corrupted.clean, len(corrupted.rows), corrupted.clean.subject[-1]
-    n_layers, clean = run.model.cfg.n_layers, run.states("resid_post")
+    n_layers, resid = run.model.cfg.n_layers, KINDS["resid"]
+    clean = run.states(resid)
     rows, positions = torch.arange(n), torch.full((n,), position)
     forward = corrupted.from_(position)
-    points = [Point(_POINTS[sever], layer) for layer in range(n_layers)]
+    points = [KINDS[sever].at(layer) for layer in range(n_layers)]
     kept = [
         Change(point, rows, positions, _put(state))
         for point, state in zip(points, forward.read(points), strict=True)
     ]
-    restored = [list(_restored(clean, "resid", i, position, 1, n)) for i in range(n_layers)]
+    restored = [list(_restored(clean, resid, i, position, 1, n)) for i in range(n_layers)]
     severed = [[*changes, *kept[i + 1 :]] for i, changes in enumerate(restored)]
     cells = [[], *restored, *severed]
     bar = f"tracing with {sever} severed" if progress else None
@@ -205,8 +166,8 @@ def sever_each(
 
 
 def _restored(
-    clean: Sequence[Float[Tensor, "pos d_model"]],
-    kind: Kind,
+    clean: Sequence[Float[Tensor, "pos d"]],
+    kind: StateKind,
     layer: int,
     position: int,
     window: int,
@@ -219,8 +180,8 @@ def _restored(
     rows, positions = torch.arange(n), torch.full((n,), position)
     n_layers = len(clean)
     for at in window_of(layer, window, n_layers):
-        point = Point(_POINTS[kind], at)
-        if kind == "resid" and at + 1 < n_layers:
+        point = kind.at(at)
+        if point.name == "resid_post" and at + 1 < n_layers:
             point = Point("resid_pre", at + 1)
         yield Change(point, rows, positions, _put(clean[at][position]))
 

@@ -12,6 +12,7 @@ from transformer_lens_rome.evaluation.qualitative import Generations
 from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import view
 from transformer_lens_rome.tracing.averages import CATEGORIES, AverageSevered, AverageTrace
+from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.interactive import (
     attention_before_and_after,
@@ -20,18 +21,16 @@ from transformer_lens_rome.viz.interactive import (
 )
 from transformer_lens_rome.viz.page import View, beside, heat_map, stack, table, token_labels
 
-COLOURS = {"resid": (63, 0, 125), "mlp": (0, 68, 27), "attn": (103, 0, 13)}
-_RESTORED = {"resid": "one state", "mlp": "MLP outputs", "attn": "attention outputs"}
-
 
 @view.register
 def _(trace: CausalTrace, *, interactive: bool = True) -> View:
     """Show the heat map, and tokens coloured by indirect effect with a choice of the layer."""
-    restored = _RESTORED[trace.kind] + (f" in {trace.window} layers" if trace.window > 1 else "")
+    kind = KINDS[trace.kind]
+    restored = kind.states + (f" in {trace.window} layers" if trace.window > 1 else "")
     shown = heat_map(
         trace.scores.T,
         token_labels(trace.tokens, trace.subject_positions),
-        colour=COLOURS[trace.kind],
+        colour=kind.colour,
         low=trace.p_corrupted,
         high=trace.scores.max().item(),
         caption=f"{trace.answer.strip()!r}: clean {trace.p_clean:.3g}, corrupted "
@@ -50,7 +49,7 @@ def _(average: AverageTrace, *, interactive: bool = True) -> View:
     return heat_map(
         average.indirect_effect,
         rows,
-        colour=COLOURS[average.kind],
+        colour=KINDS[average.kind].colour,
         low=0.0,
         high=average.indirect_effect.nan_to_num(0.0).max().item(),
         caption=f"{average.kind}, window {average.window}: mean over {average.n_facts} facts, "
@@ -74,7 +73,7 @@ def _paths(effects: Float[Tensor, "2 layer"], sever: str) -> View:
     return heat_map(
         effects,
         ["ordinary", f"{sever} severed"],
-        colour=COLOURS["resid"],
+        colour=KINDS["resid"].colour,
         low=0.0,
         high=effects.max().item(),
         caption="effect of restoring the last subject token, with paths ordinary and severed",

@@ -16,16 +16,14 @@ import torch
 from transformer_lens_rome.extras import needed
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
+from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.page import token_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAPS = {"resid": "Purples", "mlp": "Greens", "attn": "Reds"}
-NAMES = {"resid": "state", "mlp": "MLP", "attn": "attention"}
 _LINES = ("C0", "C1", "C2", "C4", "C5", "C3")  # by category, as in the paper
-_BARS = {"ordinary": "#7261ab", "attn": "#f3201b", "mlp": "#20b020"}
 
 
 @figure_of.register(CausalTrace)
@@ -38,6 +36,7 @@ def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Figure:
         trace: The trace to draw.
         ax: Axes to draw on. None: a new figure.
     """
+    kind = KINDS[trace.kind]
     labels = [plain(label) for label in token_labels(trace.tokens, trace.subject_positions)]
     if ax is None:
         ax = new_figure(6.4, 1.2 + 0.24 * len(labels)).subplots()
@@ -45,11 +44,11 @@ def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Figure:
     high = max(
         high, low + 1e-9
     )  # if no score exceeds the corrupted run, the scale still starts there
-    drawn = ax.pcolor(trace.scores.T.numpy(), cmap=MAPS[trace.kind], vmin=low, vmax=high)
+    drawn = ax.pcolor(trace.scores.T.numpy(), cmap=kind.colour_map, vmin=low, vmax=high)
     ax.invert_yaxis()
     ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
     _layer_ticks(ax, trace.scores.shape[0], offset=0.5)
-    ax.set_title(f"Impact of restoring {NAMES[trace.kind]} after corrupted input", fontsize=10)
+    ax.set_title(f"Impact of restoring {kind.name} after corrupted input", fontsize=10)
     ax.set_xlabel(_restored(trace), fontsize=9)
     caption = {"probability": "p", "log_probability": "log p", "logit_diff": "logit difference"}
     bar = ax.figure.colorbar(drawn, ax=ax)
@@ -67,7 +66,7 @@ def plot_averages(averages: Sequence[AverageTrace]) -> Figure:
     figure = new_figure(4.6 * len(averages) + 1.2, 2.6)
     for i, (average, ax) in enumerate(_panels(figure, averages, sharey=True)):
         effect = average.indirect_effect.clamp(min=0).numpy()
-        drawn = ax.pcolor(effect, cmap=MAPS[average.kind], vmin=0, vmax=high)
+        drawn = ax.pcolor(effect, cmap=KINDS[average.kind].colour_map, vmin=0, vmax=high)
         if i == 0:
             names = average.categories
             ax.set_yticks([j + 0.5 for j in range(len(names))], names, fontsize=9)
@@ -112,19 +111,21 @@ def plot_severed(*severed: SeveredTrace | AverageSevered) -> Figure:
             ordinary bars are drawn once.
     """
     first = severed[0]
-    rows = [("ordinary", first, 0)] + [(one.sever, one, 1) for one in severed]
+    rows = [("single state", KINDS["resid"], first, 0)]
+    for one in severed:
+        cut = KINDS[one.sever]
+        rows.append((f"single state, {cut.name} severed", cut, one, 1))
     figure = new_figure(7.2, 2.8)
     ax = figure.subplots()
-    for i, (name, one, row) in enumerate(rows):
+    for i, (label, kind, one, row) in enumerate(rows):
         effect = one.effects[row]
         places = torch.arange(len(effect)) + 0.3 * (i - (len(rows) - 1) / 2)
         error = getattr(one, "half_width", None)
-        label = "single state" if name == "ordinary" else f"single state, {NAMES[name]} severed"
         ax.bar(
             places.numpy(),
             effect.numpy(),
             width=0.3,
-            color=_BARS[name],
+            color=kind.bar,
             label=label,
             yerr=None if error is None else error[row].numpy(),
             error_kw={"linewidth": 0.6},
@@ -188,13 +189,13 @@ def _layer_ticks(ax: Any, n_layers: int, offset: float = 0.0) -> None:
 
 def _restored(result: CausalTrace | AverageTrace) -> str:
     """Return the label of the layer axis."""
-    if result.kind == "resid":
+    kind = KINDS[result.kind]
+    if not kind.windowed:
         return "single restored layer"
-    layers = f"{result.window} restored {NAMES[result.kind]} layers"
-    return f"centre of interval of {layers}"
+    return f"centre of interval of {result.window} restored {kind.name} layers"
 
 
 def _title_average(ax: Any, average: AverageTrace) -> None:
-    name = NAMES[average.kind]
+    name = KINDS[average.kind].name
     ax.set_title(f"AIE of restoring {name} over {average.n_facts} prompts", fontsize=10)
     ax.set_xlabel(_restored(average), fontsize=9)
