@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.edit_report import EditReport
-from transformer_lens_rome.edits.base import BaseEdit
+from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
 from transformer_lens_rome.evaluation.results import Results
@@ -88,7 +88,7 @@ def _(health: EditHealth, *, interactive: bool = True) -> View:
 
 
 @view.register
-def _(edit: BaseEdit, *, interactive: bool = True) -> View:
+def _(edit: Edit, *, interactive: bool = True) -> View:
     asked = f"{edit.request.text} -> {edit.request.target_new} (layer {edit.layer})"
     return stack(asked, view(edit.health))
 
