@@ -73,7 +73,7 @@ def rome_edit(
     its `revert()`, to restore exactly the old weights.
     """
     method = Rome(layer, second_moment, prefixes, config, prepend_bos, progress)
-    edits = method._in_order(model, _as_list(request), seed=seed)
+    edits = method._in_order(model, _as_list(request), seed)
     with ExitStack() as undo_on_error:
         done = [undo_on_error.enter_context(apply_edit(model, edit)) for edit in edits]
         undo_on_error.pop_all()
@@ -144,14 +144,15 @@ def compute_rome_edit(
         NotImplementedError: a model that cannot be edited.
     """
     method = Rome(layer, second_moment, prefixes, config, prepend_bos, progress)
-    edits = method._in_order(model, _as_list(request), seed=seed)
+    edits = method._in_order(model, _as_list(request), seed)
     return edits[0] if isinstance(request, (EditRequest, Mapping)) else edits
 
 
-def _as_list(request: Request | Sequence[Request]) -> Sequence[Request]:
-    """Return a list of requests as it is, and anything else as the only one of a list."""
-    several = isinstance(request, Iterable) and not isinstance(request, (Mapping, str))
-    return request if several else [request]
+def _as_list(request: Request | Sequence[Request]) -> list[EditRequest]:
+    """Return the requests of a list, or a single request as a list."""
+    if isinstance(request, (EditRequest, Mapping, str)) or not isinstance(request, Iterable):
+        return [EditRequest.of(request)]
+    return [EditRequest.of(one) for one in request]
 
 
 @dataclass(frozen=True)
@@ -174,24 +175,23 @@ class Rome:
     @model_call
     def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
         """Compute the edit that writes one fact."""
-        (edit,) = self._in_order(model, [request], seed=seed)
+        (edit,) = self._in_order(model, [EditRequest.of(request)], seed)
         return edit
 
     def _in_order(
-        self, model: Any, requests: Sequence[Request], *, seed: int = 0
+        self, model: Any, requests: Sequence[EditRequest], seed: int
     ) -> list[RankOneEdit]:
         """Compute edits, each with those before it applied; the model stays unchanged."""
-        facts = [EditRequest.of(request) for request in requests]
-        if not facts:
+        if not requests:
             raise ValueError("the list of requests is empty; give at least one EditRequest")
         encoder = Encoder.of(model, self.prepend_bos)
         method = self._prepared(model, encoder, seed)
         edits: list[RankOneEdit] = []
         with ExitStack() as stack:
-            for fact in facts:
+            for request in requests:
                 if edits:
                     stack.enter_context(applied(model, edits[-1]))
-                edits.append(method._compute(model, encoder, fact, seed))
+                edits.append(method._compute(model, encoder, request, seed))
         return edits
 
     def _prepared(self, model: Any, encoder: Encoder, seed: int) -> Rome:
