@@ -13,6 +13,7 @@ from helpers.rome_setting import LAYER, NEAR, REQUEST, factored_edit, random_edi
 from transformer_lens_rome import DenseEdit, applied, apply_edit, get_method
 from transformer_lens_rome import edit_report as microscope
 from transformer_lens_rome.edit_report import EditReport, show_edit
+from transformer_lens_rome.edits.added_values import added_values
 from transformer_lens_rome.edits.ledger import active_edits, without
 from transformer_lens_rome.files.tensors import read_tensors, write_tensors
 from transformer_lens_rome.model.adapter import Weight, b_out, w_out
@@ -225,6 +226,22 @@ def test_an_edit_of_several_matrices_is_compared_with_plain_passes(gpt2, name):
         assert one.value_shift == pytest.approx(shifts[layer].max().item(), rel=1e-4)
         token = Encoder.of(gpt2).ids(one.prompt)[shifts[layer].argmax()]
         assert one.token == Encoder.of(gpt2).tokenizer.decode([token])
+
+
+def test_each_layer_adds_key_times_delta(gpt2):
+    edit, encoder = kinds_of_several(gpt2)["with W_in"], Encoder.of(gpt2)
+    texts = [edit.request.text, *PROMPTS]
+    added = added_values(gpt2, encoder, edit, [encoder.ids(text) for text in texts])
+    assert [one.layer for one in added] == [0, 2]
+    for one in added:
+        for text, shifts in zip(texts, one.shifts, strict=True):
+            torch.testing.assert_close(shifts, by_hand(gpt2, edit, text)[one.layer])
+        last = encoder.templated_row("{} is in", edit.request.subject).subject[-1]
+        key = run(gpt2, edit.request.text, one.layer)[1][last]
+        vectors = key[:, None] * edit.change(Weight("W_out", one.layer))
+        wanted = vectors @ vectors.sum(0) / vectors.sum(0).square().sum()
+        torch.testing.assert_close(one.shares, wanted, rtol=1e-4, atol=1e-5)
+        assert one.at_subject == one.shifts[0][last].item()
 
 
 @pytest.mark.parametrize("strong", [0, 2])

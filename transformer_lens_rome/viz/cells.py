@@ -149,7 +149,9 @@ def _neurons(report: EditReport) -> str:
     """Describe the shares of neurons; with their layer if the edit is in several."""
     if report.shares is None:
         return "The edit changes no W_out, so neurons have no shares of a value's change."
-    place = f" in layer {report.shares_layer}" if len(report.layers) > 1 else ""
+    place = ""
+    if len(report.layers) > 1:
+        place = f" in layer {report.shares_layer}, where the subject's value changes most"
     neurons = ", ".join(f"{i} ({share:.1%})" for i, share in report.top_neurons())
     return (
         f"Neurons with the largest shares of the value's change{place}: {neurons}. Half of the "
