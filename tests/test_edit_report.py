@@ -7,13 +7,16 @@ import re
 
 import pytest
 import torch
-from helpers.rome_setting import LAYER, NEAR, factored_edit, random_edit, small_edit
+from helpers.editor_setting import random_editor
+from helpers.rome_setting import LAYER, NEAR, REQUEST, factored_edit, random_edit, small_edit
 
-from transformer_lens_rome import applied, apply_edit
+from transformer_lens_rome import DenseEdit, applied, apply_edit, get_method
 from transformer_lens_rome import edit_report as microscope
 from transformer_lens_rome.edit_report import EditReport, show_edit
+from transformer_lens_rome.edits.added_values import added_values
 from transformer_lens_rome.edits.ledger import active_edits, without
-from transformer_lens_rome.model.adapter import Weight, w_out
+from transformer_lens_rome.files.tensors import read_tensors, write_tensors
+from transformer_lens_rome.model.adapter import Weight, b_out, w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.causal_trace import causal_trace
 from transformer_lens_rome.tracing.results import CausalTrace
@@ -30,12 +33,12 @@ def edit(request, gpt2):
 
 
 @torch.no_grad()
-def run(model, prompt):
-    """Log-probabilities after a prompt, and its keys and values, by the model's own cache."""
+def run(model, prompt, layer=LAYER):
+    """Log-probabilities after a prompt, and a layer's keys and values, by the model's own cache."""
     tokens = torch.tensor([Encoder.of(model).ids(prompt)])
     logits, cache = model.run_with_cache(tokens)
-    key = cache[f"blocks.{LAYER}.mlp.hook_post"][0]
-    return logits[0, -1].log_softmax(-1), key, cache[f"blocks.{LAYER}.hook_mlp_out"][0]
+    key = cache[f"blocks.{layer}.mlp.hook_post"][0]
+    return logits[0, -1].log_softmax(-1), key, cache[f"blocks.{layer}.hook_mlp_out"][0]
 
 
 def test_each_prompt_says_what_plain_passes_say(gpt2, edit):
@@ -157,6 +160,7 @@ def test_what_cannot_be_shown_says_why(gpt2, gemma3):
         ([edit, edit], (), "one edit"),
         (edit, "Cuba is in", "list of texts"),
         (edit.scale(0.0), (), "changes nothing"),
+        (factored_edit(gpt2, []), (), "changes nothing"),
         (dataclasses.replace(edit, layer=7), (), "layers 0 to 2"),
         (dataclasses.replace(edit, model_hash="other"), (), "force=True"),
     ):
@@ -166,27 +170,155 @@ def test_what_cannot_be_shown_says_why(gpt2, gemma3):
     assert show_edit(gpt2, other, force=True, **OPTIONS).layer == LAYER
 
 
-def test_an_edit_of_several_matrices_is_refused_before_any_pass(gpt2, monkeypatch):
-    one, places = Weight("W_out", LAYER), [Weight("W_out", 0), Weight("W_in", LAYER)]
+# ---------------------------------------------------------------- several matrices
 
-    def fail(*_, **__):
-        raise AssertionError("a pass was run")
+OUT = [Weight("W_out", 0), Weight("W_out", 2)]
 
-    monkeypatch.setattr(microscope, "causal_trace", fail)
-    monkeypatch.setattr(microscope.passes, "read", fail)
-    for bad, words in (
-        (places, "W_out of layer 0, W_in of layer 1, not one W_out alone"),
-        ([one, places[0]], "W_out of layer 0, W_out of layer 1, not"),
-        (places[1:], "W_in of layer 1, not"),
-        ([], "changes nothing"),
-    ):
-        edit = factored_edit(gpt2, bad)
-        for shown in (edit, apply_edit(gpt2, edit)):
-            with pytest.raises(ValueError, match=words):
-                show_edit(gpt2, shown, **OPTIONS)
-        shown.revert()
-    with pytest.raises(AssertionError, match="a pass was run"):  # control
-        show_edit(gpt2, factored_edit(gpt2, [one]), **OPTIONS)
+
+def with_strength(edit, layer, alpha):
+    """The edit with its changes of one layer alpha times as strong."""
+    stronger = {
+        where: (left, alpha * right if where.layer == layer else right)
+        for where, (left, right) in edit.factors.items()
+    }
+    return dataclasses.replace(edit, factors=stronger)
+
+
+def kinds_of_several(model):
+    """Edits of several matrices and layers, by name."""
+    mend = get_method("mend", editor=random_editor(model, "mend"))
+    return {
+        "several W_out": factored_edit(model, OUT),
+        "with W_in": factored_edit(model, [Weight("W_in", 1), *OUT, Weight("W_in", 2)]),
+        "no W_out": factored_edit(model, [Weight("W_in", 0), Weight("W_in", 2)]),
+        "mend": mend.compute(model, REQUEST),
+        "kn": get_method("kn", steps=4).compute(model, REQUEST),
+    }
+
+
+def by_hand(model, edit, prompt):
+    """`||k delta|| / ||v||` of each token, by layer with a changed W_out."""
+    shifts = {}
+    for where, delta in edit.changes().items():
+        if where.name == "W_out":
+            _, key, value = run(model, prompt, where.layer)
+            shifts[where.layer] = (key @ delta).norm(dim=1) / value.norm(dim=1)
+    return shifts
+
+
+@pytest.mark.parametrize("name", ["several W_out", "with W_in", "no W_out", "mend", "kn"])
+def test_an_edit_of_several_matrices_is_compared_with_plain_passes(gpt2, name):
+    edit = kinds_of_several(gpt2)[name]
+    report = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    assert report.layers == tuple(sorted({where.layer for where in edit.changes()}))
+    for one in report.prompts:
+        before, *_ = run(gpt2, one.prompt)
+        with applied(gpt2, edit):
+            after, *_ = run(gpt2, one.prompt)
+        wanted = (before.exp() * (before - after)).sum().item()
+        assert one.divergence == pytest.approx(wanted, rel=1e-3, abs=1e-6) and wanted > 1e-6
+        shifts = by_hand(gpt2, edit, one.prompt)
+        if not shifts:
+            assert (one.value_shift, one.token, one.layer) == (None, "", None)
+            continue
+        layer = max(shifts, key=lambda each: shifts[each].max())
+        assert one.layer == layer
+        assert one.value_shift == pytest.approx(shifts[layer].max().item(), rel=1e-4)
+        token = Encoder.of(gpt2).ids(one.prompt)[shifts[layer].argmax()]
+        assert one.token == Encoder.of(gpt2).tokenizer.decode([token])
+
+
+def test_each_layer_adds_key_times_delta(gpt2):
+    edit, encoder = kinds_of_several(gpt2)["with W_in"], Encoder.of(gpt2)
+    texts = [edit.request.text, *PROMPTS]
+    added = added_values(gpt2, encoder, edit, [encoder.ids(text) for text in texts])
+    assert [one.layer for one in added] == [0, 2]
+    for one in added:
+        for text, shifts in zip(texts, one.shifts, strict=True):
+            torch.testing.assert_close(shifts, by_hand(gpt2, edit, text)[one.layer])
+        last = encoder.templated_row("{} is in", edit.request.subject).subject[-1]
+        key = run(gpt2, edit.request.text, one.layer)[1][last]
+        vectors = key[:, None] * edit.change(Weight("W_out", one.layer))
+        wanted = vectors @ vectors.sum(0) / vectors.sum(0).square().sum()
+        torch.testing.assert_close(one.shares, wanted, rtol=1e-4, atol=1e-5)
+        assert one.at_subject == one.shifts[0][last].item()
+
+
+@pytest.mark.parametrize("strong", [0, 2])
+def test_the_layer_that_moves_most_is_the_one_whose_neurons_are_shown(gpt2, strong):
+    edit = with_strength(factored_edit(gpt2, OUT), strong, 20.0)
+    report = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    assert report.layer == 0 and report.layers == (0, 2)
+    assert report.shares_layer == strong and {one.layer for one in report.prompts} == {strong}
+    _, keys, _ = run(gpt2, edit.request.text, strong)
+    key = keys[Encoder.of(gpt2).templated_row("{} is in", edit.request.subject).subject[-1]]
+    added = key[:, None] * edit.change(Weight("W_out", strong))
+    torch.testing.assert_close(report.shares, added @ added.sum(0) / added.sum(0).square().sum())
+    page = report._repr_html_()
+    assert "(layers 0, 2)" in page and f"in layer {strong}" in page
+
+
+def test_an_edit_without_w_out_says_that_no_value_is_added_to(gpt2):
+    left = torch.zeros(w_out(gpt2, LAYER).shape)
+    bias = torch.linspace(-1, 1, len(b_out(gpt2, LAYER)))
+    of_bias = DenseEdit(layer=LAYER, request=REQUEST, left=left, bias=bias)
+    for edit in (kinds_of_several(gpt2)["no W_out"], of_bias):
+        report = show_edit(gpt2, edit, force=True, **OPTIONS)
+        assert report.shares is report.shares_layer is report.prompts[0].value_shift is None
+        assert report.prompts[0].divergence > 1e-4
+        for ask in (report.top_neurons, lambda report=report: report.neurons_for(0.5)):
+            with pytest.raises(ValueError, match="changes no W_out"):
+                ask()
+        assert "changes no W_out" in report._repr_html_()
+
+
+def test_an_edit_of_several_matrices_is_lifted_and_put_back(gpt2):
+    edit = kinds_of_several(gpt2)["with W_in"]
+    absent = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    undo = apply_edit(gpt2, edit)
+    edited = [w_out(gpt2, layer).detach().clone() for layer in range(3)]
+    present = show_edit(gpt2, undo, PROMPTS, **OPTIONS)
+    assert present.prompts == absent.prompts and undo.active
+    assert all(torch.equal(w_out(gpt2, i), edited[i]) for i in range(3))
+
+
+@pytest.mark.parametrize("name", ["several W_out", "no W_out", "mend", "kn"])
+def test_a_report_of_several_matrices_is_saved_and_drawn_again(gpt2, tmp_path, name):
+    report = show_edit(gpt2, kinds_of_several(gpt2)[name], PROMPTS, **OPTIONS)
+    report.save(tmp_path / "report")
+    again = EditReport.load(tmp_path / "report")
+    assert again.prompts == report.prompts and again.layers == report.layers
+    assert again.shares_layer == report.shares_layer
+    assert (again.shares is None) == (report.shares is None) == (name == "no W_out")
+    assert report.shares is None or torch.equal(again.shares, report.shares)
+    assert again._repr_html_() == report._repr_html_()
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    axes = again.plot().axes
+    layers = ", ".join(map(str, report.layers))
+    assert (
+        axes[1].get_title() == f"after the edit of layer{'s' * (len(report.layers) > 1)} {layers}"
+    )
+    if report.shares is None:
+        assert not axes[3].lines and "no W_out" in axes[3].texts[0].get_text()
+    else:
+        assert axes[3].lines[0].get_ydata()[-1] == pytest.approx(1.0, abs=1e-4)
+        assert f"neurons of layer {report.shares_layer}" in axes[3].get_xlabel()
+
+
+def test_a_file_from_when_an_edit_had_one_layer_is_still_read(gpt2, tmp_path):
+    report, path = show_edit(gpt2, random_edit(gpt2), PROMPTS, **OPTIONS), tmp_path / "report"
+    report.save(path)
+    tensors, info = read_tensors(path, EditReport.FORMAT)
+    del info["layers"], info["shares_layer"]
+    for prompt in info["prompts"]:
+        assert prompt.pop("layer") == LAYER
+    write_tensors(path, tensors, info)
+    again = EditReport.load(path)
+    assert again.layers == (LAYER,) and again.shares_layer == LAYER
+    assert again._repr_html_() == report._repr_html_()
+
+
+# ---------------------------------------------------------------- looking at it
 
 
 def test_bos_is_not_where_a_value_moved_most(gemma3):

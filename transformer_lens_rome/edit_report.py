@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_rome.edits.added_values import AddedValues, added_values
 from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.edits.ledger import AppliedEdit, active_edits, applied, without
 from transformer_lens_rome.files.result import Result
@@ -40,9 +41,11 @@ class PromptChange:
         top_before, top_after: The most probable next tokens, with their probabilities.
         p_before, p_after: Probability of the edit's target after this prompt.
         divergence: KL(before || after) of the next token, in nats.
-        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens except BOS, with
-            each token's key k and value v at the edited layer before the edit.
+        value_shift: The largest ||k delta W|| / ||v|| over the prompt's tokens except BOS, and over
+            the layers whose W_out the edit changes, with each token's key k and value v before the
+            edit. None if no W_out changes.
         token: The token with the largest shift.
+        layer: The layer with the largest shift.
     """
 
     prompt: str
@@ -51,8 +54,9 @@ class PromptChange:
     p_before: float
     p_after: float
     divergence: float
-    value_shift: float
+    value_shift: float | None
     token: str
+    layer: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +65,13 @@ class EditReport(Result, Shown):
 
     Attributes:
         request: The requested fact.
-        layer: The edited layer.
+        layer: The edited layer; the first one if the edit changes several.
         before: Trace of the edited prompt without the edit, for the model's answer without it.
         after: Trace of the edited prompt with the edit, for the edit's target.
         prompts: The changes at each prompt, the edited one first.
         shares: The share of each neuron in the vector that the edit adds to the value at the edited
             prompt's last subject token: with key k, `<k_i delta_i, k delta> / ||k delta||^2`. The
-            shares sum to 1.
+            shares sum to 1. None if the edit changes no W_out.
         tokens: The tokens of the edited prompt with the target, as text.
         ids: The ids of these tokens.
         log_probs: Log-probabilities of the next token after each of them, before and after the
@@ -75,6 +79,9 @@ class EditReport(Result, Shown):
         texts: The text of each token that was likely at some position, by its id.
         attention: Attention patterns before and after, in the layer where they changed most.
         attention_layer: The layer of `attention`.
+        layers: Every edited layer.
+        shares_layer: The layer of `shares`: of the layers whose W_out changes, the one where the
+            value at that token changes most, `||k delta|| / ||v||`.
     """
 
     request: EditRequest
@@ -82,24 +89,38 @@ class EditReport(Result, Shown):
     before: CausalTrace
     after: CausalTrace
     prompts: tuple[PromptChange, ...]
-    shares: Float[Tensor, "d_mlp"]
+    shares: Float[Tensor, "d_mlp"] | None
     tokens: tuple[str, ...]
     ids: Int[Tensor, "pos"] = field(repr=False)
     log_probs: Float[Tensor, "2 pos d_vocab"] = field(repr=False)
     texts: Mapping[str, str] = field(repr=False)
     attention: Float[Tensor, "2 head dest src"] = field(repr=False)
     attention_layer: int
+    layers: tuple[int, ...] = ()
+    shares_layer: int | None = None
 
     FORMAT: ClassVar[str] = "transformer_lens_rome.edit_report.1"
 
+    def __post_init__(self) -> None:
+        if not self.layers:  # the file of an edit of one W_out may leave them out
+            object.__setattr__(self, "layers", (self.layer,))
+            object.__setattr__(self, "shares_layer", self.layer)
+
     def top_neurons(self, k: int = 10) -> list[tuple[int, float]]:
         """Return the k neurons with the largest shares, and their shares."""
-        best = self.shares.topk(min(k, len(self.shares)))
+        shares = self._known_shares()
+        best = shares.topk(min(k, len(shares)))
         return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     def neurons_for(self, share: float) -> int:
         """Return the smallest number of neurons, largest first, with this total share."""
-        return int((self.shares.sort(descending=True).values.cumsum(0) < share).sum()) + 1
+        ordered = self._known_shares().sort(descending=True).values
+        return int((ordered.cumsum(0) < share).sum()) + 1
+
+    def _known_shares(self) -> Tensor:
+        if self.shares is None:
+            raise ValueError("this edit changes no W_out, so neurons have no shares of its change")
+        return self.shares
 
     def plot(self) -> Figure:
         """Return one matplotlib figure of the report (the `plot` extra)."""
@@ -131,20 +152,20 @@ def show_edit(
         n_samples: The number of noise samples.
         seed: The seed of the noise.
         prepend_bos: Overrides the checkpoint's rule.
-        force: Accept an edit that was made on another weight than the model's W_out.
+        force: Accept an edit that was made on other weights than the model's.
         progress: Show progress bars.
 
     Raises:
-        ValueError: `edit` is not an edit or `prompts` is not a list, the edit changes nothing or
-            more than one W_out, it was made on another weight, or other code changed the weight
-            since it was edited.
+        ValueError: `edit` is not an edit or `prompts` is not a list, the edit changes nothing, it
+            was made on another weight, or other code changed the weight since it was edited.
     """
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
     if not isinstance(edit, Edit) or isinstance(prompts, str):
         raise ValueError("show_edit takes one edit, and prompts as a list of texts")
-    refusals.check_editable(model, [edit.layer])
-    if not edit.delta().any():
+    layers = sorted({where.layer for where in edit.sizes() if edit.change(where).any()})
+    if not layers:
         raise ValueError("this edit changes nothing; there is nothing to show")
+    refusals.check_editable(model, layers)
     force = force or any(edit.digest == one.digest for one in active_edits(model, edit.layer))
     encoder, request = Encoder.of(model, prepend_bos), edit.request
     trace = partial(
@@ -161,20 +182,20 @@ def show_edit(
         occurrence=_occurrence(request),
     )
     with without(model, edit):
-        was = _State.of(model, encoder, edit, prompts)
+        was = _State.of(model, encoder, request, prompts)
+        added = added_values(model, encoder, edit, was.ids)
         before = trace()
         with applied(model, edit, force=force):
-            now = _State.of(model, encoder, edit, prompts)
+            now = _State.of(model, encoder, request, prompts)
             after = trace(answer=request.target_new)
-    delta = edit.delta().to(was.keys[0])
-    row = encoder.templated_row(request.prompt, request.subject)
     return EditReport(
         request=request,
         layer=edit.layer,
         before=before,
         after=after,
-        prompts=tuple(_changes(encoder, was, now, delta)),
-        shares=_shares(was.keys[0][row.subject[-1]], delta),
+        prompts=tuple(_changes(encoder, was, now, added)),
+        layers=tuple(layers),
+        **_neurons(added),
         **_explorable(encoder, was, now),
     )
 
@@ -188,7 +209,7 @@ def _occurrence(request: EditRequest) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Activations and scores of the model, with or without the edit.
+    """Scores and attention patterns of the model, with or without the edit.
 
     The lists have an entry per prompt, the edited one first. `full_ids`, `log_probs` and `patterns`
     belong to the edited prompt followed by the target.
@@ -198,20 +219,18 @@ class _State:
     next: list[Float[Tensor, "d_vocab"]]
     p_target: list[float]
     ids: list[list[int]]
-    keys: list[Float[Tensor, "pos d_mlp"]]
-    values: list[Float[Tensor, "pos d_model"]]
     full_ids: list[int]
     log_probs: Float[Tensor, "pos d_vocab"]
     patterns: Float[Tensor, "layer head dest src"]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, encoder: Encoder, edit: Edit, prompts: Sequence[str]) -> _State:
-        """Run the model and read its activations and scores."""
-        request, texts = edit.request, [edit.request.text, *prompts]
+    def of(
+        cls, model: Any, encoder: Encoder, request: EditRequest, prompts: Sequence[str]
+    ) -> _State:
+        """Run the model and read its scores and attention patterns."""
+        texts = [request.text, *prompts]
         ids = [encoder.row(text).ids for text in texts]
-        key, value = Point("key", edit.layer), Point("value", edit.layer)
-        activations = [passes.read(model, torch.tensor([row]), [key, value]) for row in ids]
         scores = target_log_probs(model, texts, [request.target_new] * len(texts), encoder=encoder)
         full_ids = encoder.row(request.text, None, request.target_new).ids
         points = [Point("pattern", layer) for layer in range(model.cfg.n_layers)]
@@ -221,8 +240,6 @@ class _State:
             next=[_log_probs(model, row, [len(row) - 1])[0] for row in ids],
             p_target=[score.sum().exp().item() for score in scores],
             ids=[list(row) for row in ids],
-            keys=[read[key][0].float().cpu() for read in activations],
-            values=[read[value][0].float().cpu() for read in activations],
             full_ids=list(full_ids),
             log_probs=_log_probs(model, full_ids, range(len(full_ids))),
             patterns=torch.stack([patterns[point][0].float().cpu() for point in points]),
@@ -238,14 +255,15 @@ def _log_probs(
     return logits.float().log_softmax(-1).cpu()
 
 
-def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) -> Tensor:
-    """Return each neuron's share of the vector that the edit adds to the value of this key."""
-    added = key @ delta
-    return key * (delta @ added) / added.square().sum()
+def _neurons(added: Sequence[AddedValues]) -> dict[str, Any]:
+    """Return the shares of neurons, of the layer where the subject's value changes most."""
+    most = max(added, key=lambda one: one.at_subject, default=None)
+    shares, layer = (None, None) if most is None else (most.shares, most.layer)
+    return {"shares": shares, "shares_layer": layer}
 
 
 def _changes(
-    encoder: Encoder, was: _State, now: _State, delta: Float[Tensor, "d_mlp d_model"]
+    encoder: Encoder, was: _State, now: _State, added: Sequence[AddedValues]
 ) -> Iterator[PromptChange]:
     """Yield one comparison per prompt."""
     decode = encoder.tokenizer.decode
@@ -255,9 +273,10 @@ def _changes(
         return tuple((decode([i]), p) for p, i in zip(best.values.tolist(), best.indices))
 
     for i, prompt in enumerate(was.prompts):
-        shift = (was.keys[i] @ delta).norm(dim=1) / was.values[i].norm(dim=1)
-        start = 1 if encoder.prepends_bos and len(shift) > 1 else 0  # BOS is the same everywhere
-        most = start + int(shift[start:].argmax())
+        start = 1 if encoder.prepends_bos and len(was.ids[i]) > 1 else 0  # BOS is the same always
+        largest = [(one.shifts[i][start:].max().item(), one) for one in added]
+        shift, most = max(largest, key=lambda pair: pair[0], default=(None, None))
+        at = None if most is None else start + int(most.shifts[i][start:].argmax())
         p = was.next[i].exp()
         yield PromptChange(
             prompt=prompt,
@@ -266,8 +285,9 @@ def _changes(
             p_before=was.p_target[i],
             p_after=now.p_target[i],
             divergence=(p * (was.next[i] - now.next[i])).sum().item(),
-            value_shift=shift[most].item(),
-            token=decode([was.ids[i][most]]),
+            value_shift=shift,
+            token="" if at is None else decode([was.ids[i][at]]),
+            layer=None if most is None else most.layer,
         )
 
 

@@ -5,12 +5,21 @@ import pickle
 
 import pytest
 import torch
+from helpers.matrices import same, weights
 from helpers.rome_setting import REQUEST, random_edit, small_edit, without_tensors
 
-from transformer_lens_rome import DenseEdit, EditRequest, RankOneEdit, SecondMoment, load_edit
-from transformer_lens_rome.edits.kinds import EditHealth
+from transformer_lens_rome import (
+    DenseEdit,
+    EditRequest,
+    RankOneEdit,
+    SecondMoment,
+    applied,
+    apply_edit,
+    load_edit,
+)
+from transformer_lens_rome.edits.kinds import Edit, EditHealth
 from transformer_lens_rome.files import tensors as files_module
-from transformer_lens_rome.model.adapter import b_out, w_out, weight_hash
+from transformer_lens_rome.model.adapter import Weight, b_out, w_out, weight_hash
 
 # ---------------------------------------------------------------- requests
 
@@ -71,6 +80,17 @@ def test_a_record_that_lacks_a_field_says_which():
         EditRequest.from_dict({"prompt": "{} is in", "subject": "Rome"})
 
 
+def test_a_request_is_taken_as_it_is_or_from_a_dict():
+    assert EditRequest.of(REQUEST) is REQUEST
+    flat = {"prompt": "{} is in", "subject": "The Space Needle", "target_new": "Paris"}
+    released = flat | {"target_new": {"str": "Paris"}, "target_true": {"str": "Seattle"}}
+    assert EditRequest.of(released) == REQUEST
+    assert EditRequest.of(flat) == dataclasses.replace(REQUEST, target_true=None)
+    for other in ("The Space Needle is in", 3, None, [REQUEST], REQUEST.text.encode()):
+        with pytest.raises(ValueError, match=r"a request is an EditRequest or a dict, got .*write"):
+            EditRequest.of(other)
+
+
 # ---------------------------------------------------------------- algebra
 
 
@@ -102,6 +122,38 @@ def test_v_star_is_what_k_star_gets_from_the_scaled_edit(gpt2, alpha):
     torch.testing.assert_close(edit.v_star, reached, rtol=1e-4, atol=1e-4)
     unscaled = small_edit(gpt2).v_star
     assert torch.allclose(unscaled, reached, atol=1e-3) == (alpha == 1)  # control
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Towards(Edit):
+    """A kind of edit that no file knows: it adds one vector to a bias and to all rows of W_out."""
+
+    vector: torch.Tensor
+
+    def changes(self):
+        return {Weight("W_out", 1): self.vector.expand(128, -1), Weight("b_out", 2): self.vector}
+
+    def scale(self, alpha):
+        return dataclasses.replace(self, vector=alpha * self.vector)
+
+
+def test_a_kind_of_edit_is_its_changes(gpt2):
+    """`changes` and `scale` are all that a kind has to define to be put on a model."""
+    with pytest.raises(TypeError, match="abstract"):
+        Edit(layer=1, request=REQUEST)
+    before, vector = weights(gpt2), torch.linspace(-1, 1, 32)
+    known = {"layer": 1, "request": REQUEST, "model_hash": weight_hash(w_out(gpt2, 1))}
+    edit = Towards(vector=vector, **known)
+    assert edit.sizes() == {Weight("W_out", 1): (128, 32), Weight("b_out", 2): (32,)}
+    assert torch.equal(edit.delta(), vector.expand(128, -1)) and edit.digest != (-edit).digest
+    with applied(gpt2, -edit):
+        found = weights(gpt2)
+        for where, change in edit.changes().items():
+            assert torch.equal(found.pop(where), before[where] - change)
+        assert all(torch.equal(tensor, before[where]) for where, tensor in found.items())
+    assert same(weights(gpt2), before)
+    with pytest.raises(ValueError, match="not the weight"):
+        apply_edit(gpt2, dataclasses.replace(edit, model_hash="other"))
 
 
 # ---------------------------------------------------------------- digest and disk

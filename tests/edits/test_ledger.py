@@ -200,7 +200,7 @@ def test_an_edit_made_on_an_edited_weight_needs_that_weight(gpt2):
 
 def test_several_edits_have_no_single_edit(gpt2):
     one, two = (apply_edit(gpt2, random_edit(gpt2, seed=seed)) for seed in (1, 2))
-    several = AppliedEdit(gpt2, one.edits + two.edits, one.ledgers + two.ledgers)
+    several = AppliedEdit.of(gpt2, [one, two])
     with pytest.raises(ValueError, match="2 edits"):
         _ = several.edit
     with pytest.raises(ValueError, match="2 edits"):

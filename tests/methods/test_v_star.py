@@ -28,7 +28,7 @@ from transformer_lens_rome.model.default_layer import norm_follows_mlp
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts.encoder import Encoder, join
 
-CONSTANTS = {"steps": 2, "lr": 0.2, "clamp": 1e4, "stop_loss": 0.0, "progress": False}
+CONSTANTS = RomeConfig(steps=2, lr=0.2, clamp=1e4, stop_loss=0.0, kl_factor=0.0, weight_decay=0.0)
 
 
 @pytest.fixture(params=["gpt2", "gemma3"])
@@ -46,12 +46,12 @@ def setting(model):
     return rows, kl_row, keys_and_values(model, rows)[1].mean(0)
 
 
-def search(model, *, kl_factor=0.0, weight_decay=0.0, **changed):
+def search(model, **changed):
     rows, kl_row, v = setting(model)
-    constants = CONSTANTS | {"kl_factor": kl_factor, "weight_decay": weight_decay} | changed
+    config = dataclasses.replace(CONSTANTS, **changed)
     batch = Batch.of(rows, kl_row)
     forward = PartialForward(model, LAYER, batch.rows, batch.lookup.tolist())
-    return optimise(forward, LAYER, batch, v, **constants)
+    return optimise(forward, LAYER, batch, v, config, progress=False)
 
 
 @torch.no_grad()
@@ -285,7 +285,9 @@ def test_defaults_follow_the_model(model):
         ({"prefixes": "The man"}, "prefixes is a list of texts"),
         ({"prefixes": ["{}", "He said. {}"]}, "prefixes is a list of texts"),
         ({"second_moment": {1: random_moment(128)}}, r"second_moment=moments\[1\]"),
-        ({"request": "a text"}, "is an EditRequest or a dict"),
+        ({"request": "a text"}, "is an EditRequest or a dict, got 'a text'"),
+        ({"request": 3}, "is an EditRequest or a dict, got 3"),
+        ({"request": [REQUEST, "a text"]}, "is an EditRequest or a dict, got 'a text'"),
         ({"request": dataclasses.replace(REQUEST, prompt="so " * 200 + "{} is")}, "context of"),
         ({"prefixes": PREFIXES[1:], "config": RomeConfig.released()}, "bare prompt"),
         ({"layer": 3}, "layers 0 to 2"),

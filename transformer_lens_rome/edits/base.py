@@ -1,11 +1,11 @@
-"""The base class of edits: common fields, common methods, and the file format."""
+"""What an edit is: a change of some weights of a model, and the fact that it writes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,30 +13,18 @@ from typing import Any, TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_rome.edits.edit_files import edit_from, read_edit, write_edit
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.request import EditRequest
-from transformer_lens_rome.files.fields import make
-from transformer_lens_rome.files.tensors import (
-    MAX_LAYERS,
-    check_finite,
-    read_tensors,
-    write_tensors,
-)
 from transformer_lens_rome.model.adapter import Weight, weight_hash
 from transformer_lens_rome.showing import Shown
 
-_FORMAT = "transformer_lens_rome.edit.1"
-MAX_MATRIX = 2**31
-"""The most entries that an edited matrix may have: twice as many as in a model with 405 billion
-parameters. Without a limit, a file with two vectors could ask for a matrix larger than any memory.
-"""
-
-E = TypeVar("E", bound="BaseEdit")
+E = TypeVar("E", bound="Edit")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BaseEdit(Shown):
-    """The fields and methods of every edit.
+class Edit(Shown, ABC):
+    """A change of some weights; a kind of edit defines `changes` and `scale`.
 
     Attributes:
         layer: The block that it changes, from 0; the first one if it changes several.
@@ -59,21 +47,41 @@ class BaseEdit(Shown):
         for name in ("config", "provenance"):  # as read from a file: no tuples
             object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
 
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Return the change of W_out."""
-        raise NotImplementedError
+    # ------------------------------------------------------------ what it changes
 
+    @abstractmethod
     def changes(self) -> dict[Weight, Tensor]:
-        """Return the change of every parameter that the edit changes."""
-        return {Weight("W_out", self.layer): self.delta()}
+        """Return the change of every weight that the edit changes."""
+
+    @abstractmethod
+    def scale(self: E, alpha: float) -> E:
+        """Return the edit, alpha times as strong; 0 changes nothing, -1 is the opposite."""
 
     def change(self, where: Weight) -> Tensor:
-        """Return the change of one parameter."""
+        """Return the change of one weight; a kind may do it without computing the others."""
         return self.changes()[where]
 
-    def scale(self: E, alpha: float) -> E:
-        """Return the edit, alpha times as strong."""
-        raise NotImplementedError
+    def sizes(self) -> dict[Weight, tuple[int, ...]]:
+        """Return the shape of every changed weight; a kind may do it without computing changes."""
+        return {where: tuple(change.shape) for where, change in self.changes().items()}
+
+    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Return the change of W_out, if the edit changes one W_out and no other matrix.
+
+        Raises:
+            ValueError: the edit changes other matrices, or none.
+        """
+        matrices = [where for where in self.sizes() if where.name != "b_out"]
+        if [where.name for where in matrices] != ["W_out"]:
+            names = ", ".join(f"{where.name} of layer {where.layer}" for where in matrices)
+            raise ValueError(
+                f"this edit changes {names or 'nothing'}, not one W_out alone; see changes()"
+            )
+        return self.change(matrices[0])
+
+    def made_on(self) -> dict[Weight, str]:
+        """Return the sha256 of each weight that the edit was made on, as far as it is known."""
+        return {Weight("W_out", self.layer): self.model_hash}
 
     def __mul__(self: E, alpha: float) -> E:
         return self.scale(alpha)
@@ -83,16 +91,10 @@ class BaseEdit(Shown):
     def __neg__(self: E) -> E:
         return self.scale(-1.0)
 
-    def sizes(self) -> dict[Weight, tuple[int, ...]]:
-        """Return the shape of every changed parameter, without computing the changes."""
-        raise NotImplementedError
-
-    def made_on(self) -> dict[Weight, str]:
-        """Return the sha256 of each weight that the edit was made on."""
-        return {Weight("W_out", self.layer): self.model_hash}
+    # ------------------------------------------------------------ what defines it, and its file
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that define the change, by field name."""
+        """Return the tensors that define the change, by name: those that a file contains."""
         return {
             f.name: value
             for f in dataclasses.fields(self)
@@ -109,28 +111,7 @@ class BaseEdit(Shown):
 
     def save(self, path: Any) -> None:
         """Write the edit as safetensors with JSON metadata (kilobytes for a rank-one edit)."""
-        info = {
-            "format": _FORMAT,
-            "kind": type(self).__name__,
-            "layer": self.layer,
-            "model_hash": self.model_hash,
-            "request": dataclasses.asdict(self.request),
-            "config": self.config,
-            "health": self.health.to_dict(),
-            "provenance": self.provenance,
-            **self.extra(),
-        }
-        copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
-        write_tensors(path, copies, info)  # safetensors refuses tensors that share memory
-
-    def extra(self) -> dict[str, Any]:
-        """Return the extra metadata of this kind of edit."""
-        return {}
-
-    @classmethod
-    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the fields that `tensors` and `extra` wrote to the file."""
-        return dict(tensors)
+        write_edit(path, self)
 
     @classmethod
     def load(cls: type[E], path: Any) -> E:
@@ -142,46 +123,13 @@ class BaseEdit(Shown):
         tensors, info = read_edit(path)
         if (kind := info.get("kind")) != cls.__name__:
             raise ValueError(f"{path} contains a {kind!s:.40}; read it with {kind!s:.40}.load")
-        return cls.made_of(path, tensors, info)
+        return edit_from(cls, path, tensors, info)
+
+    def _metadata(self) -> dict[str, Any]:
+        """Return what the file of this kind of edit says, beyond tensors and common fields."""
+        return {}
 
     @classmethod
-    def made_of(
-        cls: type[E], path: Any, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
-    ) -> E:
-        """Return the edit of this kind from the contents of a file.
-
-        Raises:
-            ValueError: a part is missing, has the wrong type, or does not fit the others.
-        """
-        try:
-            check_finite(tensors)
-            known = {name: info[name] for name in ("layer", "model_hash", "config", "provenance")}
-            known["request"] = make(EditRequest, info["request"])
-            known["health"] = EditHealth.from_dict(info["health"])
-            edit = make(cls, {**known, **cls.parts(info, tensors)})
-            edit._check_sizes()
-            return edit
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is an incomplete edit file ({error!r:.400})") from error
-
-    def _check_sizes(self) -> None:
-        """Raise ValueError for layers or sizes that no model has, before a matrix is made."""
-        for where, size in self.sizes().items():
-            if not 0 <= where.layer < MAX_LAYERS or math.prod(size) > MAX_MATRIX:
-                raise ValueError(f"no model has a matrix of {size} at layer {where.layer}")
-
-    def _check_fit(self, shapes: bool) -> None:
-        """Raise ValueError if `shapes` (the shapes fit) is false, or if the dtypes differ."""
-        if not shapes or len({tensor.dtype for tensor in self.tensors().values()}) > 1:
-            named = self.tensors().items()
-            listed = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in named)
-            raise ValueError(f"the edit's tensors do not fit together: {listed}")
-
-
-def read_edit(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the metadata of an edit's file.
-
-    Raises:
-        ValueError: the file is not safetensors, is truncated, or contains no edit.
-    """
-    return read_tensors(path, _FORMAT)
+    def _fields_from(cls, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this kind's own fields from what `tensors` and `_metadata` gave to a file."""
+        return dict(tensors)

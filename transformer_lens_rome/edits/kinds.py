@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.edits.base import BaseEdit, read_edit
+from transformer_lens_rome.edits.base import Edit
+from transformer_lens_rome.edits.edit_files import edit_from, read_edit
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.request import EditRequest
 from transformer_lens_rome.model.adapter import Weight, weight_hash
@@ -31,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RankOneEdit(BaseEdit):
+class RankOneEdit(Edit):
     """W_out + u lamᵀ: the key k_star is mapped to v_star (Meng et al. 2022, Eq. 2).
 
     Attributes:
@@ -49,16 +50,16 @@ class RankOneEdit(BaseEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_fit(self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape)
+        _check_fit(self, self.k_star.shape == self.u.shape and self.v_star.shape == self.lam.shape)
+
+    @torch_defaults()
+    def changes(self) -> dict[Weight, Tensor]:
+        """Return the change of W_out: outer(u, lam)."""
+        return {Weight("W_out", self.layer): torch.outer(self.u, self.lam)}
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
         """Return the shape of W_out."""
         return {Weight("W_out", self.layer): (len(self.u), len(self.lam))}
-
-    @torch_defaults()
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Return the change of W_out: outer(u, lam)."""
-        return torch.outer(self.u, self.lam)
 
     @torch_defaults()
     def scale(self, alpha: float) -> RankOneEdit:
@@ -69,7 +70,7 @@ class RankOneEdit(BaseEdit):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DenseEdit(BaseEdit):
+class DenseEdit(Edit):
     """A change of one W_out, as two factors `left @ right`, and optionally of its bias b_out.
 
     Attributes:
@@ -86,7 +87,14 @@ class DenseEdit(BaseEdit):
         super().__post_init__()
         rank, (_, d_model) = self.left.shape[1], self.sizes()[Weight("W_out", self.layer)]
         whole = self.right is None or len(self.right) == rank
-        self._check_fit(whole and (self.bias is None or self.bias.shape == (d_model,)))
+        _check_fit(self, whole and (self.bias is None or self.bias.shape == (d_model,)))
+
+    @torch_defaults()
+    def changes(self) -> dict[Weight, Tensor]:
+        """Return the change of W_out, left @ right, and of b_out if it changes."""
+        whole = self.left if self.right is None else self.left @ self.right
+        bias = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
+        return {Weight("W_out", self.layer): whole, **bias}
 
     def sizes(self) -> dict[Weight, tuple[int, ...]]:
         """Return the shape of W_out, and of b_out if it changes."""
@@ -99,16 +107,6 @@ class DenseEdit(BaseEdit):
         return sizes
 
     @torch_defaults()
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Return the change of W_out: left @ right."""
-        return self.left if self.right is None else self.left @ self.right
-
-    def changes(self) -> dict[Weight, Tensor]:
-        """Return the change of W_out, and of b_out if it changes."""
-        bias = {} if self.bias is None else {Weight("b_out", self.layer): self.bias}
-        return super().changes() | bias
-
-    @torch_defaults()
     def scale(self, alpha: float) -> DenseEdit:
         """Return the edit, alpha times as strong."""
         bias = None if self.bias is None else alpha * self.bias
@@ -119,7 +117,7 @@ Factors = tuple[Float[Tensor, "d_in rank"], Float[Tensor, "rank d_out"]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FactoredEdit(BaseEdit):
+class FactoredEdit(Edit):
     """A change of several matrices in several blocks, each as two factors `left @ right`.
 
     Attributes:
@@ -174,21 +172,6 @@ class FactoredEdit(BaseEdit):
         """Return the sha256 of each matrix that the edit was made on."""
         return dict(self.hashes)
 
-    @torch_defaults()
-    def delta(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Return the change of W_out, if the edit changes one W_out and nothing else.
-
-        Raises:
-            ValueError: the edit changes other matrices, or none.
-        """
-        if [where.name for where in self.factors] != ["W_out"]:
-            names = ", ".join(f"{where.name} of layer {where.layer}" for where in self.factors)
-            raise ValueError(
-                f"this edit changes {names or 'nothing'}, not one W_out alone; see changes()"
-            )
-        (delta,) = self.changes().values()
-        return delta
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the factors by name: `W_out.3.left` and so on."""
         return {
@@ -211,19 +194,27 @@ class FactoredEdit(BaseEdit):
         factors = {where: (left, alpha * right) for where, (left, right) in self.factors.items()}
         return dataclasses.replace(self, factors=factors, health=EditHealth())
 
-    def extra(self) -> dict[str, Any]:
-        """Return the extra metadata of this kind of edit: the hashes."""
+    def _metadata(self) -> dict[str, Any]:
+        """Return what the file says beyond tensors and common fields: the hashes."""
         return {"hashes": [[*where, digest] for where, digest in self.hashes.items()]}
 
     @classmethod
-    def parts(cls, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the fields that `tensors` and `extra` wrote to the file."""
+    def _fields_from(cls, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the factors and the hashes from the contents of a file."""
         hashes = {Weight(name, layer): digest for name, layer, digest in info["hashes"]}
         if not len(tensors) == 2 * len(hashes) == 2 * len(info["hashes"]):
             raise ValueError(f"{len(tensors)} factors, {len(info['hashes'])} hashes")
         names = {where: f"{where.name}.{where.layer}" for where in hashes}
         factors = {w: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for w, n in names.items()}
         return {"hashes": hashes, "factors": factors}
+
+
+def _check_fit(edit: Edit, shapes: bool) -> None:
+    """Raise ValueError if `shapes` (the shapes fit) is false, or if the dtypes differ."""
+    if not shapes or len({tensor.dtype for tensor in edit.tensors().values()}) > 1:
+        named = edit.tensors().items()
+        listed = ", ".join(f"{name} {tuple(x.shape)} {x.dtype}" for name, x in named)
+        raise ValueError(f"the edit's tensors do not fit together: {listed}")
 
 
 def _ordered(places: Iterable[Weight]) -> list[Weight]:
@@ -244,9 +235,6 @@ def _checked(where: Weight, left: Tensor, right: Tensor) -> Factors:
     return left.detach().contiguous(), right.detach().contiguous()
 
 
-Edit = RankOneEdit | DenseEdit | FactoredEdit
-
-
 def load_edit(path: Any) -> Edit:
     """Read an edit of any kind.
 
@@ -257,5 +245,5 @@ def load_edit(path: Any) -> Edit:
     kinds: tuple[type[Edit], ...] = (RankOneEdit, DenseEdit, FactoredEdit)
     for kind in kinds:
         if info.get("kind") == kind.__name__:
-            return kind.made_of(path, tensors, info)
+            return edit_from(kind, path, tensors, info)
     raise ValueError(f"{path} is an incomplete edit file (its kind is {info.get('kind')!r:.40})")

@@ -80,7 +80,7 @@ class AppliedEdit:
 
     model: Any = field(repr=False)
     edits: tuple[Edit, ...]
-    ledgers: tuple[tuple[Ledger, ...], ...] = field(repr=False, compare=False)
+    _ledgers: tuple[tuple[Ledger, ...], ...] = field(repr=False, compare=False)
 
     @property
     def edit(self) -> Edit:
@@ -99,7 +99,7 @@ class AppliedEdit:
         """True if any of the edits is still on the model."""
         return any(
             edit is other
-            for edit, ledgers in zip(self.edits, self.ledgers, strict=True)
+            for edit, ledgers in zip(self.edits, self._ledgers, strict=True)
             for ledger in ledgers
             for other in ledger.active
         )
@@ -118,7 +118,7 @@ class AppliedEdit:
     def _revert(self, force: bool) -> None:
         on = [
             (edit, [ledger for ledger in ledgers if any(edit is other for other in ledger.active)])
-            for edit, ledgers in zip(self.edits, self.ledgers, strict=True)
+            for edit, ledgers in zip(self.edits, self._ledgers, strict=True)
         ]
         try:
             _remove(self.model, on, force)
@@ -133,10 +133,10 @@ class AppliedEdit:
     def of(cls, model: Any, parts: Sequence[AppliedEdit]) -> AppliedEdit:
         """Return several applied edits as one."""
         edits = tuple(edit for part in parts for edit in part.edits)
-        return cls(model, edits, tuple(ledgers for part in parts for ledgers in part.ledgers))
+        return cls(model, edits, tuple(ledgers for part in parts for ledgers in part._ledgers))
 
     def __iter__(self) -> Iterator[AppliedEdit]:
-        for edit, ledgers in zip(self.edits, self.ledgers, strict=True):
+        for edit, ledgers in zip(self.edits, self._ledgers, strict=True):
             yield AppliedEdit(self.model, (edit,), (ledgers,))
 
     def __enter__(self) -> AppliedEdit:
@@ -160,11 +160,6 @@ def revert_all(model: Any, *, force: bool = False) -> None:
         tuple(one for one in every if any(edit is other for other in one.active)) for edit in edits
     )
     AppliedEdit(model, edits, ledgers).revert(force=force)
-
-
-def _ledgers(model: Any, edit: Edit) -> Iterator[Ledger]:
-    """Yield the ledgers of the weights that an edit changes, if they have one."""
-    return filter(None, (ledger_of(model, where) for where in edit.sizes()))
 
 
 @weights_call
@@ -216,8 +211,9 @@ def without(model: Any, edit: Edit) -> Iterator[Any]:
     """
     on = [
         ledger
-        for ledger in _ledgers(model, edit)
-        if any(edit.digest == other.digest for other in ledger.active)
+        for where in edit.sizes()
+        if (ledger := ledger_of(model, where))
+        and any(edit.digest == other.digest for other in ledger.active)
     ]
     for ledger in on:
         if adapter.weight_hash(live_weight(model, ledger.where)) != ledger.written_hash:

@@ -55,6 +55,15 @@ class EditRequest:
         return self.prompt.replace("{}", self.subject)
 
     @classmethod
+    def of(cls, request: EditRequest | Mapping[str, Any]) -> EditRequest:
+        """Return an `EditRequest` as it is, and a dict as `from_dict` reads it.
+
+        Raises:
+            ValueError: it is neither, or a dict that describes no request.
+        """
+        return request if isinstance(request, EditRequest) else cls.from_dict(request)
+
+    @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:
         """Read the released ROME format, or a flat CounterFact record.
 
@@ -63,7 +72,10 @@ class EditRequest:
         subject exactly once.
         """
         if not isinstance(record, Mapping):
-            raise ValueError(f"a request is an EditRequest or a dict, not {type(record).__name__}")
+            raise ValueError(
+                f"a request is an EditRequest or a dict, got {record!r:.80}; write for instance "
+                "EditRequest('The mother tongue of {} is', 'Danielle Darrieux', 'English')"
+            )
         if missing := {"prompt", "subject", "target_new"} - set(record):
             has = sorted(map(str, record))
             raise ValueError(f"the request lacks {sorted(missing)}; it has {has!r:.300}")

@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
 from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit
@@ -72,22 +72,12 @@ def rome_edit(
     The arguments are those of `compute_rome_edit`. Use the result in a `with` statement, or call
     its `revert()`, to restore exactly the old weights.
     """
-    computed = compute_rome_edit(
-        model,
-        request,
-        layer=layer,
-        second_moment=second_moment,
-        prefixes=prefixes,
-        config=config,
-        seed=seed,
-        prepend_bos=prepend_bos,
-        progress=progress,
-    )
-    edits = computed if isinstance(computed, list) else [computed]
+    method = Rome(layer, second_moment, prefixes, config, prepend_bos, progress)
+    edits = method._in_order(model, _as_list(request), seed)
     with ExitStack() as undo_on_error:
         done = [undo_on_error.enter_context(apply_edit(model, edit)) for edit in edits]
         undo_on_error.pop_all()
-    return AppliedEdit(model, tuple(edits), tuple(one.ledgers[0] for one in done))
+    return AppliedEdit.of(model, done)
 
 
 @overload
@@ -153,21 +143,111 @@ def compute_rome_edit(
         ValueError: a request, layer, prefixes or statistics that do not fit.
         NotImplementedError: a model that cannot be edited.
     """
-    if isinstance(request, str):
-        raise ValueError(f"a request is an EditRequest or a dict, got the text {request!r}")
-    several = not isinstance(request, (EditRequest, Mapping))
-    given = [request] if isinstance(request, (EditRequest, Mapping)) else request
-    requests = [_as_request(one) for one in given]
-    if not requests:
-        raise ValueError("the list of requests is empty; give at least one EditRequest")
-    setting = _resolve(model, layer, second_moment, prefixes, config, seed, prepend_bos, progress)
-    edits: list[RankOneEdit] = []
-    with ExitStack() as stack:
-        for one in requests:
-            if edits:
-                stack.enter_context(applied(model, edits[-1]))
-            edits.append(_compute(setting, one))
-    return edits if several else edits[0]
+    method = Rome(layer, second_moment, prefixes, config, prepend_bos, progress)
+    edits = method._in_order(model, _as_list(request), seed)
+    return edits[0] if isinstance(request, (EditRequest, Mapping)) else edits
+
+
+def _as_list(request: Request | Sequence[Request]) -> list[EditRequest]:
+    """Return the requests of a list, or a single request as a list."""
+    if isinstance(request, (EditRequest, Mapping, str)) or not isinstance(request, Iterable):
+        return [EditRequest.of(request)]
+    return [EditRequest.of(one) for one in request]
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
+
+    name: ClassVar[str] = "rome"
+    layer: int | None = None
+    second_moment: SecondMoment | None = None
+    prefixes: Sequence[str] | None = None
+    config: RomeConfig = RomeConfig()
+    prepend_bos: bool | None = None
+    progress: bool = False
+
+    @model_call
+    def prepared(self, model: Any, *, seed: int = 0) -> Rome:
+        """Check the options; return a copy with every default chosen, for all edits of a run."""
+        return self._prepared(model, Encoder.of(model, self.prepend_bos), seed)
+
+    @model_call
+    def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
+        """Compute the edit that writes one fact."""
+        (edit,) = self._in_order(model, [EditRequest.of(request)], seed)
+        return edit
+
+    def _in_order(
+        self, model: Any, requests: Sequence[EditRequest], seed: int
+    ) -> list[RankOneEdit]:
+        """Compute edits, each with those before it applied; the model stays unchanged."""
+        if not requests:
+            raise ValueError("the list of requests is empty; give at least one EditRequest")
+        encoder = Encoder.of(model, self.prepend_bos)
+        method = self._prepared(model, encoder, seed)
+        edits: list[RankOneEdit] = []
+        with ExitStack() as stack:
+            for request in requests:
+                if edits:
+                    stack.enter_context(applied(model, edits[-1]))
+                edits.append(method._compute(model, encoder, request, seed))
+        return edits
+
+    def _prepared(self, model: Any, encoder: Encoder, seed: int) -> Rome:
+        """Check the given options; choose the defaults of the others and log them."""
+        layer = default_layer(model) if self.layer is None else self.layer
+        refusals.check_editable(model, [layer])
+        prefixes, moment, config = self.prefixes, self.second_moment, self.config
+        if prefixes is not None:
+            _check_prefixes(prefixes, config)
+        if isinstance(moment, Mapping):
+            raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
+        bos = encoder.prepends_bos
+        if moment is None:
+            moment = default_second_moment(model, layer, prepend_bos=bos, progress=self.progress)
+        moment.check_fits(model, layer, bos)
+        if prefixes is None:
+            prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+            logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
+        if config.clamp is None:
+            released = config.key == "released"
+            clamp = released_clamp(model) if released else default_clamp(model, layer)
+            config = dataclasses.replace(config, clamp=clamp)
+        return dataclasses.replace(
+            self, layer=layer, second_moment=moment, prefixes=tuple(prefixes), config=config
+        )
+
+    def _compute(
+        self, model: Any, encoder: Encoder, request: EditRequest, seed: int
+    ) -> RankOneEdit:
+        """Compute one edit: keys and values, v*, the rank-one solve, and the edit's health."""
+        layer, moment, prefixes = self.layer, self.second_moment, self.prefixes
+        assert layer is not None and moment is not None and prefixes is not None  # see `_prepared`
+        config = self.config
+        rows = [
+            encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
+            for prefix in prefixes
+        ]
+        batch = Batch.of(rows, encoder.templated_row("{} is a", request.subject))
+        forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
+        keys, values = (read[: len(rows)] for read in read_keys_and_values(forward, layer))
+        v = values[0] if config.key == "released" else values.mean(0)
+        optimised = optimise(forward, layer, batch, v, config, progress=self.progress)
+        update = solve_rank_one(keys, values, v + optimised.delta, moment, config)
+        made = {"prefixes": prefixes, "seed": seed, "second_moment": moment.summary()}
+        edit = RankOneEdit(
+            **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
+            layer=layer,
+            request=request,
+            config=dataclasses.asdict(config),
+            model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
+            provenance=provenance(model, encoder.prepends_bos) | made,
+        )
+        health = measure_health(model, encoder, edit, keys.mean(0), optimised, moment)
+        for warning in health.warnings:
+            logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
+        return dataclasses.replace(edit, health=health)
 
 
 def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
@@ -183,146 +263,6 @@ def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
         check_text(text)
     if config.key == "released" and prefixes[0] != "":
         raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
-
-
-def _as_request(request: Request) -> EditRequest:
-    """Convert a dict in the released format to an `EditRequest`."""
-    return request if isinstance(request, EditRequest) else EditRequest.from_dict(request)
-
-
-class _Setting(NamedTuple):
-    """The arguments that all edits of one call share."""
-
-    model: Any
-    encoder: Encoder
-    layer: int
-    second_moment: SecondMoment
-    prefixes: tuple[str, ...]
-    config: RomeConfig
-    seed: int
-    progress: bool
-
-
-def _resolve(
-    model: Any,
-    layer: int | None,
-    second_moment: SecondMoment | None,
-    prefixes: Sequence[str] | None,
-    config: RomeConfig,
-    seed: int,
-    prepend_bos: bool | None,
-    progress: bool,
-) -> _Setting:
-    """Check the given arguments; choose the defaults of the others and log them."""
-    adapter.model_class(model)
-    layer = default_layer(model) if layer is None else layer
-    refusals.check_editable(model, [layer])
-    if prefixes is not None:
-        _check_prefixes(prefixes, config)
-    if isinstance(second_moment, Mapping):
-        raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
-    encoder = Encoder.of(model, prepend_bos)
-    bos = encoder.prepends_bos
-    if second_moment is None:
-        second_moment = default_second_moment(model, layer, prepend_bos=bos, progress=progress)
-    second_moment.check_fits(model, layer, bos)
-    if prefixes is None:
-        prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
-        logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
-    if config.clamp is None:
-        released = config.key == "released"
-        clamp = released_clamp(model) if released else default_clamp(model, layer)
-        config = dataclasses.replace(config, clamp=clamp)
-    return _Setting(model, encoder, layer, second_moment, tuple(prefixes), config, seed, progress)
-
-
-def _compute(setting: _Setting, request: EditRequest) -> RankOneEdit:
-    """Compute one edit: keys and values, v*, the rank-one solve, and the edit's health."""
-    model, layer, encoder, config = setting.model, setting.layer, setting.encoder, setting.config
-    rows = [
-        encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
-        for prefix in setting.prefixes
-    ]
-    batch = Batch.of(rows, encoder.templated_row("{} is a", request.subject))
-    forward = PartialForward(model, layer, batch.rows, batch.lookup.tolist())
-    keys, values = (read[: len(rows)] for read in read_keys_and_values(forward, layer))
-    v = values[0] if config.key == "released" else values.mean(0)
-    assert config.clamp is not None  # `_resolve` sets it
-    optimised = optimise(
-        forward,
-        layer,
-        batch,
-        v,
-        steps=config.steps,
-        lr=config.lr,
-        clamp=config.clamp,
-        weight_decay=config.weight_decay,
-        kl_factor=config.kl_factor,
-        stop_loss=config.stop_loss,
-        progress=setting.progress,
-    )
-    update = solve_rank_one(keys, values, v + optimised.delta, setting.second_moment, config)
-    edit = RankOneEdit(
-        **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
-        layer=layer,
-        request=request,
-        config=dataclasses.asdict(config),
-        model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
-        provenance=_provenance(setting),
-    )
-    health = measure_health(model, encoder, edit, keys.mean(0), optimised, setting.second_moment)
-    for warning in health.warnings:
-        logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
-    return dataclasses.replace(edit, health=health)
-
-
-def _provenance(setting: _Setting) -> dict[str, Any]:
-    """Return the edit's provenance: the model, the prefixes, the seed and C."""
-    return provenance(setting.model, setting.encoder.prepends_bos) | {
-        "prefixes": list(setting.prefixes),
-        "seed": setting.seed,
-        "second_moment": setting.second_moment.summary(),
-    }
-
-
-@dataclass(frozen=True)
-class Rome:
-    """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
-
-    name: ClassVar[str] = "rome"
-    layer: int | None = None
-    second_moment: SecondMoment | None = None
-    prefixes: tuple[str, ...] | None = None
-    config: RomeConfig = RomeConfig()
-    prepend_bos: bool | None = None
-    progress: bool = False
-
-    @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> Rome:
-        """Return a copy with layer, statistics and prefixes set, for all edits of a run."""
-        setting = _resolve(
-            model,
-            self.layer,
-            self.second_moment,
-            self.prefixes,
-            self.config,
-            seed,
-            self.prepend_bos,
-            self.progress,
-        )
-        return dataclasses.replace(
-            self,
-            layer=setting.layer,
-            second_moment=setting.second_moment,
-            prefixes=setting.prefixes,
-            config=setting.config,
-        )
-
-    @model_call
-    def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
-        """Compute the edit that writes one fact."""
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return compute_rome_edit(model, request, seed=seed, **options)
 
 
 register_method("rome", Rome)

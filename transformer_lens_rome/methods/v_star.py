@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from transformer_lens_rome.methods.rome_config import RomeConfig
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
@@ -84,36 +85,32 @@ def optimise(
     layer: int,
     batch: Batch,
     v: Float[Tensor, "d_model"],
+    config: RomeConfig,
     *,
-    steps: int,
-    lr: float,
-    clamp: float,
-    weight_decay: float,
-    kl_factor: float,
-    stop_loss: float,
     progress: bool = True,
 ) -> Optimised:
     """Minimise L by Adam, with at most `steps` losses and `steps - 1` updates, as released.
 
-    `forward` runs the rows of the batch from their `lookup` positions on.
-    After each update delta is scaled down to ||delta|| <= clamp · ||v||.
+    `forward` runs the rows of the batch from their `lookup` positions on. `config` gives the
+    constants; after each update delta is scaled down to ||delta|| <= clamp · ||v||.
 
     Raises:
         ValueError: the objective is not finite.
     """
+    assert config.clamp is not None  # None stands for a default, which the caller has chosen
     losses: list[float] = []
     clamp_hits, log_p_init = 0, None
-    bar = tqdm(total=steps, desc="v*", disable=not progress)
+    bar = tqdm(total=config.steps, desc="v*", disable=not progress)
     with adapter.gradients_for(forward.model), bar:
         delta = torch.zeros_like(v)
-        adam = torch.optim.Adam([delta], lr=lr)
-        for step in range(steps):
+        adam = torch.optim.Adam([delta], lr=config.lr)
+        for step in range(config.steps):
             delta.requires_grad_(True)
             nll, log_p = _nll_and_kl_prediction(forward, layer, batch, delta)
             if log_p_init is None:
                 log_p_init = log_p.detach()
             kl = (log_p.exp() * (log_p - log_p_init)).sum()  # KL(current || initial)
-            loss = nll + kl_factor * kl + weight_decay * delta.norm() / v.norm() ** 2
+            loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / v.norm() ** 2
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ValueError(
@@ -122,11 +119,11 @@ def optimise(
                 )
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update()
-            if losses[-1] < stop_loss or step == steps - 1:
+            if losses[-1] < config.stop_loss or step == config.steps - 1:
                 break
             (delta.grad,) = torch.autograd.grad(loss, delta)
             adam.step()
-            clamp_hits += _clamp_(delta, clamp * v.norm())
+            clamp_hits += _clamp_(delta, config.clamp * v.norm())
     return Optimised(delta.detach(), tuple(losses), clamp_hits)
 
 

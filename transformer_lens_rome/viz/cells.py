@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.edit_report import EditReport
-from transformer_lens_rome.edits.base import BaseEdit
+from transformer_lens_rome.edit_report import EditReport, PromptChange
+from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
 from transformer_lens_rome.evaluation.results import Results
@@ -19,7 +19,15 @@ from transformer_lens_rome.viz.interactive import (
     log_probs_before_and_after,
     tokens_by_layer,
 )
-from transformer_lens_rome.viz.page import View, beside, heat_map, stack, table, token_labels
+from transformer_lens_rome.viz.page import (
+    View,
+    beside,
+    heat_map,
+    layer_names,
+    stack,
+    table,
+    token_labels,
+)
 
 
 @view.register
@@ -87,8 +95,9 @@ def _(health: EditHealth, *, interactive: bool = True) -> View:
 
 
 @view.register
-def _(edit: BaseEdit, *, interactive: bool = True) -> View:
-    asked = f"{edit.request.text} -> {edit.request.target_new} (layer {edit.layer})"
+def _(edit: Edit, *, interactive: bool = True) -> View:
+    layers = sorted({where.layer for where in edit.sizes()}) or [edit.layer]
+    asked = f"{edit.request.text} -> {edit.request.target_new} ({layer_names(layers)})"
     return stack(asked, view(edit.health))
 
 
@@ -113,20 +122,40 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
             _likeliest(one.top_after),
             f"{one.p_before:.3g} to {one.p_after:.3g}",
             f"{one.divergence:.3g}",
-            f"{one.value_shift:.2f} at {one.token!r}",
+            _shift(one, len(report.layers) > 1),
         )
         for one in report.prompts
     ]
     header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
-    neurons = ", ".join(f"{i} ({share:.1%})" for i, share in report.top_neurons())
     shown = stack(
-        f"{report.request.text} -> {report.request.target_new} (layer {report.layer})",
+        f"{report.request.text} -> {report.request.target_new} ({layer_names(report.layers)})",
         beside(*(view(trace, interactive=False) for trace in (report.before, report.after))),
         table(prompts, header),
-        f"Neurons with the largest shares of the value's change: {neurons}. Half of the change "
-        f"comes from {report.neurons_for(0.5)} of {len(report.shares)} neurons.",
+        _neurons(report),
     )
     return stack(shown, _explored(report)) if interactive else shown
+
+
+def _shift(change: PromptChange, several: bool) -> str:
+    """Describe the largest change of a value; with its layer if the edit is in several."""
+    if change.value_shift is None:
+        return "no W_out changes"
+    place = f" in layer {change.layer}" if several else ""
+    return f"{change.value_shift:.2f} at {change.token!r}{place}"
+
+
+def _neurons(report: EditReport) -> str:
+    """Describe the shares of neurons; with their layer if the edit is in several."""
+    if report.shares is None:
+        return "The edit changes no W_out, so neurons have no shares of a value's change."
+    place = ""
+    if len(report.layers) > 1:
+        place = f" in layer {report.shares_layer}, where the subject's value changes most"
+    neurons = ", ".join(f"{i} ({share:.1%})" for i, share in report.top_neurons())
+    return (
+        f"Neurons with the largest shares of the value's change{place}: {neurons}. Half of the "
+        f"change comes from {report.neurons_for(0.5)} of {len(report.shares)} neurons."
+    )
 
 
 def _explored(report: EditReport) -> View:
@@ -137,8 +166,8 @@ def _explored(report: EditReport) -> View:
 
     before, after = report.log_probs
     return stack(
-        f"Attention in layer {report.attention_layer}, where it changed most (the edit is in layer "
-        f"{report.layer}):",
+        f"Attention in layer {report.attention_layer}, where it changed most (the edit is in "
+        f"{layer_names(report.layers)}):",
         attention_before_and_after(list(report.tokens), *report.attention),
         "Log-probability of each token; point at a token to see the model's predictions there:",
         log_probs_before_and_after(report.ids, before, after, text),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformer_lens_rome.edit_report import EditReport
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
+from transformer_lens_rome.viz.page import layer_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ def plot_edit(report: EditReport) -> Figure:
     plot_trace(report.before, ax=one)
     one.set_title("before the edit", fontsize=10)
     plot_trace(report.after, ax=two)
-    two.set_title(f"after the edit of layer {report.layer}", fontsize=10)
+    two.set_title(f"after the edit of {layer_names(report.layers)}", fontsize=10)
     _answers(three, report)
     _neurons(four, report)
     return figure
@@ -50,13 +51,17 @@ def _answers(ax: Any, report: EditReport) -> None:
 
 def _neurons(ax: Any, report: EditReport) -> None:
     """Plot the cumulative sum of the neurons' shares of the change, the largest first."""
+    if report.shares is None:
+        ax.axis("off")
+        ax.text(0.5, 0.5, "the edit changes no W_out:\nneurons have no shares", ha="center")
+        return
     shares = report.shares.sort(descending=True).values.cumsum(0)
     ax.plot(range(1, len(shares) + 1), shares.numpy(), color="#7261ab")
     ax.set_xscale("log")
     ax.axhline(1, color="black", linewidth=0.5)
     named = ", ".join(str(i) for i, _ in report.top_neurons(5))
     ax.set_title(f"neurons that carry the update: {named}, ...", fontsize=10)
-    ax.set_xlabel(f"neurons of layer {report.layer}, the largest first", fontsize=9)
+    ax.set_xlabel(f"neurons of layer {report.shares_layer}, the largest first", fontsize=9)
     ax.set_ylabel("share of the value's change", fontsize=9)
 
 

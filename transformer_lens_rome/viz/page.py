@@ -148,6 +148,11 @@ def token_labels(tokens: Sequence[str], subject_positions: Sequence[int]) -> lis
     ]
 
 
+def layer_names(layers: Sequence[int]) -> str:
+    """Return "layer 3" for one layer and "layers 3, 4" for several."""
+    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}"
+
+
 def heat_map(
     values: Float[Tensor, "row column"],
     rows: Sequence[str],

@@ -1,0 +1,66 @@
+"""What an edit adds to the values of some texts, by its changes of W_out: k delta W."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.prompts.encoder import Encoder
+
+
+class AddedValues(NamedTuple):
+    """The vectors that an edit's change of one W_out adds to the values, k delta W.
+
+    Attributes:
+        layer: The layer of that W_out.
+        shifts: For each text, the norm of the vector at each token, in units of the value's norm.
+        at_subject: The shift at the edited prompt's last subject token.
+        shares: The share of each neuron in the vector at that token. They sum to 1.
+    """
+
+    layer: int
+    shifts: list[Float[Tensor, "pos"]]
+    at_subject: float
+    shares: Float[Tensor, "d_mlp"]
+
+
+@torch.no_grad()
+def added_values(
+    model: Any, encoder: Encoder, edit: Edit, rows: Sequence[Sequence[int]]
+) -> list[AddedValues]:
+    """Return what each change of a W_out adds, with the keys and values of the model as it is.
+
+    Args:
+        model: The model, without the edit.
+        encoder: The encoder of the rows.
+        edit: Any edit; its changes of other weights than W_out add nothing here.
+        rows: Token ids of the texts, the edited prompt first.
+    """
+    matrices = [w for w in edit.sizes() if w.name == "W_out" and edit.change(w).any()]
+    if not matrices:
+        return []
+    points = [Point(name, where.layer) for where in matrices for name in ("key", "value")]
+    read = [passes.read(model, torch.tensor([list(row)]), points) for row in rows]
+    last = encoder.templated_row(edit.request.prompt, edit.request.subject).subject[-1]
+    added = []
+    for where in matrices:
+        keys = [one[Point("key", where.layer)][0].float().cpu() for one in read]
+        values = [one[Point("value", where.layer)][0].float().cpu() for one in read]
+        delta = edit.change(where).to(keys[0])
+        shifts = [(k @ delta).norm(dim=1) / v.norm(dim=1) for k, v in zip(keys, values)]
+        shares = _shares(keys[0][last], delta)
+        added.append(AddedValues(where.layer, shifts, shifts[0][last].item(), shares))
+    return added
+
+
+def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) -> Tensor:
+    """Return each neuron's share of the vector that the change adds to the value of this key."""
+    added = key @ delta
+    return key * (delta @ added) / added.square().sum()
