@@ -28,7 +28,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, overload
 
 from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
@@ -295,7 +295,7 @@ class Rome:
     prefixes: tuple[str, ...] | None = None
     config: RomeConfig = RomeConfig()
     prepend_bos: bool | None = None
-    progress: bool = False
+    progress: bool = field(default=False, metadata={"identifies": False})
 
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> Rome:
