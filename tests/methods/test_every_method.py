@@ -128,7 +128,7 @@ def test_it_is_evaluated_and_described(model, method, tmp_path):
     assert not results.failed and results.name == method.name == described(method)["name"]
     again = evaluate_counterfact(model, [record], method, out=tmp_path / "run", progress=False)
     assert again.after == results.after
-    if hasattr(method, "has_seen") and method.counterfact:
+    if hasattr(method, "has_seen") and method.recipe.counterfact:
         seen = CounterFactRecord(8, FACTS[0], (), ("Pike Place is in",))
         with pytest.raises(ValueError, match="trained on 1 of these records"):
             evaluate_counterfact(model, [record, seen], method, progress=False)

@@ -249,4 +249,3 @@ def _articles() -> Iterator[str]:
         raise
     except Exception as error:  # each host library and network stack has different errors
         raise _NoCorpus(first_line(error)) from error
-
