@@ -1,4 +1,7 @@
-"""Editing methods: ROME and the methods that the paper compares it with, registered by name."""
+"""Editing methods: ROME and the methods that the paper compares it with, registered by name.
+
+A module registers its methods when it is imported, so each new one is imported here.
+"""
 
 from transformer_lens_rome.methods.base import (
     EditMethod,
