@@ -121,9 +121,9 @@ class Recipe(ABC):
         if data is None:
             data = _sample_texts(model, 1000, 32, settings.seed, progress)
         facts = others = split(data, validation)
-        if locality is not None or not isinstance(data[0], str):
-            if locality is None:
-                locality = _sample_texts(model, 200, 64, settings.seed, progress)
+        if locality is None and not isinstance(data[0], str):
+            locality = _sample_texts(model, 200, 64, settings.seed, progress)
+        if locality is not None:
             check_texts("locality", locality)
             others = split(locality)
         lengths = (settings.n_labels, settings.locality_tokens)
