@@ -178,11 +178,11 @@ class TrainedEditor:
         Raises:
             ValueError: without the edits on it, a matrix is not the one of the training.
         """
-        other = f"({self.info['model']}); call fit(model, ...) for another editor"
+        own, advice = self.info["model"], "call fit(model, ...) for another editor"
         if (width := self.info["d_model"]) != model.cfg.d_model:
             raise ValueError(
-                f"this editor was trained for a model of width {width}, got a model of width "
-                f"{model.cfg.d_model} {other}"
+                f"this editor was trained for a model of width {width} ({own}), got a model of "
+                f"width {model.cfg.d_model}; {advice}"
             )
         hashes = {}
         for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
@@ -191,13 +191,13 @@ class TrainedEditor:
             if weight is None:
                 raise ValueError(
                     f"this model has no {where.name} of layer {where.layer}, which this editor was "
-                    f"trained for {other}"
+                    f"trained for ({own}); {advice}"
                 )
-            hashes[where] = adapter.weight_hash(weight.detach())
-            if digest not in (hashes[where], adapter.weight_hash(base_matrix(model, where))):
+            hashes[where] = found = adapter.weight_hash(weight.detach())
+            if found != digest and adapter.weight_hash(base_matrix(model, where)) != digest:
                 raise ValueError(
                     f"{where.name} of layer {where.layer} is not the one that this editor was "
-                    f"trained for {other}"
+                    f"trained for ({own}); {advice}"
                 )
         return hashes
 
