@@ -279,6 +279,8 @@ ALONE = {
     "provenance": "runs no pass",
     "AppliedEdit.of": "puts values together",
     "Encoder.of": "reads the tokenizer",
+    "Recipe.compute": "says that the method has to be trained",
+    "Recipe.prepared": "says that the method has to be trained",
 }
 """Public functions with a parameter `model` that are not called under `model_call`, and why."""
 
@@ -304,7 +306,7 @@ def functions_of_models() -> Iterator[tuple[str, Any]]:
 
 def test_every_public_function_runs_under_torchs_defaults_alone_on_its_model():
     found = dict(functions_of_models())
-    every = {"rome_edit", "causal_trace", "Rome.compute", "TrainedMethod.fit", "FineTuning.compute"}
+    every = {"rome_edit", "causal_trace", "Rome.compute", "Recipe.fit", "FineTuning.compute"}
     assert every <= set(found)
     plain = {
         n for n, one in found.items() if not one.__code__.co_filename.endswith("model/calls.py")

@@ -1,4 +1,4 @@
-"""Import the modules of optional extras."""
+"""Other libraries: import those of optional extras, and quote their errors."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def needed(module: str, extra: str) -> Any:
         raise ImportError(
             f"this needs {module}; run: pip install 'transformer-lens-rome[{extra}]'"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -46,8 +46,7 @@ def main(name: str, records: str, text: str, folder: str) -> None:
     method = get_method(name)
     settings = replace(method.settings(), **SMALL, **SETTINGS[method.kind])
     path = Path(folder) / name
-    trained = method.fit(model, data, locality=paragraphs, settings=settings, out=path)
-    info = trained.editor.info
+    info = method.fit(model, data, locality=paragraphs, settings=settings, out=path).info
     row = {"method": name, "settings": info["settings"], "n_train": len(info["train"])}
     row |= {key: info[key] for key in ("step", "seconds", "curve")}
     row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

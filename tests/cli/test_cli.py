@@ -159,16 +159,17 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     status, said = evaluate("unedited", "--lenient")
     assert status == 0 and "| unedited | 3 | 0 |" in json.loads(said.out)["table"]
     for more, words in (
-        (["--statistics", "file"], "--statistics are for 'rome'"),
+        (["--statistics", "file"], "--statistics is for rome, not for 'ft'"),
         (["--snippets", "file"], "give --generate too"),
         (["--dataset", "zsre", "--generate"], "zsRE has no generated text"),
-        (["--editor", "file"], "--editor is for 'ke'"),
+        (["--editor", "file"], "--editor is for ke, ke-cf, mend, mend-cf, not for 'ft'"),
     ):
         status, said = evaluate("ft", *more)
         assert status == 2 and words in said.err
     for name, more, words in (
-        ("kn", ["--layer", "1"], "--layer is for 'rome'"),
-        ("ke", [], "which need one"),
+        ("kn", ["--layer", "1"], "--layer is for ft, ft+l, rome, not for 'kn'"),
+        ("unedited", ["--layer", "1"], "--layer is for ft, ft+l, rome, not for 'unedited'"),
+        ("ke", [], "'ke' has to be trained; give the editor's file, --editor"),
         ("mend", ["--editor", str(tmp_path / "none")], "no file"),
     ):
         status, said = evaluate(name, "--lenient", *more)

@@ -111,7 +111,7 @@ def _use_editor(method: Any) -> None:
 
 def _read_editor(path: Path) -> Any:
     kind = "ke" if b'\\"kind\\": \\"ke' in path.read_bytes()[:5000] else "mend"
-    return type(get_method(kind)).load(path)
+    return get_method(kind).load(path)
 
 
 def editor() -> Format:

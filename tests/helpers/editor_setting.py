@@ -4,7 +4,7 @@ import torch
 
 from transformer_lens_rome import EditRequest, get_method
 from transformer_lens_rome.methods.hypernetworks.hypernetwork import gradient_factors, mlp_matrices
-from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor, trained_on
+from transformer_lens_rome.methods.hypernetworks.trained_editor import trained_on
 from transformer_lens_rome.methods.hypernetworks.training_data import to_sample
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.prompts.encoder import Encoder
@@ -83,7 +83,7 @@ def random_editor(model, kind, *, seed=0, matrices=None):
     own["prepend_bos"] = Encoder.of(model).prepends_bos
     texts = [REQUEST.text], [OTHERS[0]]
     info = own | trained_on(model, list(shapes), texts, texts)
-    return TrainedEditor(network.state_dict(), info)
+    return method.trained(network.state_dict(), info)
 
 
 def redraw_mend(name, tensor):

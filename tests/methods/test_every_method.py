@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from helpers.rome_setting import CONFIG, LAYER, PREFIXES, REQUEST, random_moment
 from transformer_lens_rome import applied, evaluate_counterfact, get_method
 from transformer_lens_rome.edits.kinds import EditRequest, load_edit
 from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.methods import base
 from transformer_lens_rome.methods.base import described
 from transformer_lens_rome.model import adapter, users_hooks
 
@@ -65,6 +68,20 @@ def methods(model):
 @pytest.fixture(params=MAKE)
 def method(request, methods):
     return methods(request.param)
+
+
+def test_every_method_of_the_package_is_registered_and_tried():
+    files = Path(base.__file__).parent.rglob("*.py")
+    names = [re.findall(r'^register_method\("(.+?)"', file.read_text(), re.M) for file in files]
+    assert {name for some in names for name in some} == set(base._REGISTRY)
+    assert {name.split(",")[0] for name in MAKE} == set(base._REGISTRY)
+
+
+def test_options_are_those_of_the_fields():
+    assert base.methods_with("layer") == ["ft", "ft+l", "rome"]
+    assert base.methods_with("editor") == ["ke", "ke-cf", "mend", "mend-cf"]
+    assert base.methods_with("own_statistics") == ["mend", "mend-cf"]
+    assert base.methods_with("second_moment") == ["rome"] and not base.methods_with("nothing")
 
 
 def state(model):
@@ -128,7 +145,7 @@ def test_it_is_evaluated_and_described(model, method, tmp_path):
     assert not results.failed and results.name == method.name == described(method)["name"]
     again = evaluate_counterfact(model, [record], method, out=tmp_path / "run", progress=False)
     assert again.after == results.after
-    if hasattr(method, "has_seen") and method.counterfact:
+    if hasattr(method, "has_seen") and method.recipe.counterfact:
         seen = CounterFactRecord(8, FACTS[0], (), ("Pike Place is in",))
         with pytest.raises(ValueError, match="trained on 1 of these records"):
             evaluate_counterfact(model, [record, seen], method, progress=False)

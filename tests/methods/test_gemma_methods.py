@@ -46,7 +46,7 @@ def test_mend_learns_to_edit_and_to_leave_other_text_alone(gemma):
     trained = method.fit(
         gemma, facts[:-2], validation=facts[-2:], locality=TEXTS, settings=settings, progress=False
     )
-    start, end = trained.editor.info["curve"]
+    start, end = trained.info["curve"]
     assert end["edit"] < 0.1 * end["before"] < start["edit"]
     assert end["locality"] < 0.3
     edit = trained.compute(gemma, REQUEST)

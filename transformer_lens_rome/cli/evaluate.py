@@ -19,17 +19,20 @@ from transformer_lens_rome.evaluation import (
     latex,
     markdown,
 )
-from transformer_lens_rome.methods.base import get_method
+from transformer_lens_rome.methods.base import get_method, methods_with
 from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 TABLES = {"markdown": markdown, "latex": latex}
+
+OPTIONS = {"layer": "layer", "statistics": "second_moment", "editor": "editor"}
+"""Arguments of the command that are options of some methods, and the options' names."""
 
 
 def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> None:
     """Add both commands to the parser of the command line."""
     run = commands.add_parser("evaluate", parents=parents, help="score a method on a data set")
     run.add_argument("model", help="hub name, folder, or 'demo'")
-    run.add_argument("method", help="'unedited', 'rome', 'ft', 'ft+l', 'kn', 'ke', 'mend' ...")
+    run.add_argument("method", help="'unedited', or a method's name, such as 'rome' or 'ft'")
     run.add_argument("out", help="file for the rows (.jsonl); a stopped run continues from it")
     run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
     run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
@@ -38,8 +41,8 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run.add_argument(
         "--layer", type=int, help="block to edit, from 0 (default: the method's choice)"
     )
-    run.add_argument("--statistics", help="a second-moment file, for ROME")
-    run.add_argument("--editor", help="a trained editor's file, for KE and MEND")
+    run.add_argument("--statistics", help="a second-moment file, for methods that use one")
+    run.add_argument("--editor", help="a trained editor's file, for methods that need one")
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
     run.add_argument("--workers", type=int, default=1, help="number of copies of the model, on Ray")
@@ -60,10 +63,10 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score a method; `table` can print the same table again from the file."""
     _check(options)
-    settings = {"layer": options.layer, "editor": options.editor}
-    if options.statistics:
-        settings["second_moment"] = SecondMoment.load(options.statistics)
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {option: getattr(options, argument) for argument, option in OPTIONS.items()}
+    given = {option: value for option, value in given.items() if value is not None}
+    if options.statistics is not None:
+        given["second_moment"] = SecondMoment.load(options.statistics)
     method = None if options.method == "unedited" else get_method(options.method, **given)
     shared = {
         "out": _out(options),
@@ -106,13 +109,14 @@ def run_table(options: argparse.Namespace) -> dict[str, Any]:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that have no effect together."""
-    if options.statistics and options.method != "rome":
-        raise ValueError(f"--statistics are for 'rome', not for {options.method!r}")
-    if options.layer is not None and options.method not in ("rome", "ft", "ft+l"):
-        raise ValueError(f"--layer is for 'rome', 'ft' and 'ft+l', not for {options.method!r}")
-    trained = options.method.split("-")[0] in ("ke", "mend")
-    if bool(options.editor) != trained:
-        raise ValueError("--editor is for 'ke', 'ke-cf', 'mend' and 'mend-cf', which need one")
+    for argument, option in OPTIONS.items():
+        names = methods_with(option)
+        if getattr(options, argument) is not None and options.method not in names:
+            raise ValueError(
+                f"--{argument} is for {', '.join(names)}, not for {options.method!r}; leave it out"
+            )
+    if options.editor is None and options.method in methods_with("editor"):
+        raise ValueError(f"{options.method!r} has to be trained; give the editor's file, --editor")
     if options.dataset == "zsre" and (options.generate or options.snippets):
         raise ValueError("zsRE has no generated text; leave out --generate and --snippets")
     if options.snippets and not options.generate:

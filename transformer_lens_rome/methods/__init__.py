@@ -1,4 +1,7 @@
-"""Editing methods: ROME and the methods that the paper compares it with, registered by name."""
+"""Editing methods: ROME and the methods that the paper compares it with, registered by name.
+
+A module registers its methods when it is imported, so each new one is imported here.
+"""
 
 from transformer_lens_rome.methods.base import (
     EditMethod,
@@ -11,6 +14,7 @@ from transformer_lens_rome.methods.fine_tuning import FineTuning
 from transformer_lens_rome.methods.hypernetworks.knowledge_editor import KnowledgeEditor
 from transformer_lens_rome.methods.hypernetworks.mend import Mend
 from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
+from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.methods.knowledge_neurons import KnowledgeNeurons
 from transformer_lens_rome.methods.rome import Rome
@@ -24,6 +28,7 @@ __all__ = [
     "Mend",
     "Rome",
     "RomeConfig",
+    "TrainedEditor",
     "Training",
     "convert_editor",
     "described",

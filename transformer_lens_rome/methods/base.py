@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from inspect import signature
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,19 +18,22 @@ from transformer_lens_rome.model.adapter import weight_hash
 class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
-    Three members are optional. `prepared(model, *, seed)` returns a copy of the method that stores
-    everything that all edits of a run share, such as statistics. `has_seen(record)` returns whether
-    a trained method was trained on a record; an evaluation on such records raises an error. `name`
-    is the method's name in tables.
+    Three members are optional. `prepared(model, *, seed)` checks the model and returns a copy of
+    the method that stores everything that all edits of a run share, such as statistics. `name` is
+    the method's name in tables. `options` is a mapping of what identifies a run, if that is not the
+    dataclass fields.
+
+    A method that has to be trained is two types. Its recipe has the settings: `fit(model, data)`
+    trains an editor, `load(path)` reads one, and both `prepared` and `compute` raise a ValueError
+    that says so. The trained editor is the `EditMethod`. It also has `save(path)`, and
+    `has_seen(record)`: whether it was trained on a record, in which case an evaluation on that
+    record raises an error.
     """
 
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:
         """Compute the edit that writes the request; the same seed gives the same edit."""
         ...
 
-
-_SILENT = {"progress", "half_agreement"}
-"""Names of fields that change no edit."""
 
 _REGISTRY: dict[str, Callable[..., EditMethod]] = {}
 
@@ -56,14 +60,20 @@ def get_method(name: str, **options: Any) -> EditMethod:
     return _REGISTRY[name](**options)
 
 
+def methods_with(option: str) -> list[str]:
+    """Return the names of the registered methods that have an option of this name."""
+    return [name for name in sorted(_REGISTRY) if option in signature(_REGISTRY[name]).parameters]
+
+
 def described(method: EditMethod) -> dict[str, Any]:
     """Return a method's name and options as plain values, which identify a run.
 
-    Tensors and objects that contain them are represented by a sha256.
+    Tensors and objects that contain them are represented by a sha256. A dataclass field with
+    `metadata={"identifies": False}`, such as a progress bar's, is left out.
     """
     name = getattr(method, "name", type(method).__name__)
     options = method if dataclasses.is_dataclass(method) else getattr(method, "__dict__", {})
-    return {"name": name, "options": _plain(options)}
+    return {"name": name, "options": _plain(getattr(method, "options", options))}
 
 
 def provenance(model: Any, prepend_bos: bool) -> dict[str, Any]:
@@ -81,9 +91,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return f"sha256 {weight_hash(value)}"
     if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value) if f.init and f.name not in _SILENT]
-        fields = [name for name in fields if not name.startswith("_")]
-        return {name: _plain(getattr(value, name)) for name in fields}
+        fields = [f for f in dataclasses.fields(value) if f.init and not f.name.startswith("_")]
+        fields = [f for f in fields if f.metadata.get("identifies", True)]
+        return {f.name: _plain(getattr(value, f.name)) for f in fields}
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

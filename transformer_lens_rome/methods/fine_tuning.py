@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +38,7 @@ from transformer_lens_rome.methods.base import provenance, register_method
 from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Point, short_name
 from transformer_lens_rome.model.calls import model_call
-from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.changes import Change, replacement
 from transformer_lens_rome.model.keys import check_value
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts.encoder import Encoder
@@ -82,7 +82,7 @@ class FineTuning:
     objective: Literal["last_token", "teacher_forced"] = "last_token"
     bias: bool = True
     prepend_bos: bool | None = None
-    progress: bool = False
+    progress: bool = field(default=False, metadata={"identifies": False})
 
     def __post_init__(self) -> None:
         if self.objective not in ("last_token", "teacher_forced"):
@@ -102,6 +102,10 @@ class FineTuning:
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> FineTuning:
         """Return a copy with layer and bound set."""
+        return self._resolved(model)[1]
+
+    def _resolved(self, model: Any) -> tuple[int, FineTuning]:
+        """Return the layer, and a copy with layer and bound set."""
         name, layer, eps = short_name(model), self.layer, self.eps
         if layer is None:
             layer = 0 if self.constrained else LAYERS.get(name, 0)
@@ -110,7 +114,7 @@ class FineTuning:
         if self.constrained and eps is None:
             eps = EPS.get(name, 5e-4)
             logger.info("%s keeps every entry within %g", self.name, eps)
-        return dataclasses.replace(self, layer=layer, eps=eps)
+        return layer, dataclasses.replace(self, layer=layer, eps=eps)
 
     @model_call
     def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> DenseEdit:
@@ -120,9 +124,7 @@ class FineTuning:
             ValueError: the layer is out of range, the passes are random, or the loss is NaN.
             NotImplementedError: the model cannot be edited.
         """
-        method = self.prepared(model)
-        layer = method.layer
-        assert layer is not None  # `prepared` sets it
+        layer, method = self._resolved(model)
         encoder = Encoder.of(model, self.prepend_bos)
         task = _Task.of(encoder, request, self.objective)
         losses, weight, bias = _train(model, layer, task, method)
@@ -208,16 +210,11 @@ def _loss(
     positions = torch.arange(len(keys))
     value = keys @ weight + bias
     change = Change(
-        Point("value", layer), torch.zeros_like(positions), positions, partial(_replacement, value)
+        Point("value", layer), torch.zeros_like(positions), positions, replacement(value)
     )
     places, which = task.at.unique(return_inverse=True)  # unembed each position once
     logits = forward.logits([change], torch.zeros_like(places), places)[which].float()
     return cross_entropy(logits, task.labels.to(logits.device))
-
-
-def _replacement(new: Tensor, old: Tensor) -> Tensor:
-    """Return `new` in the dtype and on the device of the activation that it replaces."""
-    return new.to(old)
 
 
 @torch.no_grad()

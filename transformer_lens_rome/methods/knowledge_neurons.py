@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,7 +101,7 @@ class KnowledgeNeurons:
     new: float = 1.0
     batch_size: int = 60
     prepend_bos: bool | None = None
-    progress: bool = False
+    progress: bool = field(default=False, metadata={"identifies": False})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))

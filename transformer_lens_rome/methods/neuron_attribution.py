@@ -11,7 +11,6 @@ path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
-from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.changes import Change, replacement
 from transformer_lens_rome.model.keys import check_value
 from transformer_lens_rome.model.partial_forward import PartialForward
 
@@ -100,7 +99,7 @@ def _mean_gradients(
         rows, last = torch.arange(len(part)), forward.starts[: len(part)]
         w = [(part.to(a)[:, None] * a).requires_grad_() for _, a in paths]
         changes = [
-            [Change(point, rows, last, partial(_replacement, new))]
+            [Change(point, rows, last, replacement(new))]
             for (point, _), new in zip(paths, w, strict=True)
         ]
         logits = forward.variants(changes, rows, last).float()
@@ -108,8 +107,3 @@ def _mean_gradients(
         for total, gradient in zip(sums, torch.autograd.grad(P.sum(), w), strict=True):
             total += gradient.sum(0)
     return [total / len(alphas) for total in sums]
-
-
-def _replacement(new: Tensor, old: Tensor) -> Tensor:
-    """Return `new` in the dtype and on the device of the activation that it replaces."""
-    return new.to(old)

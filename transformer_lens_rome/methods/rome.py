@@ -28,7 +28,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, overload
 
 from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
@@ -165,7 +165,7 @@ class Rome:
     prefixes: Sequence[str] | None = None
     config: RomeConfig = RomeConfig()
     prepend_bos: bool | None = None
-    progress: bool = False
+    progress: bool = field(default=False, metadata={"identifies": False})
 
     @model_call
     def prepared(self, model: Any, *, seed: int = 0) -> Rome:

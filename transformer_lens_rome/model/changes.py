@@ -44,6 +44,11 @@ class Noise(NamedTuple):
     replace: bool = False
 
 
+def replacement(new: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the `fn` of a change to `new`, which gets the old activations' dtype and device."""
+    return lambda old: new.to(old)
+
+
 def replace(
     changes: Sequence[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
     activation: Float[Tensor, "row column d"],

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from transformer_lens_rome.extras import first_line
 from transformer_lens_rome.files.strict_json import check_text, stripped
 
 logger = logging.getLogger(__name__)
@@ -236,16 +237,11 @@ def checkpoint_tokenizer(tokenizer: Any) -> Any:
                     f"the files of the tokenizer are missing at {tokenizer.name_or_path!r}, and "
                     "without them it is unknown whether the checkpoint adds BOS or TransformerLens "
                     "switched it on; load the model by an absolute path, or pass "
-                    f"prepend_bos= ({_first_line(error)})"
+                    f"prepend_bos= ({first_line(error)})"
                 ) from error
             original = None  # not the tokenizer, which would then refer to itself
         tokenizer._rome_checkpoint = original
     return tokenizer._rome_checkpoint or tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def pad(rows: Sequence[Row], device: Any = None) -> Int[Tensor, "batch pos"]:

@@ -54,7 +54,7 @@ class SecondMoment:
     prepend_bos: bool | None = None
     probe: Float[Tensor, "probe"] | None = field(default=None, repr=False)
     source: str = ""
-    half_agreement: float | None = None
+    half_agreement: float | None = field(default=None, metadata={"identifies": False})
     _factor: tuple[float, Tensor] | None = field(default=None, repr=False)
 
     @classmethod

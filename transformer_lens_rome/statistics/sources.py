@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.edits.ledger import edited_weights
+from transformer_lens_rome.extras import first_line
 from transformer_lens_rome.files.cache import cache_folder, safe_name
 from transformer_lens_rome.files.strict_json import parse
 from transformer_lens_rome.model import adapter
@@ -70,14 +71,14 @@ def default_second_moment(
         if short_name(model) in _PUBLISHED and not prepend_bos:
             return _published(model, layer)
     except (OSError, ValueError) as error:
-        logger.warning("no published statistics for layer %d: %s", layer, _first_line(error))
+        logger.warning("no published statistics for layer %d: %s", layer, first_line(error))
     if (moment := _cached(model, layer, prepend_bos, "sampled")) is not None:
         return moment
     try:
         collect = partial(_from_wikipedia, model, layer, prepend_bos, progress)
         return cached_second_moment(model, layer, prepend_bos, "wikipedia", collect)
     except (_NoCorpus, ImportError) as error:
-        logger.warning("no Wikipedia statistics for layer %d: %s", layer, _first_line(error))
+        logger.warning("no Wikipedia statistics for layer %d: %s", layer, first_line(error))
     raise ValueError(
         f"no second moment for layer {layer} of {adapter.model_name(model)}: there is none in "
         f"{cache_folder()}, and no corpus could be read. Pass second_moment=, either "
@@ -247,9 +248,4 @@ def _articles() -> Iterator[str]:
     except GeneratorExit:
         raise
     except Exception as error:  # each host library and network stack has different errors
-        raise _NoCorpus(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise _NoCorpus(first_line(error)) from error

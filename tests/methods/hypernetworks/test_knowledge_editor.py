@@ -160,7 +160,7 @@ def test_each_outer_vector_has_its_place():
 
 def test_the_last_states_are_those_of_two_walks(gpt2):
     editor, sample = random_editor(gpt2, "ke", matrices=MATRICES), sample_of(gpt2)
-    network = get_method("ke", editor=editor).prepared(gpt2)._network
+    network = editor._network(gpt2)
     embeddings = embeddings_by_hand(gpt2, editor.tensors, sample)
     with torch.no_grad():
         mine = network.condition(*Text.of(gpt2, sample))
@@ -173,7 +173,7 @@ def test_the_last_states_are_those_of_two_walks(gpt2):
 
 def test_it_reads_prompt_and_target(model):
     editor = random_editor(model, "ke", matrices=MATRICES)
-    network = get_method("ke", editor=editor).prepared(model)._network
+    network = editor._network(model)
     texts = [
         REQUEST,
         EditRequest(REQUEST.prompt, REQUEST.subject, "the city of Paris"),

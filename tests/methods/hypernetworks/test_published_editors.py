@@ -1,6 +1,7 @@
 """Editor files of the published layout: read without running them, and the same edits as there."""
 
 import argparse
+import dataclasses
 import os
 import pickle
 import shlex
@@ -23,9 +24,7 @@ from helpers.tiny_models import tiny_hf
 from transformers import GPT2Config
 
 from transformer_lens_rome import EditRequest, applied, get_method
-from transformer_lens_rome.methods.hypernetworks.mend import Mend
 from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
-from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 
 REQUEST = EditRequest("{} is in", "The Space Needle", "Paris by the river", "Seattle")
 SHORT = EditRequest("{} is in", "The Space Needle", "Paris", "Seattle")
@@ -120,7 +119,7 @@ def test_ke_makes_the_released_edit(gpt2, built, files, tokenizer, tmp_path):
 
 def test_the_editor_edits_and_says_what_it_is(model, shape, files, tmp_path):
     editor = convert_editor(files["mend", shape], model, counterfact=False, out=tmp_path / "e")
-    read = TrainedEditor.load(tmp_path / "e")
+    read = get_method("mend").load(tmp_path / "e")
     assert editor.info.items() <= read.info.items() and read.digest == editor.digest
     assert set(read.tensors) == set(editor.tensors)
     assert not read.has_seen(REQUEST) and read.info["train"] == []
@@ -179,9 +178,10 @@ def test_the_editor_does_not_hang_on_the_file(one, files, tmp_path):
     path = tmp_path / "copy.pt"
     path.write_bytes(files["mend", "gpt2"].read_bytes())
     editor = convert_editor(path, one, counterfact=False)
+    before = editor.digest
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
-    assert TrainedEditor(editor.tensors, editor.info).digest == editor.digest
+    assert dataclasses.replace(editor).digest == before  # computed again
 
 
 def test_no_configuration_is_built_and_nothing_stays_allowed(one, files, monkeypatch):
@@ -378,4 +378,4 @@ def test_other_models_are_refused(model_class, tokenizer, gpt2, files, content, 
     other = make_model(model_class, "gpt2", tokenizer, seed=1)
     editor = convert_editor(files["mend", "gpt2"], gpt2, counterfact=False)
     with pytest.raises(ValueError, match="not the one that this editor was"):
-        Mend(editor=editor).compute(other, REQUEST)
+        editor.compute(other, REQUEST)

@@ -21,13 +21,14 @@ from helpers.editor_setting import (
 from helpers.rome_setting import factored_edit
 from helpers.tiny_tokenizer import TEXT
 
-from transformer_lens_rome import EditRequest, applied, get_method
+from transformer_lens_rome import EditRequest, applied, evaluate_counterfact, get_method
 from transformer_lens_rome.edits.kinds import FactoredEdit, load_edit
-from transformer_lens_rome.methods import KnowledgeEditor, Mend, Training
+from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.methods import Training
 from transformer_lens_rome.methods.base import described
 from transformer_lens_rome.methods.hypernetworks.hypernetwork import gradient_factors
-from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 from transformer_lens_rome.model.adapter import Weight, parameter, weight_hash
+from transformer_lens_rome.sequential import edit_in_sequence
 
 KINDS = ("ke", "mend")
 MATRICES = [Weight("W_out", 1), Weight("W_in", 2)]
@@ -54,26 +55,25 @@ def method_of(editor, **options):
 
 
 def test_a_saved_editor_is_the_same_editor(gpt2, editor, tmp_path):
-    method = method_of(editor)
-    method.save(tmp_path / "editor")
-    loaded = type(method).load(tmp_path / "editor")
-    assert same_tensors(loaded.editor.tensors, editor.tensors)
-    assert (
-        loaded.editor.digest == editor.digest and loaded.editor.info.items() >= editor.info.items()
-    )
-    assert repr(loaded.editor) == repr(editor) and editor.digest in repr(editor)
+    kind = editor.info["kind"]
+    editor.save(tmp_path / "editor")
+    loaded = get_method(kind).load(tmp_path / "editor")
+    assert same_tensors(loaded.tensors, editor.tensors)
+    assert loaded.digest == editor.digest and loaded.info.items() >= editor.info.items()
+    assert repr(loaded) == repr(editor) and editor.digest in repr(editor)
     ways = (
-        method,
+        editor,
         loaded,
-        get_method(method.kind, editor=tmp_path / "editor"),
-        method.prepared(gpt2),
+        method_of(editor),
+        get_method(kind, editor=tmp_path / "editor"),
+        editor.prepared(gpt2),
     )
     first, *rest = [way.compute(gpt2, REQUEST) for way in ways]
     assert all(edit.digest == first.digest and edit.config == first.config for edit in rest)
     assert editor.digest in first.config["editor"] and first.config["scale"] == 1.0
-    other = random_editor(gpt2, method.kind, matrices=MATRICES, seed=1)
+    other = random_editor(gpt2, kind, matrices=MATRICES, seed=1)
     assert other.digest != editor.digest
-    assert method_of(other).compute(gpt2, REQUEST).digest != first.digest
+    assert other.compute(gpt2, REQUEST).digest != first.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,49 +82,49 @@ def test_the_file_of_a_training_is_its_best_editor(gpt2, tmp_path, kind):
     settings = Training(lr=1e-3, n_labels=2, max_steps=4, layers=(1,), **SMALL)
     lines = TEXT.splitlines()
     trained = get_method(kind).fit(gpt2, lines, settings=settings, out=out, progress=False)
-    read = TrainedEditor.load(out)
-    assert read.digest == trained.editor.digest and read.info["step"] == trained.editor.info["step"]
+    read = get_method(kind).load(out)
+    assert read.digest == trained.digest and read.info["step"] == trained.info["step"]
     best = min(read.info["curve"], key=lambda entry: entry["loss"])
     assert best["step"] == read.info["step"] and len(read.info["curve"]) == 3
-    mine, again = (
-        get_method(kind, editor=one).compute(gpt2, REQUEST) for one in (trained.editor, out)
-    )
+    mine, again = (one.compute(gpt2, REQUEST) for one in (trained, read))
     assert mine.digest == again.digest
     assert [tuple(where) for where in read.info["matrices"]] == list(mine.factors)[::-1]
 
 
 def test_a_missing_file_and_a_file_of_another_kind(gpt2, editor, tmp_path):
     path = tmp_path / "editor"
+    kind = editor.info["kind"]
     with pytest.raises(FileNotFoundError):
-        Mend.load(path)
+        get_method(kind).load(path)
     editor.save(path)
     with pytest.raises(ValueError, match="edit"):
         load_edit(path)
-    for cls in (Mend, KnowledgeEditor):
-        if cls.kind != editor.info["kind"]:
-            with pytest.raises(ValueError, match=f"use get_method\\('{editor.info['kind']}'"):
-                cls.load(path)
-    with pytest.raises(ValueError, match=f"use get_method\\('{editor.info['kind']}'"):
-        get_method(f"{editor.info['kind']}-cf", editor=path).compute(gpt2, REQUEST)
-    variant = TrainedEditor(editor.tensors, editor.info | {"counterfact": True})
-    with pytest.raises(ValueError, match=f"use get_method\\('{editor.info['kind']}-cf'"):
-        method_of(variant).has_seen(REQUEST)
+    for name in {"ke", "ke-cf", "mend", "mend-cf"} - {kind}:
+        with pytest.raises(ValueError, match=f"editor is an editor of {kind}; use get_method"):
+            get_method(name, editor=path)
+        with pytest.raises(ValueError, match=f"this is an editor of {kind}; use get_method"):
+            get_method(name, editor=editor)
+    variant = dataclasses.replace(editor, info=editor.info | {"counterfact": True})
     variant.save(path)
-    assert (Mend if editor.info["kind"] == "mend" else KnowledgeEditor).load(path).counterfact
+    with pytest.raises(ValueError, match=f"use get_method\\('{kind}-cf'"):
+        get_method(kind).load(path)
+    assert get_method(f"{kind}-cf").load(path).name == f"{kind}-cf"
 
 
 @pytest.mark.parametrize("name", ("ke", "ke-cf", "mend", "mend-cf"))
 def test_an_untrained_method_says_what_to_do(gpt2, name, tmp_path):
     method = get_method(name)
-    assert method.name == name
+    assert method.name == name and not hasattr(method, "save") and not hasattr(method, "has_seen")
+    records = [CounterFactRecord(1, REQUEST, (), ("Pike Place is in",))]
     for use in (
         lambda: method.compute(gpt2, REQUEST),
         lambda: method.prepared(gpt2),
-        lambda: method.save(tmp_path / "editor"),
-        lambda: method.has_seen(REQUEST),
+        lambda: evaluate_counterfact(gpt2, records, name, out=tmp_path / "run", progress=False),
+        lambda: edit_in_sequence(gpt2, [REQUEST], name, texts=OTHERS, progress=False),
     ):
         with pytest.raises(ValueError, match=f"get_method\\('{name}'\\).fit\\(model"):
             use()
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- which model
@@ -144,9 +144,21 @@ def test_another_model_is_refused_by_its_weights(gpt2, editor, tokenizer):
         parameter(gpt2, Weight("W_in", 2)).add_(1.0)
     with pytest.raises(ValueError, match="W_in of layer 2"):
         prepared.compute(gpt2, REQUEST)
-    small = TrainedEditor(editor.tensors, editor.info | {"matrices": [["W_out", 9], ["W_in", 2]]})
-    with pytest.raises(ValueError, match="W_out of layer 9"):
-        method_of(small).prepared(gpt2)
+    deep = editor.info | {"matrices": [["W_out", 9], ["W_in", 2]]}
+    for use in ("prepared", "compute"):
+        with pytest.raises(ValueError, match="this model has no W_out of layer 9.*fit"):
+            arguments = (gpt2, REQUEST)[: 1 if use == "prepared" else 2]
+            getattr(dataclasses.replace(editor, info=deep), use)(*arguments)
+
+
+def test_an_editor_of_a_gated_model_is_refused_by_one_without_gates(gpt2, tokenizer):
+    llama = make_model(CLASSES[-1], "llama", tokenizer)
+    assert llama.cfg.d_model == gpt2.cfg.d_model
+    editor = random_editor(llama, "mend", matrices=[Weight("W_gate", 1)])
+    editor.compute(llama, REQUEST)  # the control
+    for use in (lambda: editor.prepared(gpt2), lambda: editor.compute(gpt2, REQUEST)):
+        with pytest.raises(ValueError, match="this model has no W_gate of layer 1.*fit"):
+            use()
 
 
 @pytest.mark.parametrize("shape", ("llama", "gemma3"))
@@ -174,7 +186,7 @@ def test_the_edit_is_as_every_other(model_class, shape, kind, tokenizer, bos_tok
         n = sample_of(model).n_labels
         assert edit.health.p_after == pytest.approx(torch.tensor(-loss * n).exp().item(), rel=1e-2)
     assert found(model) == before
-    half = dataclasses.replace(method, scale=0.5).compute(model, REQUEST)
+    half = method_of(method, scale=0.5).compute(model, REQUEST)
     for where, change in edit.changes().items():
         assert torch.allclose(half.changes()[where], 0.5 * change, atol=1e-7)
 
@@ -187,7 +199,7 @@ def test_an_edited_model_is_edited_from_where_it_is(gpt2, editor):
         assert later.made_on() != bare.made_on() and later.digest != bare.digest
         method_of(editor).prepared(gpt2)  # edits that are on it do not make it another model
         with pytest.raises(ValueError, match="revert_all"):
-            method.fit(gpt2, TEXT.splitlines(), progress=False)
+            method.recipe.fit(gpt2, TEXT.splitlines(), progress=False)
         with applied(gpt2, later):
             pass
     assert method.compute(gpt2, REQUEST).digest == bare.digest
@@ -204,7 +216,7 @@ def test_a_model_with_dropout_on_is_refused(gpt2, editor):
         with pytest.raises(ValueError, match="model.eval"):
             use(gpt2)
     with pytest.raises(ValueError, match="model.eval"):
-        method.fit(gpt2, TEXT.splitlines(), progress=False)
+        method.recipe.fit(gpt2, TEXT.splitlines(), progress=False)
 
 
 # ---------------------------------------------------------------- as values
@@ -216,7 +228,8 @@ def test_what_it_has_seen_is_known_by_the_prompt(gpt2, editor):
     record = type("Record", (), {"request": again})()
     assert method.has_seen(REQUEST) and method.has_seen(again) and method.has_seen(record)
     assert not method.has_seen(EditRequest(REQUEST.prompt, "Colosseum", REQUEST.target_new))
-    texts = TrainedEditor({}, editor.info | {"train": [], "validation": editor.info["train"]})
+    others = editor.info | {"train": [], "validation": editor.info["train"]}
+    texts = dataclasses.replace(editor, info=others)
     assert texts.has_seen(REQUEST) and not texts.has_seen(OTHERS[0])
 
 
@@ -225,7 +238,6 @@ def test_copies_for_workers(gpt2, editor):
     expected = method.compute(gpt2, REQUEST).digest
     for one in (method, method.prepared(gpt2)):
         for same in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
-            assert (same._network is None) == (one._network is None)
             assert same.compute(gpt2, REQUEST).digest == expected
             assert described(same) == described(method)
     ready, bare = (pickle.dumps(one) for one in (method.prepared(gpt2), method))
@@ -241,15 +253,13 @@ def test_a_description_tells_editors_apart(gpt2, editor, tmp_path):
 
 
 def test_options_that_change_later_have_their_effect(gpt2, editor):
-    """`replace` on what was made ready does not go on with the old network."""
-    ready = method_of(editor).prepared(gpt2)
-    other = random_editor(gpt2, ready.kind, matrices=MATRICES, seed=1)
-    mine = dataclasses.replace(ready, editor=other).compute(gpt2, REQUEST)
-    assert mine.digest == method_of(other).compute(gpt2, REQUEST).digest
-    if ready.kind == "mend":
-        swapped = dataclasses.replace(ready, own_statistics=True).compute(gpt2, REQUEST)
-        expected = method_of(editor, own_statistics=True).compute(gpt2, REQUEST)
-        assert swapped.digest == expected.digest != ready.compute(gpt2, REQUEST).digest
+    """An editor that is at hand is used with other options, and stays as it was."""
+    ready = editor.prepared(gpt2)
+    before = ready.compute(gpt2, REQUEST).digest
+    options = {"own_statistics": True} if editor.info["kind"] == "mend" else {"scale": 2.0}
+    other = method_of(ready, **options)
+    assert other.digest == editor.digest and other.options.items() >= options.items()
+    assert other.compute(gpt2, REQUEST).digest != before == ready.compute(gpt2, REQUEST).digest
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,7 @@ from helpers.tiny_tokenizer import TEXT
 from transformer_lens_rome import EditRequest, applied, get_method
 from transformer_lens_rome.files.tensors import read_tensors
 from transformer_lens_rome.methods import Training
-from transformer_lens_rome.methods.hypernetworks import knowledge_editor, training
-from transformer_lens_rome.methods.hypernetworks import trained_method as module
-from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
+from transformer_lens_rome.methods.hypernetworks import knowledge_editor, recipe, training
 
 TEXTS = TEXT.splitlines()
 SMALL = Training(
@@ -54,7 +52,7 @@ def fit(model, name="mend", *, data=TEXTS, locality=None, out=None, options=(), 
     """A short training of a tiny editor."""
     chosen = dataclasses.replace(SMALL, **{"lr": LR[name.removesuffix("-cf")]} | settings)
     known = {"settings": chosen, "locality": locality, "out": out, "progress": False}
-    return get_method(name, **dict(options)).fit(model, data, **known).editor
+    return get_method(name, **dict(options)).fit(model, data, **known)
 
 
 def losses(editor):
@@ -126,7 +124,7 @@ def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path, one_thread):
     done = fit(gpt2, max_steps=4, out=out)  # nothing is left to do
     assert [entry["step"] for entry in done.info["curve"]] == [0, 4, 8, 12]
     out.unlink()
-    assert fit(gpt2, max_steps=12, out=out).digest == TrainedEditor.load(out).digest
+    assert fit(gpt2, max_steps=12, out=out).digest == get_method("mend").load(out).digest
 
 
 def test_it_stops_when_nothing_gets_better(gpt2, tmp_path, one_thread):
@@ -223,7 +221,7 @@ def test_half_precision_models_have_editors_in_single_precision(tokenizer):
 def test_no_data_at_all_is_what_the_model_writes(gpt2, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        module, "sampled_texts", lambda _, n, **known: asked.append((n, known)) or TEXTS
+        recipe, "sampled_texts", lambda _, n, **known: asked.append((n, known)) or TEXTS
     )
     fit(gpt2, data=None, max_steps=4, seed=3)
     fit(gpt2, "mend-cf", data=[REQUEST, EditRequest("{} is", "Rome", "a city")], max_steps=4)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from transformer_lens_rome.edits.kinds import Factors
+from transformer_lens_rome.edits.ledger import base_weight
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Hook, Point, Weight
 from transformer_lens_rome.model.partial_forward import PartialForward
@@ -105,6 +106,13 @@ class EditorNetwork(nn.Module):
 def matrix(model: Any, where: Weight) -> Float[Tensor, "d_in d_out"]:
     """Return the live weight of a matrix that the model has."""
     weight = adapter.parameter(model, where)
+    assert weight is not None, f"no {where.name} at layer {where.layer}"
+    return weight
+
+
+def base_matrix(model: Any, where: Weight) -> Float[Tensor, "d_in d_out"]:
+    """Return a matrix that the model has, without the edits on it."""
+    weight = base_weight(model, where)
     assert weight is not None, f"no {where.name} at layer {where.layer}"
     return weight
 

@@ -43,7 +43,7 @@ from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
     Text,
     TokenFactors,
 )
-from transformer_lens_rome.methods.hypernetworks.trained_method import TrainedMethod
+from transformer_lens_rome.methods.hypernetworks.recipe import Recipe, with_editor
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.model.adapter import Weight
 
@@ -116,8 +116,8 @@ class KnowledgeEditorNetwork(EditorNetwork):
 
 
 @dataclass(frozen=True)
-class KnowledgeEditor(TrainedMethod):
-    """KE, or KE-CF with `counterfact`, as an `EditMethod` that has to be trained or loaded."""
+class KnowledgeEditor(Recipe):
+    """The recipe of KE, or of KE-CF with `counterfact`."""
 
     kind = "ke"
 
@@ -135,5 +135,5 @@ class KnowledgeEditor(TrainedMethod):
         return Training(lr=1e-5, n_labels=None if self.counterfact else 1)
 
 
-register_method("ke", KnowledgeEditor)
-register_method("ke-cf", partial(KnowledgeEditor, counterfact=True))
+register_method("ke", with_editor(KnowledgeEditor))
+register_method("ke-cf", with_editor(partial(KnowledgeEditor, counterfact=True)))

@@ -41,7 +41,7 @@ from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
     Text,
     TokenFactors,
 )
-from transformer_lens_rome.methods.hypernetworks.trained_method import TrainedMethod
+from transformer_lens_rome.methods.hypernetworks.recipe import Recipe, with_editor
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.model.adapter import Weight
 
@@ -177,8 +177,8 @@ class MendNetwork(EditorNetwork):
 
 
 @dataclass(frozen=True)
-class Mend(TrainedMethod):
-    """MEND, or MEND-CF with `counterfact`, as an `EditMethod` that has to be trained or loaded.
+class Mend(Recipe):
+    """The recipe of MEND, or of MEND-CF with `counterfact`.
 
     Attributes:
         swap_alphas: Swap the step sizes of W_in and W_out, as the released code does on GPT-2.
@@ -208,5 +208,5 @@ class Mend(TrainedMethod):
         return Training(lr=1e-6, alpha_lr=1e-4, n_labels=None if self.counterfact else 10)
 
 
-register_method("mend", Mend)
-register_method("mend-cf", partial(Mend, counterfact=True))
+register_method("mend", with_editor(Mend))
+register_method("mend-cf", with_editor(partial(Mend, counterfact=True)))

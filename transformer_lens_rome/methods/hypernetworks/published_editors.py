@@ -37,10 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens_rome.edits.ledger import base_weight
-from transformer_lens_rome.methods.hypernetworks.hypernetwork import MatrixName, Shapes
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import MatrixName, Shapes, base_matrix
 from transformer_lens_rome.methods.hypernetworks.knowledge_editor import KnowledgeEditor
 from transformer_lens_rome.methods.hypernetworks.mend import Mend
+from transformer_lens_rome.methods.hypernetworks.recipe import Recipe
 from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Weight
@@ -76,7 +76,7 @@ _STAND_INS = [
 
 @model_call
 def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None) -> TrainedEditor:
-    """Turn one of the paper's editor files into an editor for `get_method(..., editor=...)`.
+    """Turn one of the paper's editor files into a trained editor.
 
     Args:
         path: A local copy of the published file, or that file stripped to its tensors.
@@ -90,13 +90,14 @@ def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None)
         ValueError, NotImplementedError: the file contains no such editor; or the model is another
             one, or its weights were processed.
     """
-    weights = {where: _base_matrix(model, where) for where in _matrices(model)}
+    weights = {where: base_matrix(model, where) for where in _matrices(model)}
     state = dict(_read(Path(path)))
     _check_config(path, model, state.pop("model_config", None))
     kind = "ke" if "editor.condition.embedding.weight" in state else "mend"
     if kind == "ke" and "GPT2" not in adapter.architecture(model):
         raise ValueError(f"{path} is a KE editor, and those are for GPT-2 only; load GPT-2 XL")
-    tensors = _converted(path, kind, state, model, weights)
+    recipe = (Mend if kind == "mend" else KnowledgeEditor)(counterfact=counterfact)
+    tensors = _converted(path, recipe, state, model, weights)
     info = {
         "kind": kind,
         "counterfact": counterfact,
@@ -109,17 +110,10 @@ def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None)
         "train": [],
         "validation": [],
     }
-    editor = TrainedEditor(tensors, info)
+    editor = recipe.trained(tensors, info)
     if out is not None:
         editor.save(out)
     return editor
-
-
-def _base_matrix(model: Any, where: Weight) -> Tensor:
-    """Return a matrix without the edits on it; GPT-2 and GPT-J have all of `_ORDER`."""
-    weight = base_weight(model, where)
-    assert weight is not None
-    return weight
 
 
 def _matrices(model: Any) -> list[Weight]:
@@ -136,7 +130,7 @@ def _matrices(model: Any) -> list[Weight]:
         )
     layers = range(max(0, model.cfg.n_layers - 3), model.cfg.n_layers)
     refusals.check_editable(model, layers)
-    last = _base_matrix(model, Weight("W_out", layers[-1])).float()
+    last = base_matrix(model, Weight("W_out", layers[-1])).float()
     centred = last.mean(1).norm() < 1e-3 * last.std(1).norm()
     if centred or model.cfg.normalization_type == "LNPre":
         raise ValueError(
@@ -223,29 +217,32 @@ def _ke_names(shapes: Shapes) -> Iterator[tuple[str, str]]:
 
 
 def _converted(
-    path: Any, kind: str, state: Mapping[str, Any], model: Any, weights: Mapping[Weight, Tensor]
+    path: Any,
+    recipe: Recipe,
+    state: Mapping[str, Any],
+    model: Any,
+    weights: Mapping[Weight, Tensor],
 ) -> dict[str, Tensor]:
     """Return the network's tensors under the names used here; check every published tensor."""
     shapes = {where: (weight.shape[0], weight.shape[1]) for where, weight in weights.items()}
-    names = dict((_mend_names if kind == "mend" else _ke_names)(shapes))
+    names = dict((_mend_names if recipe.kind == "mend" else _ke_names)(shapes))
     missing, other = set(names.values()) - set(state), set(state) - set(names.values())
     if missing or other:
         raise ValueError(
-            f"{path} is not a {kind} editor for this model: it lacks {sorted(missing)[:3]} "
+            f"{path} is not a {recipe.kind} editor for this model: it lacks {sorted(missing)[:3]} "
             f"({len(missing)} tensors) and has the unknown {sorted(other)[:3]} ({len(other)}); "
             "load the model that the editor was trained for"
         )
     n_tokens, d_model = model.cfg.d_vocab, model.cfg.d_model
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        new = (Mend if kind == "mend" else KnowledgeEditor)().new_network
         rows, tokens = torch.zeros(n_tokens + 1, d_model), torch.arange(n_tokens + 1)
-        network = new(shapes, rows, tokens).state_dict()
+        network = recipe.new_network(shapes, rows, tokens).state_dict()
     tensors = {}
     for own, their in names.items():
         tensor = _checked(path, their, state[their], tuple(network[own.lstrip("?")].shape))
         if not own.startswith("?"):
             tensors[own] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if kind == "ke":  # the last row is of [PAD], which no text contains
+    if recipe.kind == "ke":  # the last row is of [PAD], which no text contains
         tensors["condition.rows"] = tensors["condition.rows"][:-1].clone()
         tensors["condition.tokens"] = torch.arange(n_tokens)
     for own in [own for own in tensors if own.endswith(".squares")]:

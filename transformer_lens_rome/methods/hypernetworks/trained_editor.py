@@ -1,15 +1,22 @@
-"""A trained editor: a network's tensors and their description, in one safetensors file."""
+"""A trained editor: a network's tensors and their description, in one safetensors file.
+
+Each edit constructs the network from the tensors, so an editor is a plain value: it can be copied,
+and pickled for Ray's workers. That costs a copy of the tensors, little beside the edit's passes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from transformer_lens_rome.edits.ledger import base_weight
+from transformer_lens_rome.edits.kinds import EditRequest, FactoredEdit
+from transformer_lens_rome.edits.measure import measured
 from transformer_lens_rome.files.fields import fits
 from transformer_lens_rome.files.tensors import (
     MAX_LAYERS,
@@ -17,11 +24,28 @@ from transformer_lens_rome.files.tensors import (
     read_tensors,
     write_tensors,
 )
-from transformer_lens_rome.methods.hypernetworks.hypernetwork import matrix
-from transformer_lens_rome.methods.hypernetworks.training_data import Fact, fact_digest
+from transformer_lens_rome.methods.base import provenance
+from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
+    EditorNetwork,
+    Text,
+    base_matrix,
+    gradient_factors,
+    matrix,
+    matrix_shapes,
+)
+from transformer_lens_rome.methods.hypernetworks.training_data import (
+    Fact,
+    fact_digest,
+    to_sample,
+)
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.torch_states import torch_defaults
+
+if TYPE_CHECKING:
+    from transformer_lens_rome.methods.hypernetworks.recipe import Recipe
 
 _FORMAT = "transformer_lens_rome.editor.1"
 _NEEDED = {
@@ -59,27 +83,42 @@ def trained_on(
     }
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class TrainedEditor:
-    """The tensors of a trained network and their description.
+    """A recipe's trained network, as an `EditMethod`.
 
     Attributes:
-        tensors: The state of the network.
+        recipe: The recipe, whose options also say how it edits.
+        tensors: The state of the network, on the CPU.
         info: Plain values: `kind`, `counterfact`, `matrices` and their `hashes`, `d_model`,
             `prepend_bos`, `settings`, `train` and `validation` (digests of the facts), `curve`.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Store both; `load` reads an editor from a file."""
-        self.tensors, self.info = dict(tensors), dict(info)
-        state = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            state.update(f"{name} {adapter.weight_hash(tensor)}".encode())
-        self.digest = state.hexdigest()
-        self._seen = {*self.info.get("train", ()), *self.info.get("validation", ())}
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+    info: Mapping[str, Any]
 
     def __repr__(self) -> str:
         """Return kind and sha256, which identify the editor in the settings of a run."""
         return f"{self.info['kind']} editor, sha256 {self.digest}"
+
+    @property
+    def name(self) -> str:
+        """Return the method's name in tables."""
+        return self.recipe.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the recipe's options and the sha256 of the tensors, which identify a run."""
+        return {"editor": repr(self), **asdict(self.recipe)}
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the tensors."""
+        state = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            state.update(f"{name} {adapter.weight_hash(tensor)}".encode())
+        return state.hexdigest()
 
     @property
     def matrices(self) -> list[Weight]:
@@ -88,63 +127,124 @@ class TrainedEditor:
 
     def has_seen(self, fact: Fact) -> bool:
         """Return whether the editor was trained or validated on a fact."""
-        return fact_digest(fact) in self._seen
-
-    def check(self, model: Any) -> None:
-        """Raise ValueError if the editor was trained for another model.
-
-        Edits on the model do not matter.
-
-        Raises:
-            ValueError: the model is another one.
-        """
-        if (width := self.info["d_model"]) != model.cfg.d_model:
-            raise ValueError(
-                f"this editor was trained for a model of width {width} ({self.info['model']}), got "
-                f"a model of width {model.cfg.d_model}; call fit(model, ...) for another editor"
-            )
-        for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
-            exists = where.layer < model.cfg.n_layers
-            weight = base_weight(model, where) if exists else None
-            if weight is None or adapter.weight_hash(weight) != digest:
-                raise ValueError(
-                    f"{where.name} of layer {where.layer} is not the one that this editor was "
-                    f"trained for ({self.info['model']}); call fit(model, ...) for another editor"
-                )
+        digest = fact_digest(fact)
+        return digest in self.info["train"] or digest in self.info["validation"]
 
     def save(self, path: Any) -> None:
-        """Write the editor to a file."""
+        """Write the editor as safetensors with JSON metadata; the recipe's `load` reads it."""
         copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
         write_tensors(path, copies, {"format": _FORMAT, **self.info})
 
-    @classmethod
-    @torch_defaults()
-    def load(cls, path: Any) -> TrainedEditor:
-        """Read an editor that `save` wrote.
+    # ------------------------------------------------------------ editing
+
+    @model_call
+    def prepared(self, model: Any, *, seed: int = 0) -> TrainedEditor:
+        """Return the editor itself, after a check that it fits the model.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not a complete editor file.
+            ValueError: the editor was trained for another model, or its tensors are damaged.
         """
-        tensors, info = read_tensors(path, _FORMAT)
-        wrong = [name for name, kind in _NEEDED.items() if not fits(info.get(name), kind)]
-        if wrong:
-            raise ValueError(f"{path} is an incomplete editor file: {wrong} are missing or damaged")
+        self._hashes(model)
+        self._network(model)
+        return self
+
+    @model_call
+    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
+        """Compute the edit with the network from the request's gradient; no step is random.
+
+        Raises:
+            ValueError: the editor was trained for another model, or its tensors are damaged.
+        """
+        hashes, network = self._hashes(model), self._network(model)
+        encoder = Encoder.of(model, self.info["prepend_bos"])
+        sample = to_sample(encoder, request, None)
+        before, factors = gradient_factors(model, sample, self.matrices)
+        with torch.no_grad():
+            changes = network(factors, Text.of(model, sample))
+        scale = self.recipe.scale
+        edit = FactoredEdit.of(
+            {w: (left.cpu(), scale * right.cpu()) for w, (left, right) in changes.items()},
+            hashes,
+            request=request,
+            config=self.options,
+            provenance=provenance(model, encoder.prepends_bos),
+        )
+        health = replace(measured(model, encoder, edit), losses=(before,))
+        return replace(edit, health=health)
+
+    def _hashes(self, model: Any) -> dict[Weight, str]:
+        """Return the hash of each matrix as it is now.
+
+        Raises:
+            ValueError: without the edits on it, a matrix is not the one of the training.
+        """
+        own, advice = self.info["model"], "call fit(model, ...) for another editor"
+        if (width := self.info["d_model"]) != model.cfg.d_model:
+            raise ValueError(
+                f"this editor was trained for a model of width {width} ({own}), got a model of "
+                f"width {model.cfg.d_model}; {advice}"
+            )
+        hashes = {}
+        for where, digest in zip(self.matrices, self.info["hashes"], strict=True):
+            exists = where.layer < model.cfg.n_layers
+            weight = adapter.parameter(model, where) if exists else None
+            if weight is None:
+                raise ValueError(
+                    f"this model has no {where.name} of layer {where.layer}, which this editor was "
+                    f"trained for ({own}); {advice}"
+                )
+            hashes[where] = found = adapter.weight_hash(weight.detach())
+            if found != digest and adapter.weight_hash(base_matrix(model, where)) != digest:
+                raise ValueError(
+                    f"{where.name} of layer {where.layer} is not the one that this editor was "
+                    f"trained for ({own}); {advice}"
+                )
+        return hashes
+
+    def _network(self, model: Any) -> EditorNetwork:
+        """Construct the network for the model's matrices, on their device.
+
+        Raises:
+            ValueError: the tensors do not fit.
+        """
+        shapes = matrix_shapes(model, self.matrices)
+        tokens = self.tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
+        with torch.device("meta"):  # no memory and no random numbers for what is replaced below
+            rows = torch.zeros(len(tokens), self.info["d_model"])
+            network = self.recipe.new_network(shapes, rows, tokens)
+        network.to_empty(device=matrix(model, self.matrices[0]).device)
         try:
-            editor = cls(tensors, info)
-            if info["kind"] not in ("ke", "mend"):
-                raise ValueError(f"the kind must be ke or mend, got {info['kind']!r:.40}")
-            _check_matrices(editor.matrices, info["hashes"])
-            check_finite(tensors)
-            for name, tensor in tensors.items():  # MEND's sums of squares and counts
-                if name.endswith((".squares", ".n")) and (tensor < 0).any():
-                    raise ValueError(f"{name[:60]} is negative")
-            tokens = tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
-            if tokens.ndim != 1 or tokens.dtype != torch.long or (tokens.diff() <= 0).any():
-                raise ValueError("condition.tokens is not an increasing list of token ids")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is an incomplete editor file ({error!r:.400})") from error
-        return editor
+            network.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            name = self.recipe.name
+            raise ValueError(f"the editor's tensors do not fit {name}: {error}") from error
+        return self.recipe.for_editing(network.eval().requires_grad_(False))
+
+
+@torch_defaults()
+def read_editor(path: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the description of an editor that `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a complete editor file.
+    """
+    tensors, info = read_tensors(path, _FORMAT)
+    wrong = [name for name, kind in _NEEDED.items() if not fits(info.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} is an incomplete editor file: {wrong} are missing or damaged")
+    try:
+        _check_matrices([Weight(*where) for where in info["matrices"]], info["hashes"])
+        check_finite(tensors)
+        for name, tensor in tensors.items():  # MEND's sums of squares and counts
+            if name.endswith((".squares", ".n")) and (tensor < 0).any():
+                raise ValueError(f"{name[:60]} is negative")
+        tokens = tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
+        if tokens.ndim != 1 or tokens.dtype != torch.long or (tokens.diff() <= 0).any():
+            raise ValueError("condition.tokens is not an increasing list of token ids")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is an incomplete editor file ({error!r:.400})") from error
+    return tensors, info
 
 
 def _check_matrices(matrices: Sequence[Weight], hashes: Sequence[str]) -> None:

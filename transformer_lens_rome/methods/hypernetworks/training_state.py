@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformer_lens_rome.methods.hypernetworks.training import Training
 
 _FORMAT = "transformer_lens_rome.training.1"
-_POSITIVE = ("_sq", ".step", ".squares", ".n")  # values of Adam and MEND that are never negative
 
 
 @dataclass
@@ -81,49 +80,39 @@ class State:
             other = sorted(k for k in info if run.get(k) != info[k])
             raise ValueError(f"{path} contains another training run ({other}); pass another file")
         try:
-            self._check(tensors, metadata)
-        except ValueError as error:
-            raise ValueError(f"{path} is a damaged training file ({error}); delete it") from error
+            self._restore(tensors, metadata)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"{path} is a damaged training file ({error!r:.400}); delete it"
+            ) from error
+
+    def _restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Restore every part; raise an error if a part is missing or does not fit."""
+        check_finite(tensors)
         parts: dict[str, dict[str, Tensor]] = {"network": {}, "best": {}, "adam": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
+        self.network.load_state_dict(parts["best"])
+        self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.network.load_state_dict(parts["network"])
-        values: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["adam"].items():
-            i, _, rest = name.partition(".")
-            values.setdefault(int(i), {})[rest] = tensor
-        self.adam.load_state_dict({**self.adam.state_dict(), "state": values})
-        self.step, self.seconds = metadata["step"], metadata["seconds"]
-        self.curve = metadata["curve"]
-        self.best = parts["best"]
+        state = self._adam_state(parts["adam"])
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": state})
+        self.step, self.seconds, self.curve = (metadata[k] for k in ("step", "seconds", "curve"))
+        whole = fits(self.step, int) and fits(self.seconds, float) and fits(self.curve, list[dict])
+        if not whole or not all(fits(n, float) for entry in self.curve for n in entry.values()):
+            raise ValueError("its step, seconds or curve are not numbers")
+        if not 0 <= self.best_step <= self.step:
+            raise ValueError(f"step {self.best_step} is the best of {self.step}")
 
-    def _check(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Raise ValueError unless `save` could have written this for the network."""
-        own = self.network.state_dict()
-        wanted = {f"{part}.{name}": t for part in ("network", "best") for name, t in own.items()}
+    def _adam_state(self, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Return Adam's state by parameter; a parameter that had no gradient yet has no state."""
+        state: dict[int, dict[str, Tensor]] = {}
         for i, parameter in enumerate(p for g in self.adam.param_groups for p in g["params"]):
-            if any(
-                name.startswith(f"adam.{i}.") for name in tensors
-            ):  # Adam has no state for the others
-                wanted[f"adam.{i}.step"] = torch.zeros(())
-                wanted |= {f"adam.{i}.{n}": parameter for n in ("exp_avg", "exp_avg_sq")}
-        for name in wanted.keys() | tensors.keys():
-            like, read = wanted.get(name), tensors.get(name)
-            if like is None or read is None or like.shape != read.shape:
-                raise ValueError(f"{name[:60]} is missing, unknown, or of another shape")
-            if like.dtype != read.dtype or (name.endswith(_POSITIVE) and (read < 0).any()):
-                raise ValueError(f"{name[:60]} is of another dtype, or negative")
-            if not like.is_floating_point() and not torch.equal(like, read.to(like.device)):
-                raise ValueError(f"{name[:60]} does not fit this run's data")
-        check_finite(tensors)
-        step, seconds, curve = (metadata.get(name) for name in ("step", "seconds", "curve"))
-        if type(step) is not int or not 0 <= step < 2**53 or not fits(seconds, float):
-            raise ValueError("its step or seconds is not a valid number")
-        entries: list[Any] = curve if isinstance(curve, list) and curve else [None]
-        for entry in entries:
-            complete = isinstance(entry, dict) and {"step", "loss"} <= set(entry)
-            if not complete or not all(fits(value, float) for value in entry.values()):
-                raise ValueError("its curve is not a list of validations")
-            if type(entry["step"]) is not int or not 0 <= entry["step"] <= step:
-                raise ValueError(f"its curve has a validation at step {entry['step']!r:.40}")
+            if f"{i}.step" in tensors:
+                means = {name: tensors[f"{i}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+                state[i] = {name: mean.reshape(parameter.shape) for name, mean in means.items()}
+                state[i]["step"] = tensors[f"{i}.step"].float().reshape(())
+                if state[i]["step"] < 0:
+                    raise ValueError("Adam has made fewer than 0 steps")
+        return state

@@ -1,62 +1,59 @@
-"""The base class of KE and MEND as methods: `fit`, `save`, `load`, `compute`."""
+"""Recipes of KE and MEND: their settings; `fit` trains an editor, and `load` reads one."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_rome.edits.kinds import EditRequest, FactoredEdit
+from transformer_lens_rome.edits.kinds import EditRequest
 from transformer_lens_rome.edits.ledger import check_unedited
-from transformer_lens_rome.edits.measure import measured
-from transformer_lens_rome.methods.base import provenance
 from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
     EditorNetwork,
     Shapes,
-    Text,
-    gradient_factors,
     matrix,
     matrix_shapes,
     mlp_matrices,
 )
-from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor, trained_on
+from transformer_lens_rome.methods.hypernetworks.trained_editor import (
+    TrainedEditor,
+    read_editor,
+    trained_on,
+)
 from transformer_lens_rome.methods.hypernetworks.training import Training, run_info, train
-from transformer_lens_rome.methods.hypernetworks.training_data import Corpus, Fact, split, to_sample
+from transformer_lens_rome.methods.hypernetworks.training_data import Corpus, Fact, split
 from transformer_lens_rome.methods.hypernetworks.training_state import State
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.prompts.encoder import Encoder, check_texts
 from transformer_lens_rome.prompts.sampling import sampled_texts
-from transformer_lens_rome.torch_states import torch_defaults
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainedMethod(ABC):
-    """A method whose edits are computed by a trained network.
+class Recipe(ABC):
+    """A method whose edits are computed by a trained network, before there is one.
 
     Attributes:
-        editor: The trained editor, or its file. None: call `fit` first.
         counterfact: Use the variant that is trained on CounterFact.
         scale: Factor of every change.
         prepend_bos: Whether `fit` prepends BOS. None: as the checkpoint's tokenizer does. Edits use
             the rule of the editor's training.
     """
 
-    editor: TrainedEditor | str | Path | None = None
     counterfact: bool = False
     scale: float = 1.0
     prepend_bos: bool | None = None
-    _network: EditorNetwork | None = field(default=None, init=False, repr=False, compare=False)
 
     kind: ClassVar[str]
 
@@ -99,7 +96,7 @@ class TrainedMethod(ABC):
         settings: Training | None = None,
         out: Any = None,
         progress: bool = True,
-    ) -> TrainedMethod:
+    ) -> TrainedEditor:
         """Train an editor for a model; the model stays unchanged.
 
         Args:
@@ -124,9 +121,9 @@ class TrainedMethod(ABC):
         if data is None:
             data = _sample_texts(model, 1000, 32, settings.seed, progress)
         facts = others = split(data, validation)
-        if locality is not None or not isinstance(data[0], str):
-            if locality is None:
-                locality = _sample_texts(model, 200, 64, settings.seed, progress)
+        if locality is None and not isinstance(data[0], str):
+            locality = _sample_texts(model, 200, 64, settings.seed, progress)
+        if locality is not None:
             check_texts("locality", locality)
             others = split(locality)
         lengths = (settings.n_labels, settings.locality_tokens)
@@ -155,7 +152,7 @@ class TrainedMethod(ABC):
         editor = self._best_editor(state, info)
         if path is not None:  # needed if a run was stopped between writing its two files
             editor.save(out)
-        return replace(self, editor=editor)
+        return editor
 
     def _initialised(
         self, model: Any, matrices: Sequence[Weight], corpus: Corpus, seed: int
@@ -172,124 +169,65 @@ class TrainedMethod(ABC):
     def _best_editor(self, state: State, info: Mapping[str, Any]) -> TrainedEditor:
         """Construct the editor of the best validation."""
         run = {"step": state.best_step, "seconds": state.seconds, "curve": state.curve}
-        return TrainedEditor(state.best, {**info, **run})
+        tensors = {name: tensor.cpu() for name, tensor in state.best.items()}
+        return TrainedEditor(self, tensors, {**info, **run})
 
-    # ------------------------------------------------------------ files
+    # ------------------------------------------------------------ trained editors
 
-    def save(self, path: Any) -> None:
-        """Write the editor as safetensors with JSON metadata."""
-        self._loaded().save(path)
-
-    @classmethod
-    @torch_defaults()
-    def load(cls, path: Any, **options: Any) -> TrainedMethod:
-        """Construct a method with the editor in a file, in the variant of its training.
+    def load(self, path: Any) -> TrainedEditor:
+        """Read an editor that `TrainedEditor.save` wrote.
 
         Raises:
-            FileNotFoundError, ValueError: see `TrainedEditor.load`.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a complete editor file, or is an editor of another method.
         """
-        editor = TrainedEditor.load(path)
-        method = cls(editor=editor, counterfact=editor.info["counterfact"], **options)
-        method._loaded()
-        return method
+        return self.trained(*read_editor(path), source=path)
 
-    def _loaded(self) -> TrainedEditor:
-        """Return the editor, read if it is a file; raise ValueError unless it is of this kind."""
-        editor = self.editor
-        if editor is None:
-            raise ValueError(
-                f"{self.name} has to be trained: get_method({self.name!r}).fit(model, ...), or "
-                f"get_method({self.name!r}, editor=path) with a file that it saved"
-            )
-        if not isinstance(editor, TrainedEditor):
-            editor = TrainedEditor.load(editor)
-        kind, counterfact = editor.info["kind"], editor.info["counterfact"]
+    def trained(
+        self, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *, source: Any = "this"
+    ) -> TrainedEditor:
+        """Return the editor with these tensors and this description.
+
+        Raises:
+            ValueError: it is an editor of another method; the message names the `source`.
+        """
+        kind, counterfact = info["kind"], info["counterfact"]
         if (kind, counterfact) != (self.kind, self.counterfact):
-            name = f"{kind}-cf" if counterfact else kind
-            raise ValueError(f"this is an editor of {name}; use get_method({name!r}, editor=...)")
-        return editor
+            name = f"{kind:.40}-cf" if counterfact else f"{kind:.40}"
+            raise ValueError(
+                f"{source} is an editor of {name}; use get_method({name!r}, editor=...)"
+            )
+        return TrainedEditor(self, tensors, info)
 
-    # ------------------------------------------------------------ editing
-
-    def has_seen(self, fact: Fact) -> bool:
-        """Return whether the editor was trained or validated on a fact."""
-        return self._loaded().has_seen(fact)
-
-    @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> TrainedMethod:
-        """Return a copy whose network is ready to edit a model.
-
-        Raises:
-            ValueError: there is no editor, or it was trained for another model.
-        """
-        if self._network is not None:
-            return self
-        editor = self._loaded()
-        editor.check(model)
-        shapes = matrix_shapes(model, editor.matrices)
-        return replace(self, editor=editor)._with_network(shapes)
-
-    @torch_defaults()
-    def _with_network(self, shapes: Shapes) -> TrainedMethod:
-        """Construct the editor's network, store it in this method, and return the method."""
-        editor = self._loaded()
-        tokens = editor.tensors.get("condition.tokens", torch.zeros(0, dtype=torch.long))
-        with torch.random.fork_rng(devices=[]):
-            rows = torch.zeros(len(tokens), editor.info["d_model"])
-            network = self.new_network(shapes, rows, tokens)
-        try:
-            network.load_state_dict(editor.tensors)
-        except RuntimeError as error:
-            raise ValueError(f"the editor's tensors do not fit {self.name}: {error}") from error
-        network = self.for_editing(network.eval().requires_grad_(False))
-        object.__setattr__(self, "_network", network)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state with shapes instead of the network, which may not be picklable."""
-        shapes = None if self._network is None else self._network.shapes
-        return {**vars(self), "_network": shapes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state and construct the network again."""
-        vars(self).update({**state, "_network": None})
-        if state["_network"] is not None:
-            self._with_network(state["_network"])
-
-    @model_call
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
-        """Compute the edit with the network from the request's gradient; no step is random.
-
-        Raises:
-            ValueError: there is no editor, or it was trained for another model.
-        """
-        method = self.prepared(model)
-        editor, network = method._loaded(), method._network
-        assert network is not None  # `prepared` sets it
-        weights = {where: matrix(model, where).detach() for where in editor.matrices}
-        hashes = {where: adapter.weight_hash(weight) for where, weight in weights.items()}
-        if [*hashes.values()] != editor.info["hashes"]:  # an edited model, or another one
-            editor.check(model)
-        network.to(next(iter(weights.values())).device)
-        encoder = Encoder.of(model, editor.info["prepend_bos"])
-        sample = to_sample(encoder, request, None)
-        before, factors = gradient_factors(model, sample, editor.matrices)
-        with torch.no_grad():
-            changes = network(factors, Text.of(model, sample))
-        edit = FactoredEdit.of(
-            {w: (left.cpu(), self.scale * right.cpu()) for w, (left, right) in changes.items()},
-            hashes,
-            request=request,
-            config=method._config(),
-            provenance=provenance(model, encoder.prepends_bos),
+    def prepared(self, model: Any, *, seed: int = 0) -> NoReturn:
+        """Raise ValueError: only a trained editor edits."""
+        raise ValueError(
+            f"{self.name} has to be trained: get_method({self.name!r}).fit(model, ...), or "
+            f"get_method({self.name!r}, editor=path) with a file that an editor's save wrote"
         )
-        health = replace(measured(model, encoder, edit), losses=(before,))
-        return replace(edit, health=health)
 
-    def _config(self) -> dict[str, Any]:
-        """Return the method's options and the name and sha256 of its editor."""
-        options = asdict(replace(self, editor=None))
-        return {**options, "editor": repr(self.editor)}
+    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> NoReturn:
+        """Raise ValueError: only a trained editor edits."""
+        self.prepared(model)
+
+
+def with_editor(recipe: Callable[..., Recipe]) -> Callable[..., Recipe | TrainedEditor]:
+    """Return a factory that has one option more: `editor`, a trained editor or its file.
+
+    Without it the factory returns the recipe, with it the trained editor.
+    """
+
+    def make(
+        editor: TrainedEditor | str | Path | None = None, **options: Any
+    ) -> Recipe | TrainedEditor:
+        made = recipe(**options)
+        if isinstance(editor, TrainedEditor):
+            return made.trained(editor.tensors, editor.info)
+        return made if editor is None else made.load(editor)
+
+    own, others = signature(make).parameters, signature(recipe).parameters
+    setattr(make, "__signature__", Signature([own["editor"], *others.values()]))
+    return make
 
 
 def _sample_texts(model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
