@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.request import EditRequest
-from transformer_lens_rome.files.fields import make
+from transformer_lens_rome.files.fields import as_read, make
 from transformer_lens_rome.files.tensors import (
     MAX_LAYERS,
     check_finite,
@@ -57,7 +56,7 @@ class BaseEdit(Shown):
 
     def __post_init__(self) -> None:
         for name in ("config", "provenance"):  # as read from a file: no tuples
-            object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
+            object.__setattr__(self, name, as_read(dict(getattr(self, name))))
 
     def delta(self) -> Float[Tensor, "d_mlp d_model"]:
         """Return the change of W_out."""
