@@ -15,6 +15,7 @@ from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
 from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence, sequence
+from transformer_lens_rome.sequential.guard import refusal
 
 TEXTS = ["The old man said that it was the best of times.", "In the city of Paris it rained."]
 REQUESTS = [EditRequest("{} is in", f"Place {n}", "Paris") for n in range(6)]
@@ -172,6 +173,21 @@ def test_rome_in_sequence(gpt2, base):
         assert len({edit.model_hash for edit in found.applied.edits}) == 3
         assert all(step.p_after is not None and step.relative_norm > 0 for step in found.steps)
     assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+def test_a_refusal_says_which_limit_was_exceeded():
+    guard = Guard(one_edit=0.05, all_edits=0.2)
+    assert refusal(guard, 2.0, 1.96, 1.9) is None
+    for nll, last, first, limit, words in (
+        (2.0, 1.9, 1.9, "one_edit", "rose by 0.100 nats at once, more than 0.05"),
+        (2.0, 1.96, 1.7, "all_edits", "rose by 0.300 nats in all, more than 0.2"),
+        (2.0, 1.9, 1.7, "one_edit", "at once"),  # both: the sequence goes on without this edit
+        (float("inf"), 1.9, 1.9, "finite", "is inf"),
+    ):
+        refused = refusal(guard, nll, last, first)
+        assert refused.limit == limit and words in refused.reason
+    assert refusal(None, 9.0, 1.0, 1.0) is None
+    assert refusal(None, float("nan"), 1.0, 1.0).limit == "finite"
 
 
 # ---------------------------------------------------------------- going on

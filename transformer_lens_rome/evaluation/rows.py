@@ -34,7 +34,7 @@ _LONGEST = 1e9  # seconds
 
 
 @dataclass(frozen=True)
-class Generated:
+class GeneratedText:
     """Text that the model wrote about the subject of a record.
 
     Attributes:
@@ -74,7 +74,7 @@ class RecordRow:
     case_id: int
     record: str
     scores: Scores | None = None
-    generation: Generated | None = None
+    generation: GeneratedText | None = None
     failed: str | None = None
     seconds: float | None = None
     edit_seconds: float | None = None

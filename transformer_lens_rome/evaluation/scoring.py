@@ -19,7 +19,7 @@ from transformer_lens_rome.evaluation.generation import References, cleaned, flu
 from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.rows import (
-    Generated,
+    GeneratedText,
     Record,
     RecordRow,
     Scores,
@@ -47,7 +47,7 @@ class Scored(NamedTuple):
     """
 
     scores: Scores
-    generation: Generated | None = None
+    generation: GeneratedText | None = None
 
 
 class Scoring(Protocol):
@@ -120,14 +120,14 @@ class CounterFactScoring:
         scores = score_prompts(model, encoder, asked, PromptScore)
         return Scored(scores, self._generated(model, encoder, record) if self.generate else None)
 
-    def _generated(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> Generated:
+    def _generated(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> GeneratedText:
         """Return generated texts with their GE and RS."""
         prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
         seed = (self.seed << 32) + record.case_id
         texts = sample_continuations(model, prompts, seed=seed, encoder=encoder)
         texts = [cleaned(text) for text in texts]
         rs = self.references.consistency(record, texts) if self.references else None
-        return Generated(tuple(texts), fluency(texts), rs)
+        return GeneratedText(tuple(texts), fluency(texts), rs)
 
 
 @dataclass(frozen=True)
