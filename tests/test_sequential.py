@@ -9,12 +9,13 @@ import pytest
 import torch
 from helpers.rome_setting import LAYER, REQUEST, random_edit, random_moment
 
-from transformer_lens_rome import EditRequest, apply_edit, get_method, sequential
+from transformer_lens_rome import EditRequest, apply_edit, get_method
 from transformer_lens_rome.edits.ledger import active_edits
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
-from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence
+from transformer_lens_rome.sequential import EditSequence, Guard, edit_in_sequence, sequence
+from transformer_lens_rome.sequential.guard import refusal
 
 TEXTS = ["The old man said that it was the best of times.", "In the city of Paris it rained."]
 REQUESTS = [EditRequest("{} is in", f"Place {n}", "Paris") for n in range(6)]
@@ -132,10 +133,10 @@ def test_it_ends_before_too_much_is_lost(gpt2, base):
 @pytest.mark.parametrize("guard", [None, GUARD])
 def test_what_makes_the_model_say_nothing_is_taken_off(gpt2, base, guard, monkeypatch):
     found = iter([5.0, 5.0, float("nan"), 5.0])  # of the unedited model, and after each edit
-    monkeypatch.setattr(sequential, "held_out_nll", lambda model, rows: next(found))
-    sequence = run(gpt2, Drawn(), 3, guard=guard)
-    assert [step.kept for step in sequence.steps] == [True, False, True]
-    assert sequence.steps[1].nll is None and "NLL is nan" in sequence.steps[1].reason
+    monkeypatch.setattr(sequence, "held_out_nll", lambda model, rows: next(found))
+    made = run(gpt2, Drawn(), 3, guard=guard)
+    assert [step.kept for step in made.steps] == [True, False, True]
+    assert made.steps[1].nll is None and "NLL is nan" in made.steps[1].reason
 
 
 def test_a_request_that_gives_no_edit_is_noted(gpt2):
@@ -172,6 +173,21 @@ def test_rome_in_sequence(gpt2, base):
         assert len({edit.model_hash for edit in found.applied.edits}) == 3
         assert all(step.p_after is not None and step.relative_norm > 0 for step in found.steps)
     assert torch.equal(w_out(gpt2, LAYER), base)
+
+
+def test_a_refusal_says_which_limit_was_exceeded():
+    guard = Guard(one_edit=0.05, all_edits=0.2)
+    assert refusal(guard, 2.0, 1.96, 1.9) is None
+    for nll, last, first, limit, words in (
+        (2.0, 1.9, 1.9, "one_edit", "rose by 0.100 nats at once, more than 0.05"),
+        (2.0, 1.96, 1.7, "all_edits", "rose by 0.300 nats in all, more than 0.2"),
+        (2.0, 1.9, 1.7, "one_edit", "at once"),  # both: the sequence goes on without this edit
+        (float("inf"), 1.9, 1.9, "finite", "is inf"),
+    ):
+        refused = refusal(guard, nll, last, first)
+        assert refused.limit == limit and words in refused.reason
+    assert refusal(None, 9.0, 1.0, 1.0) is None
+    assert refusal(None, float("nan"), 1.0, 1.0).limit == "finite"
 
 
 # ---------------------------------------------------------------- going on

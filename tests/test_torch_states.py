@@ -145,7 +145,7 @@ def everything(model, folder):
         "trace": (trace.samples, trace.corrupted_samples, trace.p_clean),
         "average": average_traces([trace, trace]).to_dataframe().to_csv(),
         "severed": (severed.ordinary, severed.severed),
-        "row": (run.after[0]["scores"], run.scores(), run.compare(run)),
+        "row": (run.after[0].scores, run.scores(), run.compare(run)),
         "report": (report.shares, report.before.samples, report.after.samples),
         "edited": p_edited,
         "texts": sampled_texts(model, 3, length=6, progress=False),

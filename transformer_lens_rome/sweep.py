@@ -12,33 +12,35 @@ over a target's tokens:
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean, harmonic_mean
+from functools import partial
+from statistics import fmean
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.metrics import KINDS, PromptScore, record_metrics, score
 from transformer_lens_rome.evaluation.records import CounterFactRecord, as_record
-from transformer_lens_rome.files.fields import fits
-from transformer_lens_rome.files.strict_json import parse, read_bytes
+from transformer_lens_rome.evaluation.rows import check_log_probs, record_digest
+from transformer_lens_rome.evaluation.scoring import CounterFactScoring
+from transformer_lens_rome.files.fields import make
+from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.rome import Rome, RomeConfig
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.fingerprint import Fingerprint
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_prefixes
-from transformer_lens_rome.prompts.scores import target_log_probs
 from transformer_lens_rome.statistics.second_moment import SecondMoment
 from transformer_lens_rome.statistics.sources import default_second_moment
 
 logger = logging.getLogger(__name__)
-
-_METRICS = ("ES", "PS", "NS")
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,13 @@ def sweep_layers(
         prefixes: As in `compute_rome_edit`.
         config: As in `compute_rome_edit`.
         seed: As in `compute_rome_edit`.
-        out: A JSON Lines file to which each record's numbers are written as soon as they are known.
-            A stopped sweep continues from it.
+        out: A file (`.jsonl`) to which each record's numbers are written as soon as they are known.
+            A stopped sweep continues from it, with the same or more records and layers.
         progress: Show a progress bar.
 
     Raises:
         ValueError: There are no records, a record is invalid, a layer is out of range, or `out`
-            contains rows of another setting.
+            contains another sweep.
     """
     if not records:
         raise ValueError("records is empty; give sweep_layers a few dozen CounterFact records")
@@ -93,142 +95,195 @@ def sweep_layers(
     encoder = Encoder.of(model)
     if prefixes is None:
         prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
-    done = _read(out)
-    before: dict[int, dict[str, list[float]]] = {}
     scores = []
-    for layer in layers:
-        if second_moments is None:
-            moment = default_second_moment(model, layer, prepend_bos=encoder.prepends_bos)
-        else:
-            moment = second_moments[layer]
-        method = Rome(layer, moment, tuple(prefixes), config)
-        setting = _setting(model, method, layer, moment, seed)
-        rows = []
-        for record in tqdm(records, desc=f"edits at layer {layer}", disable=not progress):
-            case = record.case_id
-            if case not in before:
-                before[case] = _score(model, encoder, record)
-            if (row := done.get((layer, case))) is None:
-                row = _test_edit(model, encoder, record, method, seed)
-                row = {"layer": layer, "case_id": case, "before": before[case]} | row | setting
-                _append(out, row)
-            elif any(row.get(name) != value for name, value in setting.items()) or not (
-                _close(row["before"], before[case])
-            ):
-                raise ValueError(
-                    f"{out} contains edits at layer {layer} of another model, other records, "
-                    "another configuration, seed, prefixes or statistics; give another file"
-                )
-            rows.append(row)
-        scores.append(_layer_score(layer, rows))
-        logger.info("%s", scores[-1])
+    with _opened(out, model, encoder, config, prefixes, seed) as file:
+        sweep = _Sweep(model, encoder, tuple(prefixes), config, seed, file, {})
+        for layer in layers:
+            if second_moments is None:
+                moment = default_second_moment(model, layer, prepend_bos=encoder.prepends_bos)
+            else:
+                moment = second_moments[layer]
+            each = tqdm(records, desc=f"edits at layer {layer}", disable=not progress)
+            scores.append(_layer_score(layer, list(sweep.rows(layer, moment, each))))
+            logger.info("%s", scores[-1])
     return scores
 
 
-def _setting(
-    model: Any, method: Rome, layer: int, moment: SecondMoment, seed: int
-) -> dict[str, Any]:
-    """Return the setting of a row, apart from its record, as it is after reading from JSON."""
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Means:
+    """Mean log-probabilities of the tokens of the new and the true target, in nats.
+
+    Attributes:
+        ES: After the request's prompt.
+        PS: After the first paraphrase.
+        NS: After the first prompt about a neighbour.
+    """
+
+    ES: tuple[float, float]
+    PS: tuple[float, float]
+    NS: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for name, pair in dataclasses.asdict(self).items():
+            check_log_probs(name, pair)
+
+    @classmethod
+    def of(cls, model: Any, encoder: Encoder, record: CounterFactRecord) -> Means:
+        """Score the first prompt of each kind with the model as it is now."""
+        first = dataclasses.replace(
+            record,
+            paraphrase_prompts=record.paraphrase_prompts[:1],
+            neighborhood_prompts=record.neighborhood_prompts[:1],
+        )
+        scores = CounterFactScoring()(model, encoder, first).scores
+        return cls(*((_mean(prompt.new), _mean(prompt.true)) for (prompt,) in scores.values()))
+
+    def metrics(self) -> dict[str, float]:
+        """Return ES, PS and NS of the record; a mean stands for a target of one token."""
+        pairs = zip(KINDS, (self.ES, self.PS, self.NS))
+        scores = {kind: [PromptScore([new], [true], (), ())] for kind, (new, true) in pairs}
+        return record_metrics(scores)
+
+
+def _mean(log_probs: Sequence[float]) -> float:
+    return torch.tensor(log_probs, dtype=torch.float32).mean().item()
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """A test edit of one record at one layer.
+
+    Attributes:
+        layer: The layer, from 0.
+        case_id: The record's number in the data set.
+        record: Digits of a sha256 of the record, from `record_digest`.
+        second_moment: sha256 of the sum of C at this layer.
+        before: The scores of the unedited model.
+        after: The scores of the edited model.
+        seconds: Duration of the edit.
+        p_after: Probability of the target after the edit.
+        relative_norm: ||delta W|| / ||W||.
+    """
+
+    layer: int
+    case_id: int
+    record: str
+    second_moment: str
+    before: Means
+    after: Means
+    seconds: float
+    p_after: float | None
+    relative_norm: float | None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The layer and the record's number."""
+        return self.layer, self.case_id
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object."""
+        return dataclasses.asdict(self)
+
+
+def sweep_file(path: Any, setting: Mapping[str, Any]) -> RunFile[SweepRow]:
+    """Open the file of a sweep's rows; raise ValueError if it belongs to another sweep."""
+    return RunFile(path, setting, {}, lambda _first: partial(make, SweepRow))
+
+
+def _opened(
+    out: Any,
+    model: Any,
+    encoder: Encoder,
+    config: RomeConfig,
+    prefixes: Sequence[str],
+    seed: int,
+) -> AbstractContextManager[RunFile[SweepRow] | None]:
+    """Open the file of a sweep, if there is one."""
+    if out is None:
+        return nullcontext()
     setting = {
+        "protocol": "sweep",
+        "model": adapter.model_name(model),
+        "model_hash": Fingerprint.of(model).digest,
+        "prepend_bos": encoder.prepends_bos,
         "seed": seed,
-        "config": dataclasses.asdict(method.config),
-        "prefixes": method.prefixes,
-        "model_hash": adapter.weight_hash(adapter.w_out(model, layer)),
-        "second_moment": adapter.weight_hash(moment.sum_kk),
+        "config": dataclasses.asdict(config),
+        "prefixes": prefixes,
     }
-    return json.loads(json.dumps(setting))
+    return sweep_file(out, setting)
 
 
-def _close(one: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> bool:
-    """Return whether scores are of the same record and model; devices differ by far less."""
-    return all(abs(a - b) < 0.1 for m in _METRICS for a, b in zip(one[m], other[m], strict=True))
+# ---------------------------------------------------------------- the sweep
 
 
-def _test_edit(
-    model: Any, encoder: Encoder, record: CounterFactRecord, method: Rome, seed: int
-) -> dict[str, Any]:
-    """Make one edit; return the mean log-probabilities [new, true] of each prompt after it."""
-    started = time.perf_counter()
-    edit = method.compute(model, record.request, seed=seed)
-    seconds = time.perf_counter() - started
-    with applied(model, edit):
-        after = _score(model, encoder, record)
-    return {
-        "seconds": round(seconds, 2),
-        "p_after": edit.health.p_after,
-        "relative_norm": edit.health.relative_norm,
-        "after": after,
-    }
+@dataclass(frozen=True)
+class _Sweep:
+    """The data that all layers share; `before` has the scores of the unedited model, by case."""
+
+    model: Any
+    encoder: Encoder
+    prefixes: tuple[str, ...]
+    config: RomeConfig
+    seed: int
+    file: RunFile[SweepRow] | None
+    before: dict[int, Means]
+
+    def rows(
+        self, layer: int, moment: SecondMoment, records: Iterable[CounterFactRecord]
+    ) -> Iterator[SweepRow]:
+        """Yield every record's row, from the file, or measured and written to the file."""
+        method = Rome(layer, moment, self.prefixes, self.config)
+        statistics = adapter.weight_hash(moment.sum_kk)
+        for record in records:
+            if self.file and (row := self.file.rows.get((layer, record.case_id))):
+                if (row.record, row.second_moment) != (record_digest(record), statistics):
+                    raise ValueError(
+                        f"{self.file.path} contains edits at layer {layer} of other records or "
+                        "with other statistics; give another file"
+                    )
+                yield row
+                continue
+            row = self._measured_row(record, method, layer, statistics)
+            if self.file:
+                self.file.append(row)
+            yield row
+
+    def _measured_row(
+        self, record: CounterFactRecord, method: Rome, layer: int, statistics: str
+    ) -> SweepRow:
+        """Score one record before and after a test edit, and undo the edit."""
+        case = record.case_id
+        if case not in self.before:
+            self.before[case] = Means.of(self.model, self.encoder, record)
+        started = time.perf_counter()
+        edit = method.compute(self.model, record.request, seed=self.seed)
+        seconds = round(time.perf_counter() - started, 2)
+        with applied(self.model, edit):
+            after = Means.of(self.model, self.encoder, record)
+        return SweepRow(
+            layer,
+            case,
+            record_digest(record),
+            statistics,
+            self.before[case],
+            after,
+            seconds,
+            edit.health.p_after,
+            edit.health.relative_norm,
+        )
 
 
-def _layer_score(layer: int, rows: Sequence[Mapping[str, Any]]) -> LayerScore:
-    before, after = (_percent([row[when] for row in rows]) for when in ("before", "after"))
+def _layer_score(layer: int, rows: Sequence[SweepRow]) -> LayerScore:
+    """Average the rows of a layer."""
+    after, before = _percent([row.after for row in rows]), _percent([row.before for row in rows])
     return LayerScore(layer, len(rows), **after, before=before)
 
 
-def _score(model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str, list[float]]:
-    """Return the mean log-probabilities [new, true] after each of the three prompts."""
-    request = record.request
-    if request.target_true is None:
-        raise ValueError(
-            f"record {record.case_id} has no true target; a sweep scores both targets, so give "
-            "the request target_true="
-        )
-    asked = [request.text, record.paraphrase_prompts[0], record.neighborhood_prompts[0]]
-    prompts = [prompt for prompt in asked for _ in range(2)]
-    targets = [request.target_new, request.target_true] * len(asked)
-    means = [s.mean().item() for s in target_log_probs(model, prompts, targets, encoder=encoder)]
-    return {metric: means[2 * i : 2 * i + 2] for i, metric in enumerate(_METRICS)}
-
-
-def _percent(rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+def _percent(rows: Sequence[Means]) -> dict[str, float]:
     """Return ES, PS, NS and S of the records."""
-
-    def wins(metric: str, new: float, true: float) -> bool:
-        return true > new if metric == "NS" else new > true
-
-    percents = {m: 100 * fmean(wins(m, *row[m]) for row in rows) for m in _METRICS}
-    return percents | {"S": harmonic_mean(list(percents.values()))}
-
-
-def _read(out: Any) -> dict[tuple[int, int], dict[str, Any]]:
-    """Read the rows of an earlier run, and remove a last line that a crash cut short.
-
-    Raises:
-        ValueError: A line is not a row of a sweep; the file is then not changed.
-    """
-    if out is None or not Path(out).is_file():
-        return {}
-    data = read_bytes(out)
-    whole = data[: data.rfind(b"\n") + 1]
-    rows = {}
-    for i, line in enumerate(whole.splitlines()):
-        row = parse(line, f"{out}: line {i + 1}")
-        if not _is_row(row):
-            raise ValueError(f"{out}: line {i + 1} is not a row of a sweep; give another file")
-        rows[row["layer"], row["case_id"]] = row
-    if not rows and data[:1] not in (b"", b"{"):
-        raise ValueError(f"{out} is not the file of a sweep; give another file")
-    if whole != data:
-        Path(out).write_bytes(whole)
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    """Return whether a line has the fields from which scores are computed."""
-    if not isinstance(row, dict) or not all(type(row.get(n)) is int for n in ("layer", "case_id")):
-        return False
-    for scores in (row.get("before"), row.get("after")):
-        if not isinstance(scores, dict):
-            return False
-        for metric in _METRICS:
-            if not fits(scores.get(metric), list[float]) or len(scores[metric]) != 2:
-                return False
-    return True
-
-
-def _append(out: Any, row: dict[str, Any]) -> None:
-    if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    each = [row.metrics() for row in rows]
+    percents = {name: 100 * fmean(one[name] for one in each) for name in ("ES", "PS", "NS")}
+    return percents | {"S": score(*percents.values())}

@@ -19,7 +19,7 @@ from measure import Measured
 
 from transformer_lens_rome import CounterFact, applied, evaluate_counterfact, get_method
 from transformer_lens_rome.demo.gemma import load_demo_model
-from transformer_lens_rome.evaluation.metrics import record_metrics
+from transformer_lens_rome.evaluation.metrics import PromptScore, record_metrics
 from transformer_lens_rome.prompts.encoder import Encoder
 
 
@@ -37,7 +37,7 @@ class Made:
 
 
 @torch.no_grad()
-def plain_scores(model: Any, encoder: Encoder, record: Any) -> dict[str, list[list[Any]]]:
+def plain_scores(model: Any, encoder: Encoder, record: Any) -> dict[str, list[PromptScore]]:
     """Every prompt and target alone, with all logits."""
     request, scores = record.request, {}
     kinds = {
@@ -55,7 +55,7 @@ def plain_scores(model: Any, encoder: Encoder, record: Any) -> dict[str, list[li
                 pairs = [(log_probs[p - 1], row.ids[p]) for p in row.target]
                 found.append([at[token].item() for at, token in pairs])
                 correct.append([int(at.argmax()) == token for at, token in pairs])
-            scores[kind].append([*found, *correct])
+            scores[kind].append(PromptScore(*found, *correct))
     return scores
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         for pair, other in zip(rows, by_hand, strict=True)
         for row, scores in zip(pair, other, strict=True)
         for mine, theirs in zip(
-            record_metrics(row["scores"]).values(), record_metrics(scores).values(), strict=True
+            record_metrics(row.scores).values(), record_metrics(scores).values(), strict=True
         )
     )
     print("| way | seconds | records an hour | peak MB above the model |\n|---|---|---|---|")

@@ -36,7 +36,7 @@ def handing_out(model: Any, workers: int, n: int) -> float:
 
 def numbers(results: Results) -> list[Any]:
     """All scores of a run, before and after."""
-    return [row["scores"] for rows in (results.before, results.after) for row in rows.values()]
+    return [row.scores for rows in (results.before, results.after) for row in rows.values()]
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"workers {workers}: {seconds[workers]:.1f} s", flush=True)
     alone, spread = seconds[1], seconds[args.workers]
     work = sum(
-        row["seconds"]
+        row.seconds
         for rows in (runs[args.workers].before, runs[args.workers].after)
         for row in rows.values()
     )

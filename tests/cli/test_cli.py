@@ -156,6 +156,9 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     assert status == 0 and len(report["left_out"]) == 1 and report["failed"] == {}
     assert "| ft | 3 | 0 |" in report["table"] and report["seconds"]["edit_seconds"] > 0
     assert evaluate("ft+l", "--layer", "1", "--lenient")[0] == 0
+    mine = ["evaluate", str(checkpoint), "unedited", str(tmp_path / "mine.jsonl"), "--lenient"]
+    assert main([*mine, "--records", str(records), "--json"]) == 2  # not renamed without a word
+    assert f"pass {tmp_path / 'unedited.jsonl'}, got" in capsys.readouterr().err
     status, said = evaluate("unedited", "--lenient")
     assert status == 0 and "| unedited | 3 | 0 |" in json.loads(said.out)["table"]
     for more, words in (

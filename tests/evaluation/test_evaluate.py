@@ -26,7 +26,8 @@ from transformer_lens_rome.evaluation import (
     TfIdf,
     markdown,
 )
-from transformer_lens_rome.evaluation.rows import row_checker
+from transformer_lens_rome.evaluation.rows import row_reader
+from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
@@ -48,8 +49,8 @@ def test_accuracy_is_exact_match_by_greedy_decoding(gpt2):
                 row = encoder.row(prompt, target=one.request.target_new)
                 (text,) = greedy_continuations(gpt2, [prompt], len(row.target), encoder=encoder)
                 greedy = text == encoder.tokenizer.decode([row.ids[p] for p in row.target])
-                scores = found.after[one.case_id]["scores"]["paraphrase"][i]
-                assert all(scores[2]) == greedy
+                scores = found.after[one.case_id].scores["paraphrase"][i]
+                assert all(scores.new_correct) == greedy
                 seen.add(greedy)
         assert found.metrics()[one.case_id]["EA"] == 1
     assert seen == {True, False}
@@ -69,11 +70,11 @@ def test_rows_hold_what_scoring_by_hand_gives(gpt2):
                     target_log_probs(gpt2, prompts, [target] * len(prompts))
                     for target in (one.request.target_new, one.request.target_true)
                 )
-            scores = rows[one.case_id]["scores"]
+            scores = rows[one.case_id].scores
             given = [pair for kind in scores.values() for pair in kind]
             for pair, a, b in zip(given, new, true, strict=True):
-                torch.testing.assert_close(torch.tensor(pair[0]), a, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(torch.tensor(pair[1]), b, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(torch.tensor(pair.new), a, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(torch.tensor(pair.true), b, rtol=1e-5, atol=1e-5)
     assert [len(kind) for kind in scores.values()] == [1, 2, 2, 1]
 
 
@@ -113,7 +114,7 @@ def test_rome_is_prepared_once(gpt2):
     found = evaluate(gpt2, method, RECORDS[:2])
     assert found.name == "rome" and found.setting["method"]["options"]["prefixes"] == list(PREFIXES)
     by_hand = method.compute(gpt2, RECORDS[1].request)
-    assert found.after[1]["health"]["p_after"] == pytest.approx(by_hand.health.p_after, rel=1e-4)
+    assert found.after[1].health["p_after"] == pytest.approx(by_hand.health.p_after, rel=1e-4)
 
 
 def test_order_and_company_of_records_change_nothing(gpt2):
@@ -281,9 +282,9 @@ def test_a_torn_last_line_is_done_again(gpt2, tmp_path, cut):
     assert len(torn.after) == 3
     again = evaluate(gpt2, out=out)
     assert seconds_apart(again.after) == seconds_apart(whole.after)
-    assert [json.loads(line) for line in out.read_bytes().splitlines()][1:] == list(
-        again.after.values()
-    )
+    assert [json.loads(line) for line in out.read_bytes().splitlines()][1:] == [
+        as_read(row.to_json()) for row in again.after.values()
+    ]
 
 
 @pytest.mark.parametrize("content", (b'[{"a": 1}]', b'{"a": 1}\n{"b"', b"text", b'{"format": 3}\n'))
@@ -327,10 +328,10 @@ def test_damage_in_the_middle_is_said(gpt2, tmp_path):
 
 def test_a_second_writer_is_refused(tmp_path):
     pytest.importorskip("fcntl", reason="this system has no file locks")
-    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker):
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_reader):
         with pytest.raises(ValueError, match="another process is writing"):
-            RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker)
-    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_checker) as file:  # free again
+            RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_reader)
+    with RunFile(tmp_path / "run.jsonl", {"a": 1}, {}, row_reader) as file:  # free again
         assert file.rows == {}
 
 

@@ -168,22 +168,22 @@ def test_generation_is_part_of_a_run_if_asked_for(gpt2, tmp_path):
     references = References.of({"P1/Q1": "The best of cities"}, TfIdf.fit(["the best", "times"]))
     known = {"generate": True, "references": references, "out": tmp_path / "run.jsonl"}
     found = evaluate(gpt2, RandomEdits(), records[:2], **known)
-    row = found.after[0]["generation"]
-    assert [text.startswith(p) for text, p in zip(row["texts"], own, strict=True)] == [True, True]
-    assert row["GE"] == pytest.approx(fluency(row["texts"]))
-    assert row["RS"] == pytest.approx(references.consistency(records[0], row["texts"]))
-    assert "RS" not in found.after[5]["generation"]  # absent, not zero
+    text, other = found.after[0].generation, found.after[5].generation
+    assert [text.startswith(p) for text, p in zip(text.texts, own, strict=True)] == [True, True]
+    assert text.GE == pytest.approx(fluency(text.texts))
+    assert text.RS == pytest.approx(references.consistency(records[0], text.texts))
+    assert other.RS is None and "RS" not in found.metrics()[5]  # absent, not zero
     scores = found.scores()
     assert scores["RS"].n == 1 and scores["GE"].n == 2
-    assert scores["GE"].mean == pytest.approx(50 * (row["GE"] + found.after[5]["generation"]["GE"]))
-    assert row["texts"] != found.after[5]["generation"]["texts"]  # each record has its own draws
+    assert scores["GE"].mean == pytest.approx(50 * (text.GE + other.GE))
+    assert text.texts != other.texts  # each record has its own draws
     assert "GE" in found.table() and "hundredths of bits" in found.table()
     again = evaluate(gpt2, RandomEdits(), records[:2], generate=True, references=references)
     assert seconds_apart(again.after) == seconds_apart(found.after)
     with pytest.raises(ValueError, match="another generate"):
         evaluate(gpt2, RandomEdits(), records[:2], out=tmp_path / "run.jsonl")
     plain = evaluate(gpt2, RandomEdits(), records[2:], generate=True)
-    assert len(plain.after[0]["generation"]["texts"]) == 3  # its prompt and two paraphrases
+    assert len(plain.after[0].generation.texts) == 3  # its prompt and two paraphrases
 
 
 def test_without_nltk_it_says_which_extra(gpt2, monkeypatch):

@@ -7,6 +7,8 @@ import math
 import pytest
 
 from transformer_lens_rome.evaluation import Results, comparison, latex, markdown
+from transformer_lens_rome.evaluation.metrics import PromptScore
+from transformer_lens_rome.evaluation.rows import RecordRow
 
 
 def scores(success: bool, neighbour: bool):
@@ -15,19 +17,19 @@ def scores(success: bool, neighbour: bool):
     pair = [high, low] if success else [low, high]
     other = [low, high] if neighbour else [high, low]
     return {
-        "rewrite": [[*pair, [True], [False]]],
-        "paraphrase": [[*pair, [False], [False]]],
-        "neighborhood": [[*other, [False], [True]]],
+        "rewrite": [PromptScore(*pair, [True], [False])],
+        "paraphrase": [PromptScore(*pair, [False], [False])],
+        "neighborhood": [PromptScore(*other, [False], [True])],
     }
 
 
 def rows(*outcomes):
-    return {i: {"case_id": i, "scores": scores(*outcome)} for i, outcome in enumerate(outcomes)}
+    return {i: RecordRow(i, f"r{i}", scores(*outcome)) for i, outcome in enumerate(outcomes)}
 
 
 def results(name, *outcomes, failed=0):
     after = rows(*outcomes)
-    after |= {100 + i: {"case_id": 100 + i, "failed": "no"} for i in range(failed)}
+    after |= {100 + i: RecordRow(100 + i, "r", failed="no") for i in range(failed)}
     before = rows(*[(False, True)] * len(outcomes))
     return Results(name, {"model_hash": "a"}, before, after)
 

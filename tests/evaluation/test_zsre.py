@@ -9,7 +9,7 @@ import torch
 from helpers.evaluation_setting import RandomEdits
 
 from transformer_lens_rome.evaluation import Results, Zsre, evaluate_zsre
-from transformer_lens_rome.evaluation.metrics import score, zsre_metrics
+from transformer_lens_rome.evaluation.metrics import AnswerScore, score, zsre_metrics
 from transformer_lens_rome.prompts.encoder import Encoder
 
 
@@ -77,9 +77,9 @@ def test_other_files_are_refused(tmp_path):
 
 def test_metrics_by_hand():
     scores = {
-        "rewrite": [[[-1, -1], [True, False]]],
-        "paraphrase": [[[-1, -1], [False, False]]],
-        "neighborhood": [[[-1, -1, -1, -1], [True, True, True, False]]],
+        "rewrite": [AnswerScore([-1, -1], [True, False])],
+        "paraphrase": [AnswerScore([-1, -1], [False, False])],
+        "neighborhood": [AnswerScore([-1] * 4, [True, True, True, False])],
     }
     assert zsre_metrics(scores) == {"EA": 0.5, "PA": 0.0, "NA": 0.75}
 
@@ -93,7 +93,7 @@ def test_an_evaluation_counts_the_models_top_tokens(gpt2, path, tmp_path):
     with torch.no_grad():
         best = gpt2(torch.tensor([row.ids]))[0].argmax(-1)
     expected = [int(best[p - 1]) == row.ids[p] for p in row.target]
-    assert found.before[0]["scores"]["neighborhood"][0][1] == expected
+    assert found.before[0].scores["neighborhood"][0].correct == expected
     scores = found.scores()
     parts = [scores[name].mean for name in ("EA", "PA", "NA")]
     assert scores["S"].mean == pytest.approx(score(*parts)) and scores["S"].n == 2

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,14 @@ from transformer_lens_rome import EditRequest, RankOneEdit, SecondMoment, load_e
 from transformer_lens_rome.edits.kinds import EditHealth
 from transformer_lens_rome.evaluation import CounterFact, References, Results, Zsre
 from transformer_lens_rome.evaluation.generation import TfIdf
+from transformer_lens_rome.evaluation.metrics import KINDS, PromptScore
 from transformer_lens_rome.evaluation.results import latex, markdown
+from transformer_lens_rome.evaluation.rows import RecordRow
 from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.files.strict_json import MAX_DATA, MAX_DEPTH, parse, read_json
 from transformer_lens_rome.files.tensors import read_tensors, write_tensors
 from transformer_lens_rome.methods.hypernetworks import knowledge_editor
-from transformer_lens_rome.sweep import _read
+from transformer_lens_rome.sweep import sweep_file
 from transformer_lens_rome.tracing.known_facts import load_known_facts
 from transformer_lens_rome.tracing.results import CausalTrace
 
@@ -315,7 +318,8 @@ def test_a_file_of_any_size_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(MAX_DATA + 1)  # a hole: no disk is used
     tracemalloc.start()
-    for read in (read_json, CounterFact.load, load_known_facts, Results.load, _read):
+    sweep = partial(sweep_file, setting={})
+    for read in (read_json, CounterFact.load, load_known_facts, Results.load, sweep):
         with pytest.raises(ValueError, match="large.json is larger than"):
             read(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -424,10 +428,8 @@ def test_a_strangers_text_is_no_html(tokenizer, tmp_path):
 
 def test_a_strangers_name_breaks_no_table(tmp_path):
     name = "a|b\n\n<script>alert(1)</script>\\input{/etc/passwd} $x$ ~^"
-    scores = {
-        k: [[[-1.0], [-2.0], [True], [True]]] for k in ("rewrite", "paraphrase", "neighborhood")
-    }
-    rows = {1: {"case_id": 1, "record": "r", "scores": scores}}
+    scores = {kind: [PromptScore([-1.0], [-2.0], [True], [True])] for kind in KINDS}
+    rows = {1: RecordRow(1, "r", scores)}
     run = Results(name, {"method": {"name": name}}, rows, rows)
     table, source = markdown([run]), latex([run])
     assert "<script" not in table and len(table.splitlines()) == len(markdown([run]).splitlines())

@@ -13,8 +13,8 @@ from helpers.editor_setting import OTHERS
 
 from transformer_lens_rome import EditRequest, RomeConfig
 from transformer_lens_rome.evaluation import CounterFact, References, Zsre
-from transformer_lens_rome.evaluation.evaluate import record_digest
 from transformer_lens_rome.evaluation.generation import TfIdf
+from transformer_lens_rome.evaluation.rows import record_digest
 from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.files.strict_json import read_json
 from transformer_lens_rome.methods import rome

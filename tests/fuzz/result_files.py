@@ -11,8 +11,9 @@ from fuzz.format import LINES, REQUEST, TENSORS, Format, saved
 
 from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.evaluation.results import latex, markdown
-from transformer_lens_rome.sequential import Guard, Step, _as_step, _steps
-from transformer_lens_rome.sweep import _layer_score, _read
+from transformer_lens_rome.sequential import Guard, Step
+from transformer_lens_rome.sequential.steps import steps_file
+from transformer_lens_rome.sweep import Means, SweepRow, _layer_score, sweep_file
 from transformer_lens_rome.tracing.averages import AverageTrace, average_traces
 from transformer_lens_rome.tracing.results import CausalTrace
 
@@ -70,11 +71,18 @@ def unedited() -> Format:
 
 def sweep() -> Format:
     """A sweep over layers."""
-    three = {name: [-1.0, -2.0] for name in ("ES", "PS", "NS")}
-    more = {"seconds": 1.5, "p_after": 0.9, "relative_norm": 0.1, "after": three, "seed": 0}
-    rows = [{"layer": 0, "case_id": i, "before": three, **more, "prefixes": [""]} for i in (1, 2)]
-    seed = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    return Format([seed], LINES, _read, lambda rows: rows and _layer_score(0, list(rows.values())))
+    means = Means((-1.0, -2.0), (-1.0, -2.0), (-3.0, -2.0))
+    rows = [SweepRow(0, i, f"r{i}", "0" * 64, means, means, 1.5, 0.9, 0.1) for i in (1, 2)]
+    setting = {"protocol": "sweep", "model": "tiny", "seed": 0, "prefixes": [""]}
+    first = {"format": "transformer_lens_rome.run.1", "setting": setting, "made_with": {}}
+    lines = [first, *(row.to_json() for row in rows)]
+    seed = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+    def read(path: Path) -> list[SweepRow]:
+        with sweep_file(path, setting) as file:
+            return list(file.rows.values())
+
+    return Format([seed], LINES, read, lambda rows: rows and _layer_score(0, rows))
 
 
 def steps() -> Format:
@@ -90,8 +98,8 @@ def steps() -> Format:
     seed = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
     def read(path: Path) -> list[Step]:
-        with _steps(path, setting) as file:
-            return [_as_step(row) for row in file.rows.values()]
+        with steps_file(path, setting) as file:
+            return list(file.rows.values())
 
     return Format([seed], LINES, read, lambda found: [f"{s.number:05d}{s.reason}" for s in found])
 

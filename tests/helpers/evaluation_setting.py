@@ -8,6 +8,7 @@ from helpers.rome_setting import random_edit
 
 from transformer_lens_rome import EditRequest
 from transformer_lens_rome.evaluation import CounterFactRecord, evaluate_counterfact
+from transformer_lens_rome.files.fields import as_read
 
 
 def record(case, subject, new="Paris", true="Rome", **changed):
@@ -46,7 +47,8 @@ def evaluate(model, method=RandomEdits(), records=RECORDS, **options):
 def seconds_apart(rows):
     """Rows without what a clock gives."""
     return {
-        case: {k: v for k, v in row.items() if "seconds" not in k} for case, row in rows.items()
+        case: {k: v for k, v in as_read(row.to_json()).items() if "seconds" not in k}
+        for case, row in rows.items()
     }
 
 

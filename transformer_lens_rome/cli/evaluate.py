@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformer_lens_rome.cli.load_model import load_model
@@ -33,7 +32,11 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run = commands.add_parser("evaluate", parents=parents, help="score a method on a data set")
     run.add_argument("model", help="hub name, folder, or 'demo'")
     run.add_argument("method", help="'unedited', or a method's name, such as 'rome' or 'ft'")
-    run.add_argument("out", help="file for the rows (.jsonl); a stopped run continues from it")
+    run.add_argument(
+        "out",
+        help="file for the rows (.jsonl), which a stopped run continues from; for 'unedited', "
+        "the file unedited.jsonl in the folder of the other runs",
+    )
     run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
     run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
     run.add_argument("--limit", type=int, help="number of records to use, from the first")
@@ -69,7 +72,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         given["second_moment"] = SecondMoment.load(options.statistics)
     method = None if options.method == "unedited" else get_method(options.method, **given)
     shared = {
-        "out": _out(options),
+        "out": options.out,
         "seed": options.seed,
         "workers": options.workers,
         "ray_address": options.ray,
@@ -121,9 +124,3 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("zsRE has no generated text; leave out --generate and --snippets")
     if options.snippets and not options.generate:
         raise ValueError("--snippets are for generated text; give --generate too")
-
-
-def _out(options: argparse.Namespace) -> Path:
-    """Return the file of the rows; for the unedited model it is always `unedited.jsonl`."""
-    out = Path(options.out)
-    return out.with_name("unedited.jsonl") if options.method == "unedited" else out

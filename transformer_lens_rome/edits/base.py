@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.edit_files import edit_from, read_edit, write_edit
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.request import EditRequest
+from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.model.adapter import Weight, weight_hash
 from transformer_lens_rome.showing import Shown
 
@@ -45,7 +45,7 @@ class Edit(Shown, ABC):
 
     def __post_init__(self) -> None:
         for name in ("config", "provenance"):  # as read from a file: no tuples
-            object.__setattr__(self, name, json.loads(json.dumps(dict(getattr(self, name)))))
+            object.__setattr__(self, name, as_read(dict(getattr(self, name))))
 
     # ------------------------------------------------------------ what it changes
 

@@ -26,12 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, harmonic_mean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_rome.files.intervals import half_width
 from transformer_lens_rome.torch_states import torch_defaults
 
 KINDS = {"rewrite": "E", "paraphrase": "P", "neighborhood": "N"}
@@ -53,6 +54,18 @@ class PromptScore(NamedTuple):
     true: Sequence[float]
     new_correct: Sequence[bool]
     true_correct: Sequence[bool]
+
+
+class AnswerScore(NamedTuple):
+    """The model's log-probabilities of the only target of a prompt, as in zsRE.
+
+    Attributes:
+        answer: Log-probability of each token of the target, in nats.
+        correct: Whether each token of the target is the top token.
+    """
+
+    answer: Sequence[float]
+    correct: Sequence[bool]
 
 
 class Estimate(NamedTuple):
@@ -81,20 +94,20 @@ def record_metrics(scores: Mapping[str, Sequence[PromptScore]]) -> dict[str, flo
     metrics = {}
     for kind, letter in KINDS.items():
         if prompts := scores.get(kind, ()):
-            each = [_prompt_metrics(PromptScore(*one), kind == "neighborhood") for one in prompts]
+            each = [_prompt_metrics(prompt, kind == "neighborhood") for prompt in prompts]
             for name, values in zip("SMA", zip(*each), strict=True):
                 metrics[f"{letter}{name}"] = fmean(values)
     return metrics
 
 
-def zsre_metrics(scores: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, float]:
+def zsre_metrics(scores: Mapping[str, Sequence[AnswerScore]]) -> dict[str, float]:
     """Return EA, PA and NA of one zsRE record: the shares of answer tokens that are the top token.
 
     Args:
-        scores: By kind, (log-probabilities, correctness) of the only target of each prompt.
+        scores: Scores by kind of prompt, as in `record_metrics`.
     """
     return {
-        f"{letter}A": fmean(float(c) for _, correct in scores[kind] for c in correct)
+        f"{letter}A": fmean(float(c) for prompt in scores[kind] for c in prompt.correct)
         for kind, letter in KINDS.items()
     }
 
@@ -126,7 +139,7 @@ def summarise(
     estimates = {}
     for name in NAMES[1:]:
         if values := [100 * row[name] for row in rows if name in row]:
-            half = 1.96 * stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+            half = half_width(stdev(values), len(values)) if len(values) > 1 else math.nan
             estimates[name] = Estimate(fmean(values), half, len(values))
     parts = S_OF[protocol]
     complete = [[row[part] for part in parts] for row in rows if set(parts) <= set(row)]
@@ -174,7 +187,7 @@ def paired_difference(
         [100 * (a[name] - b[name]) for a, b in zip(one, other, strict=True)], dtype=torch.float64
     )
     n = len(differences)
-    half = 1.96 * differences.std().item() / n**0.5 if n > 1 else math.nan
+    half = half_width(differences.std().item(), n) if n > 1 else math.nan
     estimate = Estimate(differences.mean().item(), half, n)
     return estimate, _sign_flip(differences)
 

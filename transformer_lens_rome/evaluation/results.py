@@ -17,7 +17,7 @@ from transformer_lens_rome.evaluation.metrics import (
     summarise,
     zsre_metrics,
 )
-from transformer_lens_rome.evaluation.rows import row_checker
+from transformer_lens_rome.evaluation.rows import RecordRow, row_reader
 from transformer_lens_rome.files.run_file import read_run
 from transformer_lens_rome.showing import Shown, figure
 
@@ -67,8 +67,8 @@ class Results(Shown):
 
     name: str
     setting: Mapping[str, Any]
-    before: Mapping[int, Mapping[str, Any]] = field(repr=False)
-    after: Mapping[int, Mapping[str, Any]] = field(repr=False)
+    before: Mapping[int, RecordRow] = field(repr=False)
+    after: Mapping[int, RecordRow] = field(repr=False)
 
     @classmethod
     def load(cls, path: Any) -> Results:
@@ -80,16 +80,16 @@ class Results(Shown):
             OSError: There is no such file, or no `unedited.jsonl` in its folder.
         """
         path = Path(path)
-        head, rows = read_run(path, row_checker)
-        unedited_head, unedited_rows = read_run(path.with_name(UNEDITED), row_checker)
-        before = {row["case_id"]: row for row in unedited_rows}
+        head, rows = read_run(path, row_reader)
+        unedited_head, unedited_rows = read_run(path.with_name(UNEDITED), row_reader)
+        before = {row.case_id: row for row in unedited_rows}
         setting = head["setting"]
         if "method" not in setting:
             return cls("unedited", setting, before, {})
-        after = {row["case_id"]: row for row in rows}
+        after = {row.case_id: row for row in rows}
         before = {case: before[case] for case in after if case in before}
         same = all(setting.get(name) == value for name, value in unedited_head["setting"].items())
-        if not same or any(row["record"] != after[case]["record"] for case, row in before.items()):
+        if not same or any(row.record != after[case].record for case, row in before.items()):
             raise ValueError(
                 f"{UNEDITED} in the folder of {path} belongs to another model, setting or data set"
             )
@@ -106,14 +106,9 @@ class Results(Shown):
         rows = self.after if edited else self.before
         metrics_of = zsre_metrics if self.protocol == "zsre" else record_metrics
         return {
-            case: metrics_of(row["scores"])
-            | {
-                name: row["generation"][name]
-                for name in ("GE", "RS")
-                if name in row.get("generation", ())
-            }
+            case: metrics_of(row.scores) | (row.generation.metrics() if row.generation else {})
             for case, row in rows.items()
-            if "scores" in row
+            if row.scores is not None
         }
 
     @property
@@ -124,9 +119,13 @@ class Results(Shown):
     @property
     def seconds(self) -> dict[str, float]:
         """Return mean seconds per record: of the edit alone, and of edit, scoring and undo."""
-        rows = [row for row in self.after.values() if "edit_seconds" in row]
-        names = ("edit_seconds", "seconds") if rows else ()
-        return {name: fmean(row[name] for row in rows) for name in names}
+        each = [
+            (row.edit_seconds, row.seconds)
+            for row in self.after.values()
+            if row.edit_seconds is not None and row.seconds is not None
+        ]
+        names = ("edit_seconds", "seconds")
+        return {name: fmean(values) for name, values in zip(names, zip(*each))}
 
     def scores(self, *, edited: bool | None = None) -> dict[str, Estimate]:
         """Return S, ES, EM, PS, PM, NS, NM and accuracies in percent, with 95% intervals."""
@@ -160,7 +159,7 @@ class Results(Shown):
             row: dict[str, Any] = {"case_id": case}
             row |= {f"{name}_before": x for name, x in before.get(case, {}).items()}
             row |= {f"{name}_after": x for name, x in after.get(case, {}).items()}
-            row["edit_seconds"] = self.after.get(case, {}).get("edit_seconds")
+            row["edit_seconds"] = self.after[case].edit_seconds if case in self.after else None
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -189,8 +188,8 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
     return ["method", "records", "failed", *shown], rows
 
 
-def _failed(rows: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    return {case: row["failed"] for case, row in rows.items() if "failed" in row}
+def _failed(rows: Mapping[int, RecordRow]) -> dict[int, str]:
+    return {case: row.failed for case, row in rows.items() if row.failed is not None}
 
 
 def _check_comparable(runs: Sequence[Results]) -> None:
@@ -200,10 +199,10 @@ def _check_comparable(runs: Sequence[Results]) -> None:
             raise ValueError(
                 f"the runs differ in {name}; compare only runs of one model and data set"
             )
-    records: dict[int, Any] = {}
+    records: dict[int, str] = {}
     for run in runs:
         for case, row in run.before.items():
-            if records.setdefault(case, row.get("record")) != row.get("record"):
+            if records.setdefault(case, row.record) != row.record:
                 raise ValueError(
                     f"the runs differ in record {case}; compare only runs of one data set"
                 )

@@ -1,27 +1,122 @@
-"""Checks of the rows of a run's file, so that tables can be made from every row that was read.
+"""The row of a record: what a run measured on it, and how this stands in the run's file.
 
-every row      case_id, record (a sha256)
+every row      case_id, record (digits of a sha256)
 scored row     scores: {kind: [[log-probabilities of each target, correctness of each], ...]},
-               seconds, edit_seconds, health, generation: {texts, GE, RS}
+               generation: {texts, GE, RS}, seconds, edit_seconds, health
 failed row     failed: the reason
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from transformer_lens_rome.evaluation.metrics import KINDS
-from transformer_lens_rome.files.fields import fits
+from transformer_lens_rome.evaluation.metrics import KINDS, AnswerScore, PromptScore
+from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.evaluation.zsre import ZsreRecord
+from transformer_lens_rome.files.fields import fits, make
 
-TARGETS = {"counterfact": 2, "zsre": 1}
-"""The number of targets that are scored after each prompt, by protocol."""
+Record = CounterFactRecord | ZsreRecord
+Scores = Mapping[str, Sequence[Any]]
+"""By kind of prompt, a `PromptScore` (CounterFact) or an `AnswerScore` (zsRE) for each prompt."""
+
+SCORE_OF: dict[str, type[PromptScore] | type[AnswerScore]] = {
+    "counterfact": PromptScore,
+    "zsre": AnswerScore,
+}
+"""The score of one prompt, by protocol."""
 _ABOVE_ZERO = 1e-3  # rounding may lift a log-probability above 0 by this much
-_MOST = {"GE": 64.0, "RS": 1.001, "seconds": 1e9, "edit_seconds": 1e9}
+_LONGEST = 1e9  # seconds
 
 
-def check_setting_row(first: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class GeneratedText:
+    """Text that the model wrote about the subject of a record.
+
+    Attributes:
+        texts: The texts, prompts included.
+        GE: Fluency: the mean n-gram entropy of the texts, in bits.
+        RS: Consistency with reference texts; None if there are none.
+    """
+
+    texts: tuple[str, ...]
+    GE: float
+    RS: float | None = None
+
+    def __post_init__(self) -> None:
+        check_range("GE", self.GE, 64.0)
+        check_range("RS", self.RS, 1.001)
+
+    def metrics(self) -> dict[str, float]:
+        """Return GE, and RS if it is known."""
+        return {"GE": self.GE} | ({} if self.RS is None else {"RS": self.RS})
+
+
+@dataclass(frozen=True)
+class RecordRow:
+    """What a run measured on one record: its scores, or the reason why there are none.
+
+    Attributes:
+        case_id: The record's number in the data set.
+        record: Digits of a sha256 of the record, from `record_digest`.
+        scores: By kind of prompt, the score of each prompt; None if the record failed.
+        generation: The generated text, if text was asked for.
+        failed: The reason if the record failed.
+        seconds: Duration of everything: edit, scoring and undo.
+        edit_seconds: Duration of the edit alone; None for the unedited model.
+        health: The edit's health, without its losses; None for the unedited model.
+    """
+
+    case_id: int
+    record: str
+    scores: Scores | None = None
+    generation: GeneratedText | None = None
+    failed: str | None = None
+    seconds: float | None = None
+    edit_seconds: float | None = None
+    health: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scores is None) == (self.failed is None):
+            raise ValueError("a row needs either scores or the reason of a failure")
+        if self.edit_seconds is not None and self.seconds is None:
+            raise ValueError("seconds is missing")
+        check_range("seconds", self.seconds, _LONGEST)
+        check_range("edit_seconds", self.edit_seconds, _LONGEST)
+        if self.scores is not None:
+            _check_scores(self.scores)
+
+    @property
+    def key(self) -> int:
+        """The record's number."""
+        return self.case_id
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object, without what is None."""
+        return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], protocol: str) -> RecordRow:
+        """Return the row of a line that `to_json` made.
+
+        Raises:
+            ValueError: A field is missing, unknown, or has an invalid value.
+        """
+        if "scores" in row:
+            row = {**row, "scores": _typed(row["scores"], protocol)}
+        return make(cls, row)
+
+
+def row_reader(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], RecordRow]:
+    """Return a function that makes rows of the lines of a run with this first line."""
+    return partial(RecordRow.from_json, protocol=protocol_of(first))
+
+
+def protocol_of(first: Mapping[str, Any]) -> str:
     """Return the protocol of a run, from its first line.
 
     Raises:
@@ -33,54 +128,50 @@ def check_setting_row(first: Mapping[str, Any]) -> str:
     method, protocol = setting.get("method", {"name": ""}), setting.get("protocol", "counterfact")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError("its method has no name")
-    if not isinstance(protocol, str) or protocol not in TARGETS:
+    if not isinstance(protocol, str) or protocol not in SCORE_OF:
         raise ValueError(f"its protocol is {protocol!r:.40}")
     return protocol
 
 
-def row_checker(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that raises ValueError for a row that does not fit this first line."""
-    return partial(check_row, protocol=check_setting_row(first))
+def record_digest(record: Record) -> str:
+    """Return the first sixteen digits of the sha256 of all fields of a record."""
+    text = json.dumps(asdict(record), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_row(row: Mapping[str, Any], protocol: str) -> None:
-    """Check a row.
-
-    Raises:
-        ValueError: A field is missing or has an invalid value.
-    """
-    if type(row.get("case_id")) is not int or not isinstance(row.get("record"), str):
-        raise ValueError("case_id or record is missing")
-    if "failed" in row:
-        if not isinstance(row["failed"], str) or "scores" in row:
-            raise ValueError("failed is not a text, or the row also has scores")
-        return
-    generation = row.get("generation", {})
-    if not isinstance(generation, Mapping):
-        raise ValueError("generation is not an object")
-    for name, most in _MOST.items():
-        value = (row if "seconds" in name else generation).get(name, 0)
-        if not fits(value, float) or not 0 <= value <= most:
-            raise ValueError(f"{name} is {value!r:.40}")
-    if ("seconds" in row) < ("edit_seconds" in row):
-        raise ValueError("seconds is missing")
-    _check_scores(row.get("scores"), TARGETS[protocol])
+def check_range(name: str, value: float | None, most: float) -> None:
+    """Raise ValueError if a value is given, and is not between 0 and `most`."""
+    if value is not None and not 0 <= value <= most:
+        raise ValueError(f"{name} is {value!r:.40}")
 
 
-def _check_scores(scores: Any, targets: int) -> None:
-    """Raise ValueError if scores are not numbers, or a kind of prompt is missing."""
-    if not isinstance(scores, Mapping) or not set(KINDS) <= set(scores):
-        raise ValueError(f"scores need the kinds {', '.join(KINDS)}")
+def check_log_probs(kind: str, *values: Sequence[float]) -> None:
+    """Raise ValueError if some values are not log-probabilities."""
+    numbers = [number for one in values for number in one]
+    if not fits(numbers, list[float]) or not all(-1e39 < n <= _ABOVE_ZERO for n in numbers):
+        raise ValueError(f"scores of {kind[:40]!r} are not log-probabilities")
+
+
+def _typed(scores: Any, protocol: str) -> Scores:
+    """Return scores read from a file with the type of their protocol."""
+    if not fits(scores, Mapping) or not all(fits(one, list[list]) for one in scores.values()):
+        raise ValueError("scores are not lists of prompts, by kind")
+    score = SCORE_OF[protocol]
     for kind, prompts in scores.items():
-        if not fits(prompts, list[list]) or (kind in KINDS and not prompts):
-            raise ValueError(f"scores of {kind[:40]!r} are not a list of prompts")
+        if any(len(prompt) != len(score._fields) for prompt in prompts):
+            raise ValueError(f"scores of {kind[:40]!r} need {', '.join(score._fields)} a prompt")
+    return {kind: [score(*prompt) for prompt in prompts] for kind, prompts in scores.items()}
+
+
+def _check_scores(scores: Scores) -> None:
+    """Raise ValueError if scores are not numbers, or a kind of prompt is missing."""
+    if missing := [kind for kind in KINDS if not scores.get(kind)]:
+        raise ValueError(f"scores of {', '.join(missing)} are missing")
+    for kind, prompts in scores.items():
         for prompt in prompts:
-            values, correct = prompt[:targets], prompt[targets:]
-            if len(prompt) != 2 * targets or not fits(correct, list[list[bool]]):
-                raise ValueError(f"scores of {kind[:40]!r} need {targets} targets a prompt")
-            if not fits(values, list[list[float]]) or not all(
-                number <= _ABOVE_ZERO and number > -1e39 for one in values for number in one
-            ):
-                raise ValueError(f"scores of {kind[:40]!r} are not log-probabilities")
-            if [len(one) for one in values] != [len(one) for one in correct] or not all(values):
+            values, correct = prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]
+            if not fits([*values], list[list]) or not fits([*correct], list[list[bool]]):
+                raise ValueError(f"scores of {kind[:40]!r} need a list of values for each target")
+            check_log_probs(kind, *values)
+            if [*map(len, values)] != [*map(len, correct)] or not all(values):
                 raise ValueError(f"scores of {kind[:40]!r} differ in length or are empty")

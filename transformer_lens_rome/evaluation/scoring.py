@@ -9,14 +9,24 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.generation import References, cleaned, fluency
+from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.records import CounterFactRecord
+from transformer_lens_rome.evaluation.rows import (
+    GeneratedText,
+    Record,
+    RecordRow,
+    Scores,
+    record_digest,
+)
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
+from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.model.fingerprint import Fingerprint
 from transformer_lens_rome.prompts.encoder import Encoder
@@ -25,7 +35,19 @@ from transformer_lens_rome.prompts.scores import score_rows
 
 logger = logging.getLogger(__name__)
 
-Record = CounterFactRecord | ZsreRecord
+S = TypeVar("S", PromptScore, AnswerScore)
+
+
+class Scored(NamedTuple):
+    """The raw numbers of a record with the model as it is.
+
+    Attributes:
+        scores: By kind of prompt, the score of each prompt.
+        generation: The generated text, if text was asked for.
+    """
+
+    scores: Scores
+    generation: GeneratedText | None = None
 
 
 class Scoring(Protocol):
@@ -37,8 +59,13 @@ class Scoring(Protocol):
 
     protocol: ClassVar[str]
 
-    def __call__(self, model: Any, encoder: Encoder, record: Any) -> dict[str, Any]:
-        """Return the raw numbers of a record with the model as it is now, as plain values."""
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything else that the numbers depend on, as plain values."""
+        ...
+
+    def __call__(self, model: Any, encoder: Encoder, record: Any) -> Scored:
+        """Return the raw numbers of a record with the model as it is now."""
         ...
 
 
@@ -59,8 +86,17 @@ class CounterFactScoring:
     references: References | None = None
     seed: int = 0
 
-    def __call__(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> dict[str, Any]:
-        """Return `metrics.PromptScore` of every prompt, by kind, and optionally `"generation"`.
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The options, and what generated text depends on."""
+        setting: dict[str, Any] = {"attributes": self.attributes, "generate": self.generate}
+        if self.generate:
+            setting["references"] = self.references.digest if self.references else None
+            setting["generation_seed"] = self.seed
+        return setting
+
+    def __call__(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> Scored:
+        """Return the score of every prompt, by kind, and optionally generated text.
 
         Raises:
             ValueError: The record has no true target, a log-probability is not a number, or a
@@ -81,24 +117,17 @@ class CounterFactScoring:
             kinds["attribute"] = record.attribute_prompts
         targets = (request.target_new, request.target_true)
         asked = {kind: [(prompt, targets) for prompt in kinds[kind]] for kind in kinds}
-        numbers: dict[str, Any] = {"scores": score_prompts(model, encoder, asked)}
-        if self.generate:
-            numbers["generation"] = self._generation(model, encoder, record)
-        return numbers
+        scores = score_prompts(model, encoder, asked, PromptScore)
+        return Scored(scores, self._generated(model, encoder, record) if self.generate else None)
 
-    def _generation(
-        self, model: Any, encoder: Encoder, record: CounterFactRecord
-    ) -> dict[str, Any]:
+    def _generated(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> GeneratedText:
         """Return generated texts with their GE and RS."""
         prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
         seed = (self.seed << 32) + record.case_id
         texts = sample_continuations(model, prompts, seed=seed, encoder=encoder)
         texts = [cleaned(text) for text in texts]
-        numbers: dict[str, Any] = {"texts": texts, "GE": fluency(texts)}
-        if self.references is not None:
-            if (rs := self.references.consistency(record, texts)) is not None:
-                numbers["RS"] = rs
-        return numbers
+        rs = self.references.consistency(record, texts) if self.references else None
+        return GeneratedText(tuple(texts), fluency(texts), rs)
 
 
 @dataclass(frozen=True)
@@ -107,7 +136,12 @@ class ZsreScoring:
 
     protocol: ClassVar[str] = "zsre"
 
-    def __call__(self, model: Any, encoder: Encoder, record: ZsreRecord) -> dict[str, Any]:
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Nothing: zsRE has no options."""
+        return {}
+
+    def __call__(self, model: Any, encoder: Encoder, record: ZsreRecord) -> Scored:
         """Return log-probabilities and correctness of every answer's tokens, by kind.
 
         Raises:
@@ -119,13 +153,19 @@ class ZsreScoring:
             "paraphrase": [(record.rephrase, new)],
             "neighborhood": [(record.locality_prompt, (record.locality_answer,))],
         }
-        return {"scores": score_prompts(model, encoder, asked)}
+        return Scored(score_prompts(model, encoder, asked, AnswerScore))
 
 
 def score_prompts(
-    model: Any, encoder: Encoder, asked: Mapping[str, Sequence[tuple[str, Sequence[str]]]]
-) -> dict[str, list[list[Any]]]:
-    """Return for every prompt the log-probabilities of each target's tokens, then correctness.
+    model: Any,
+    encoder: Encoder,
+    asked: Mapping[str, Sequence[tuple[str, Sequence[str]]]],
+    score: type[S],
+) -> dict[str, list[S]]:
+    """Return the score of every prompt, by kind.
+
+    `asked` has, by kind, prompts with the targets after each of them. `score` makes a prompt's
+    score of the log-probabilities of each target, then the correctness of each.
 
     Raises:
         ValueError: A log-probability is not a number, or a prompt is longer than the context.
@@ -137,66 +177,87 @@ def score_prompts(
         for target in targets
     ]
     row_scores = iter(score_rows(model, rows))
-    scores: dict[str, list[list[Any]]] = {}
+    scores: dict[str, list[S]] = {}
     for kind, pairs in asked.items():
         scores[kind] = []
         for _, targets in pairs:
             by_target = [next(row_scores) for _ in targets]
-            if not all(torch.isfinite(score.log_probs).all() for score in by_target):
+            if not all(torch.isfinite(one.log_probs).all() for one in by_target):
                 raise ValueError("the model gives log-probabilities that are not finite numbers")
-            values = [s.log_probs for s in by_target] + [s.correct for s in by_target]
-            scores[kind].append([tensor.tolist() for tensor in values])
+            values = [one.log_probs for one in by_target] + [one.correct for one in by_target]
+            scores[kind].append(score(*(tensor.tolist() for tensor in values)))
     return scores
 
 
-def score_unedited(
-    model: Any, encoder: Encoder, record: Record, scoring: Scoring
-) -> dict[str, Any]:
-    """Return one record's row for the unedited model, with the reason if scoring fails."""
-    started = time.perf_counter()
-    try:
-        numbers = scoring(model, encoder, record)
-    except ValueError as error:  # the edited model could not be scored either
-        return {"failed": f"ValueError: {error}"}
-    return {**numbers, "seconds": round(time.perf_counter() - started, 3)}
+@dataclass(frozen=True)
+class ScoreUnedited:
+    """Makes a record's row with the unedited model; it can be pickled, for workers."""
+
+    scoring: Scoring
+    encoder: Encoder
+
+    def __call__(self, model: Any, record: Record) -> RecordRow:
+        """Return the row, with the reason if scoring fails."""
+        started = time.perf_counter()
+        row = partial(RecordRow, record.case_id, record_digest(record))
+        try:
+            scored = self.scoring(model, self.encoder, record)
+        except ValueError as error:  # the edited model could not be scored either
+            return row(failed=f"ValueError: {error}")
+        return row(*scored, seconds=_since(started))
 
 
-def score_edited(
-    model: Any,
-    encoder: Encoder,
-    record: Record,
-    scoring: Scoring,
-    method: EditMethod,
-    fingerprint: Fingerprint,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Return one record's row for the edited model; a failed edit is reported, not raised.
+@dataclass(frozen=True)
+class ScoreEdited:
+    """Edits the model, makes a record's row, and undoes the edit; it can be pickled, for workers.
 
-    Raises:
-        RuntimeError: The model differs afterwards, or the device failed.
-        NotImplementedError: The method cannot edit this model.
+    Attributes:
+        scoring: Scores the record.
+        encoder: Encodes the prompts of the scoring.
+        method: Makes the edits.
+        fingerprint: The state of the model before the run.
+        seed: The seed of the method's draws.
     """
-    label = f"record {record.case_id}"
-    started = time.perf_counter()
-    try:
-        edit = method.compute(model, record.request, seed=seed)
-        seconds = time.perf_counter() - started
-        with applied(model, edit):
-            numbers = scoring(model, encoder, record)
-    except NotImplementedError:
-        raise  # the model cannot be edited, so every record would fail
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if _is_device_fault(error):
-            raise
-        logger.warning("%s: %s: %s", label, type(error).__name__, error)
-        numbers = {"failed": f"{type(error).__name__}: {error}"}
-    fingerprint.check(model, label)
-    if "failed" in numbers:
-        return numbers
-    health = {k: v for k, v in edit.health.to_dict().items() if k != "losses"}
-    total = time.perf_counter() - started
-    times = {"seconds": round(total, 3), "edit_seconds": round(seconds, 3)}
-    return {**numbers, **times, "health": health}
+
+    scoring: Scoring
+    encoder: Encoder
+    method: EditMethod
+    fingerprint: Fingerprint
+    seed: int = 0
+
+    def __call__(self, model: Any, record: Record) -> RecordRow:
+        """Return the row; a failed edit is reported in it, not raised.
+
+        Raises:
+            RuntimeError: The model differs afterwards, or the device failed.
+            NotImplementedError: The method cannot edit this model.
+        """
+        label = f"record {record.case_id}"
+        row = partial(RecordRow, record.case_id, record_digest(record))
+        failed = None
+        started = time.perf_counter()
+        try:
+            edit = self.method.compute(model, record.request, seed=self.seed)
+            edit_seconds = _since(started)
+            with applied(model, edit):
+                scored = self.scoring(model, self.encoder, record)
+        except NotImplementedError:
+            raise  # the model cannot be edited, so every record would fail
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if _is_device_fault(error):
+                raise
+            failed = f"{type(error).__name__}: {error}"
+            logger.warning("%s: %s", label, failed)
+        self.fingerprint.check(model, label)
+        if failed is not None:
+            return row(failed=failed)
+        health = as_read({k: v for k, v in edit.health.to_dict().items() if k != "losses"})
+        return row(*scored, seconds=_since(started), edit_seconds=edit_seconds, health=health)
+
+
+def _since(started: float) -> float:
+    """Return the seconds since a moment of the clock, to the millisecond."""
+    return round(time.perf_counter() - started, 3)
 
 
 def _is_device_fault(error: Exception) -> bool:

@@ -1,8 +1,9 @@
-"""Build dataclasses from the values of a file, with a type check of every field."""
+"""Build dataclasses from the values of a JSON file, with a type check of every field."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from collections.abc import Hashable, Mapping
 from functools import cache
@@ -33,8 +34,17 @@ def make(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**values)
 
 
+def as_read(value: Any) -> Any:
+    """Return a value as a JSON file gives it back: tuples become lists, and keys become texts."""
+    return json.loads(json.dumps(value))
+
+
 def _shaped(value: Any, hint: Any) -> Any:
     """Convert a JSON object to the dataclass, or a JSON list to the tuple, that `hint` names."""
+    if get_origin(hint) in (Union, types.UnionType):  # of such a type and None
+        for one in get_args(hint):
+            value = _shaped(value, one)
+        return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return make(hint, value)
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):

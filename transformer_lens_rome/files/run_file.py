@@ -1,36 +1,51 @@
 """Files of runs: one JSON line for each record, so a killed process loses no finished record.
 
-The first line describes the run; a file of another run is refused. Each later line is written with
-one call and flushed to the disk. An incomplete last line is removed when the file is opened again,
-so its record is computed again. While a file is open, other processes cannot open it.
+The first line describes the run; a file of another run is refused. Each later line is a row. It is
+written with one call and flushed to the disk. An incomplete last line is removed when the file is
+opened again, so its record is computed again. While a file is open, other processes cannot open it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from transformer_lens_rome.files.cache import lock
+from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.files.strict_json import parse, read_bytes
 
 _FORMAT = "transformer_lens_rome.run.1"
 _HEAD = f'{{"format": "{_FORMAT}"'.encode()
 
 
-Checker = Callable[[Mapping[str, Any]], Callable[[Mapping[str, Any]], Any]]
-"""Maps the first line of a run to a check, which raises a ValueError for an invalid row."""
+class Row(Protocol):
+    """A row of a run: a frozen dataclass that is written as one JSON object."""
+
+    @property
+    def key(self) -> Hashable:
+        """What identifies the row in its file."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as a JSON object."""
+        ...
 
 
-class RunFile:
+R = TypeVar("R", bound=Row)
+Reader = Callable[[Mapping[str, Any]], Callable[[Mapping[str, Any]], R]]
+"""Maps the first line of a run to a function that makes a row from a JSON object. Both raise a
+ValueError for a line that such a run does not write."""
+
+
+class RunFile(Generic[R]):
     """The rows of a run, read from a file and appended to it; use it in a `with` statement.
 
     Attributes:
         path: The file.
-        rows: The rows in the file, by the value of `key`.
-        key: The field that identifies a row.
+        rows: The rows in the file, by their key.
     """
 
     def __init__(
@@ -38,8 +53,7 @@ class RunFile:
         path: Any,
         setting: Mapping[str, Any],
         made_with: Mapping[str, Any],
-        checker: Checker,
-        key: str = "case_id",
+        reader: Reader[R],
     ) -> None:
         """Open or create the file.
 
@@ -47,15 +61,14 @@ class RunFile:
             path: The path of the file.
             setting: Everything that the rows depend on; a file with another setting is refused.
             made_with: Further information to save, such as versions.
-            checker: Checks the rows of the file.
-            key: The field that identifies a row.
+            reader: Makes the rows of the file.
 
         Raises:
             ValueError: The file is of another run, is damaged, or is open in another process.
             OSError: The file cannot be written.
         """
-        self.path, self.key, self._checker = Path(path), key, checker
-        self.rows: dict[int, dict[str, Any]] = {}
+        self.path = Path(path)
+        self.rows: dict[Hashable, R] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
@@ -65,44 +78,43 @@ class RunFile:
                     f"another process is writing to {path}; wait for it, or pass another file"
                 ),
             )
-            self._read(json.loads(json.dumps(dict(setting))), dict(made_with))
+            self._read(as_read(dict(setting)), dict(made_with), reader)
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: R) -> None:
         """Append one row to the file; the row is on the disk when this method returns."""
-        self._write(row)
-        self.rows[row[self.key]] = dict(row)
+        self._write(row.to_json())
+        self.rows[row.key] = row
 
-    def __enter__(self) -> RunFile:
+    def __enter__(self) -> RunFile[R]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self, setting: dict[str, Any], made_with: dict[str, Any]) -> None:
-        self._file.seek(0)
-        data = self._file.read()
+    def _read(self, setting: dict[str, Any], made_with: dict[str, Any], reader: Reader[R]) -> None:
+        data = read_bytes(self.path)
         lines, size = read_lines(data, self.path)
+        rows: list[R] = []
         if lines:
             check_setting(self.path, lines[0], setting)
-            _check_rows(self.path, lines, self._checker)
+            rows = _rows(self.path, lines, reader)
         elif not _HEAD.startswith(data[: len(_HEAD)]):
             raise ValueError(f"{self.path} is not the file of a run; pass another file")
         self._file.truncate(size)  # remove an incomplete last line of this format only
         if not lines:
             self._write({"format": _FORMAT, "setting": setting, "made_with": made_with})
-            return
-        self.rows = {row[self.key]: row for row in lines[1:]}
+        self.rows = {row.key: row for row in rows}
 
 
-def read_run(path: Any, checker: Checker) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_run(path: Any, reader: Reader[R]) -> tuple[dict[str, Any], list[R]]:
     """Return the first line and the rows of a run's file, without an incomplete last line.
 
     Raises:
@@ -114,19 +126,20 @@ def read_run(path: Any, checker: Checker) -> tuple[dict[str, Any], list[dict[str
         raise ValueError(
             f"{path} is not the file of a run; evaluate_counterfact writes one with out="
         )
-    _check_rows(Path(path), lines, checker)
-    return lines[0], lines[1:]
+    return lines[0], _rows(Path(path), lines, reader)
 
 
-def _check_rows(path: Path, lines: list[dict[str, Any]], checker: Checker) -> None:
-    """Raise ValueError if a line is not one that such a run writes."""
+def _rows(path: Path, lines: list[dict[str, Any]], reader: Reader[R]) -> list[R]:
+    """Return the rows; raise ValueError if a line is not one that such a run writes."""
+    rows: list[R] = []
     i = 0
     try:
-        check = checker(lines[0])
+        row_of = reader(lines[0])
         for i, line in enumerate(lines[1:], 1):
-            check(line)
+            rows.append(row_of(line))
     except ValueError as error:
         raise ValueError(f"{path}: line {i + 1} is damaged ({error})") from error
+    return rows
 
 
 def read_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens_rome.files.intervals import half_width
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
@@ -185,7 +186,7 @@ def _half_width(items: Float[Tensor, "item layer"]) -> Float[Tensor, "layer"]:
     """Return 1.96 standard errors of the mean; NaN for fewer than two items."""
     if len(items) < 2:
         return torch.full(items.shape[1:], torch.nan)
-    return 1.96 * items.std(0) / len(items) ** 0.5
+    return half_width(items.std(0), len(items))
 
 
 def _by_category(trace: CausalTrace) -> list[Float[Tensor, "item layer"]]:
@@ -241,7 +242,7 @@ class AverageSevered(Severed):
         stacked = torch.stack([self.ordinary, self.severed])
         if self.n_facts < 2:
             return torch.full_like(stacked[:, 0], torch.nan)
-        return 1.96 * stacked.std(1) / self.n_facts**0.5
+        return half_width(stacked.std(1), self.n_facts)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a pandas DataFrame with a row per layer and state of the path."""

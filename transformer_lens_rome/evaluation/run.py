@@ -1,0 +1,146 @@
+"""A run: each record is edited, scored and undone, and its row is written before the next one.
+
+The edit of a record is made on the unedited model, so records are independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from transformer_lens_rome.distributed import in_order, on_workers
+from transformer_lens_rome.edits.ledger import check_unedited
+from transformer_lens_rome.evaluation.results import UNEDITED, Results
+from transformer_lens_rome.evaluation.rows import Record, RecordRow, record_digest, row_reader
+from transformer_lens_rome.evaluation.scoring import ScoreEdited, ScoreUnedited, Scoring
+from transformer_lens_rome.files.run_file import RunFile
+from transformer_lens_rome.methods.base import EditMethod, described, get_method
+from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.prompts.encoder import Encoder
+
+Work = Callable[[Any, Record], RecordRow]
+"""Makes the row of a record with a model."""
+File = RunFile[RecordRow]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on the records of one data set; `evaluate_counterfact` describes the fields."""
+
+    model: Any
+    records: Sequence[Record]
+    method: str | EditMethod | None
+    scoring: Scoring
+    out: Any = None
+    seed: int = 0
+    prepend_bos: bool | None = None
+    workers: int = 1
+    ray_address: str | None = None
+    progress: bool = True
+
+    def results(self) -> Results:
+        """Score every record with the unedited model, then with its edit on the model."""
+        self._check()
+        encoder, fingerprint = Encoder.of(self.model, self.prepend_bos), Fingerprint.of(self.model)
+        method = self._prepared_method(fingerprint)
+        unedited = {
+            "protocol": self.scoring.protocol,
+            "model": adapter.model_name(self.model),
+            "model_hash": fingerprint.digest,
+            "prepend_bos": encoder.prepends_bos,
+            **self.scoring.setting,
+        }
+        if method is None:
+            return Results("unedited", unedited, self._before(encoder, unedited), {})
+        edited = unedited | {"seed": self.seed, "method": described(method)}
+        name = edited["method"]["name"]
+        work = ScoreEdited(self.scoring, encoder, method, fingerprint, self.seed)
+        with _opened(self.out, edited) as file:  # first: a wrong file is rejected before any work
+            before = self._before(encoder, unedited)
+            after = self._rows(work, file, name)
+        fingerprint.check(self.model, "the run")
+        return Results(name, edited, before, after)
+
+    def _check(self) -> None:
+        """Raise ValueError if the arguments do not go together, before any work."""
+        if not self.records:
+            raise ValueError("there are no records to evaluate; see CounterFact.load")
+        if len({record.case_id for record in self.records}) != len(self.records):
+            raise ValueError("two records have the same case_id; give each record another one")
+        if self.workers < 1:
+            raise ValueError(f"workers must be 1 or more, got {self.workers}")
+        if self.method is None and self.out is not None and Path(self.out).name != UNEDITED:
+            raise ValueError(
+                f"scores of the unedited model need a file with the name {UNEDITED}, where the "
+                f"runs of all methods in its folder look for them; pass "
+                f"{Path(self.out).with_name(UNEDITED)}, got {self.out}"
+            )
+        check_unedited(self.model)
+
+    def _prepared_method(self, fingerprint: Fingerprint) -> EditMethod | None:
+        """Return the method with all that its edits share; reject records it was trained on."""
+        method = get_method(self.method) if isinstance(self.method, str) else self.method
+        if prepared := getattr(method, "prepared", None):
+            method = prepared(self.model, seed=self.seed)
+            fingerprint.check(self.model, "the method was prepared")
+        if has_seen := getattr(method, "has_seen", None):
+            if seen := [record.case_id for record in self.records if has_seen(record)]:
+                raise ValueError(
+                    f"the editor was trained on {len(seen)} of these records (case_id "
+                    f"{seen[:5]}...); evaluate it on other records"
+                )
+        return method
+
+    def _before(self, encoder: Encoder, setting: Mapping[str, Any]) -> dict[int, RecordRow]:
+        """Score every record with the unedited model; all methods of a folder share its file."""
+        path = None if self.out is None else Path(self.out).with_name(UNEDITED)
+        with _opened(path, setting) as file:
+            return self._rows(ScoreUnedited(self.scoring, encoder), file, "unedited")
+
+    def _rows(self, work: Work, file: File | None, name: str) -> dict[int, RecordRow]:
+        """Return every record's row, from the run's file, or computed and written to the file."""
+        rows = self._written_rows(file) if file else {}
+        missing = [record for record in self.records if record.case_id not in rows]
+        counts = {"total": len(self.records), "initial": len(rows)}
+        with tqdm(desc=name, disable=not self.progress, **counts) as bar:
+            for row in self._computed_rows(work, missing):
+                rows[row.case_id] = row
+                if file:
+                    file.append(row)
+                bar.update()
+        return {record.case_id: rows[record.case_id] for record in self.records}
+
+    def _written_rows(self, file: File) -> dict[int, RecordRow]:
+        """Return the rows of these records that the file contains; reject rows of others."""
+        rows = {}
+        for record in self.records:
+            if row := file.rows.get(record.case_id):
+                if row.record != record_digest(record):
+                    raise ValueError(
+                        f"{file.path} contains another record {record.case_id}; give another file"
+                    )
+                rows[record.case_id] = row
+        return rows
+
+    def _computed_rows(self, work: Work, records: Sequence[Record]) -> Iterator[RecordRow]:
+        """Yield the row of each record as soon as it is known, in any order."""
+        if self.workers > 1 or self.ray_address is not None:
+            pairs = on_workers(self.workers, self.ray_address, self.model, work, records)
+        else:
+            pairs = in_order(self.model, work, records)
+        return (row for _, row in pairs)
+
+
+def _opened(path: Any, setting: Mapping[str, Any]) -> AbstractContextManager[File | None]:
+    """Open the file of a run, if there is one."""
+    if path is None:
+        return nullcontext()
+    versions = {name: version(name) for name in ("torch", "transformer-lens", "transformers")}
+    return RunFile(path, setting, versions, row_reader)
