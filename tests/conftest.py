@@ -26,6 +26,11 @@ def make_model(model_class: str, shape: str, tokenizer, **options):
     return make(shape, tokenizer, **options)
 
 
+def pytest_configure():
+    """One thread, with which two runs round alike; `pytest -n 2` takes two cores."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     """Mark the quick lane: each test once, with its first parameters, without the real model."""
     seen = set()
@@ -51,15 +56,6 @@ def _global_random_state_untouched():
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-@pytest.fixture
-def one_thread():
-    """One thread: two runs round alike, and there is no pool of threads that a fork loses."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def ray():
     found.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+@pytest.mark.slow
 def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     """Also when one of them dies on the way; when three die at one record, that is an error."""
     deadly = Deadly("The tower", str(tmp_path / "marker"))
@@ -71,6 +72,7 @@ def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
     texts = [f"The old man of Rome is the best of {n} times. " * (1 + n % 3) for n in range(60)]
     known = {"max_tokens": 900, "batch_size": 4, "max_length": 16, "progress": False}
@@ -84,6 +86,7 @@ def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
         assert other.half_agreement == pytest.approx(moment.half_agreement, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_failing_work_ends_the_workers(gpt2, ray):
     with pytest.raises(ZeroDivisionError):
         list(distributed.on_workers(2, None, gpt2, divided, [1, 0, 2, 3]))

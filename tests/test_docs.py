@@ -235,6 +235,7 @@ def test_the_added_method_is_evaluated(several_keys, capsys):
     assert "| several keys | 1 | 0 |" in said and "| rome | 1 | 0 |" in said
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module, reason="the docs extra is not installed")

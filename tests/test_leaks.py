@@ -16,9 +16,11 @@ from leaks.footprint import InterruptAt, Interrupted, footprint, grown, run, slo
 from transformer_lens_rome import apply_edit
 from transformer_lens_rome.model.adapter import owner, w_out
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
-def setting(gpt2, tmp_path, monkeypatch, one_thread):
+def setting(gpt2, tmp_path, monkeypatch):
     """A tiny model with edits of every kind, and a temporary folder of its own."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("transformer_lens_rome"), "level", logging.ERROR)

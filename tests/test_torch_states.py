@@ -188,7 +188,7 @@ def case(request, tmp_path_factory, tokenizer, bos_tokenizer):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_everything_is_the_same_in_any_state(case, state, tmp_path, one_thread):
+def test_everything_is_the_same_in_any_state(case, state, tmp_path):
     model, expected = case
     weights = [w_out(model, layer).detach().clone() for layer in range(model.cfg.n_layers)]
     with ExitStack() as stack:

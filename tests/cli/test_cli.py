@@ -265,6 +265,7 @@ def test_peak_memory_is_left_out_where_nothing_tells_it(monkeypatch):
     assert _peak_memory_gb() is None
 
 
+@pytest.mark.slow
 @needs_bridge
 def test_nothing_is_read_or_written_in_the_locales_encoding(checkpoint, tmp_path):
     """Python warns of files that are opened without an encoding; none of them is ours."""

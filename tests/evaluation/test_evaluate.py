@@ -337,7 +337,7 @@ def test_a_second_writer_is_refused(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize("limit", (700, 1500, 2600))
-def test_a_full_disk_stops_the_run_and_loses_nothing(gpt2, tmp_path, limit, one_thread):
+def test_a_full_disk_stops_the_run_and_loses_nothing(gpt2, tmp_path, limit):
     """A write that ends half-way is an error; what it left is done again."""
     import resource
 
@@ -366,8 +366,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(gpt2, tmp_p
         evaluate(gpt2, out=tmp_path / "file" / "run.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path, one_thread):
+def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
     """`kill -9` at random moments of an evaluation; it ends as an uninterrupted one does."""
     method = get_method("ft", layer=LAYER, steps=2)
     records = [record(i, name) for i, name in enumerate(("The tower", "Cuba", "Old man") * 20)]

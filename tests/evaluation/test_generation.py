@@ -157,6 +157,7 @@ def test_weights_of_another_vocabulary_are_refused(published):
 # ---------------------------------------------------------------- in an evaluation
 
 
+@pytest.mark.slow
 def test_generation_is_part_of_a_run_if_asked_for(gpt2, tmp_path):
     pytest.importorskip("nltk", reason="the generation extra is not installed")
     own = ("The best of times", "Cuba is")

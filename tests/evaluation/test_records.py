@@ -138,6 +138,7 @@ FIELDS += ["requested_rewrite", *(f"requested_rewrite.{f}" for f in PUBLISHED["r
 FIELDS += ["requested_rewrite.target_new.str", "requested_rewrite.target_true.str"]
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.data())
 def test_any_damage_is_either_read_or_named(tmp_path_factory, data):

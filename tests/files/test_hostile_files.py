@@ -526,6 +526,7 @@ print((peak() - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/status")
 def test_tensors_take_their_memory_once_beside_the_map_of_the_file(tmp_path):
     size, path = 2**27, tmp_path / "tensors"

@@ -20,7 +20,7 @@ def trace(model, prompt):
     return causal_trace(model, prompt, prompt.split(" is")[0], n_samples=2, progress=False).samples
 
 
-def test_traces_in_threads_are_those_of_a_loop(gpt2, one_thread):
+def test_traces_in_threads_are_those_of_a_loop(gpt2):
     expected = [trace(gpt2, prompt) for prompt in PROMPTS]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda prompt: trace(gpt2, prompt), PROMPTS * 3))
@@ -28,7 +28,7 @@ def test_traces_in_threads_are_those_of_a_loop(gpt2, one_thread):
         assert torch.equal(one, other)
 
 
-def test_edits_in_threads_leave_the_very_bytes(gpt2, one_thread):
+def test_edits_in_threads_leave_the_very_bytes(gpt2):
     base, edits = w_out(gpt2, LAYER).detach().clone(), [random_edit(gpt2, seed=n) for n in range(4)]
 
     def on_and_off(edit):
@@ -86,14 +86,14 @@ def test_two_models_that_call_one_another_do_not_wait_for_ever(gpt2, model_class
         assert torch.equal(*(one.result(timeout=60) for one in found))
 
 
-def test_a_shallow_copy_waits_too(gpt2, one_thread):
+def test_a_shallow_copy_waits_too(gpt2):
     expected, twin = trace(gpt2, PROMPTS[0]), copy.copy(gpt2)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda model: trace(model, PROMPTS[0]), [gpt2, twin] * 4))
     assert all(torch.equal(one, expected) for one in found)
 
 
-def test_a_dtype_that_is_set_while_another_thread_runs_stays(gpt2, one_thread):
+def test_a_dtype_that_is_set_while_another_thread_runs_stays(gpt2):
     """What one thread sets is what it finds after its call, whoever else was running."""
     expected, inside, go = trace(gpt2, PROMPTS[0]), threading.Event(), threading.Event()
 
@@ -117,7 +117,7 @@ def test_a_dtype_that_is_set_while_another_thread_runs_stays(gpt2, one_thread):
         torch.set_default_dtype(torch.float32)
 
 
-def test_threads_with_other_default_dtypes_get_the_same(gpt2, one_thread):
+def test_threads_with_other_default_dtypes_get_the_same(gpt2):
     expected = [trace(gpt2, prompt) for prompt in PROMPTS]
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -95,7 +95,7 @@ def stop_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize("name", ("mend", "ke"))
-def test_a_stopped_run_goes_on_to_the_same_end(gpt2, tmp_path, monkeypatch, name, one_thread):
+def test_a_stopped_run_goes_on_to_the_same_end(gpt2, tmp_path, monkeypatch, name):
     whole = fit(gpt2, name, max_steps=12, out=tmp_path / "whole")
     before = found(gpt2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(gpt2, tmp_path, monkeypatch, name
     }
 
 
-def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path, one_thread):
+def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path):
     out = tmp_path / "editor"
     fit(gpt2, max_steps=4, out=out)
     assert fit(gpt2, max_steps=12, out=out).digest == fit(gpt2, max_steps=12).digest
@@ -127,7 +127,7 @@ def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path, one_thread):
     assert fit(gpt2, max_steps=12, out=out).digest == get_method("mend").load(out).digest
 
 
-def test_it_stops_when_nothing_gets_better(gpt2, tmp_path, one_thread):
+def test_it_stops_when_nothing_gets_better(gpt2, tmp_path):
     still = {"alpha_lr": 10.0, "c_edit": 1e-6}  # nothing counts but locality, best at the start
     out = tmp_path / "editor"
     editor = fit(gpt2, max_steps=40, patience=8, out=out, **still)
@@ -177,7 +177,7 @@ def test_an_editor_is_never_overwritten_by_a_new_run(gpt2, tmp_path):
 # ---------------------------------------------------------------- one seed, one editor
 
 
-def test_the_seed_is_all_that_is_random(gpt2, one_thread):
+def test_the_seed_is_all_that_is_random(gpt2):
     one, same = fit(gpt2, max_steps=4), fit(gpt2, max_steps=4)
     assert one.digest == same.digest and one.info["step"] == 4
     assert fit(gpt2, max_steps=4, seed=1).digest != one.digest
@@ -254,7 +254,7 @@ def gradients(model, monkeypatch, **settings):
     return seen
 
 
-def test_updates_have_the_mean_of_their_steps_gradients(gpt2, monkeypatch, one_thread):
+def test_updates_have_the_mean_of_their_steps_gradients(gpt2, monkeypatch):
     (_, first), (_, second) = gradients(gpt2, monkeypatch, accumulate=1)
     ((norm, both),) = gradients(gpt2, monkeypatch, accumulate=2)
     for mean, one, other in zip(both, first, second, strict=True):
@@ -267,7 +267,7 @@ def test_updates_have_the_mean_of_their_steps_gradients(gpt2, monkeypatch, one_t
     )
 
 
-def test_a_step_that_gives_no_numbers_is_left_out(gpt2, monkeypatch, caplog, one_thread):
+def test_a_step_that_gives_no_numbers_is_left_out(gpt2, monkeypatch, caplog):
     (_, first), (_, second) = gradients(gpt2, monkeypatch, accumulate=1)
     real, calls = training.outcome, []
 
@@ -283,7 +283,7 @@ def test_a_step_that_gives_no_numbers_is_left_out(gpt2, monkeypatch, caplog, one
     assert all(torch.allclose(r, g / 2, rtol=1e-4, atol=1e-7) for r, g in zip(rest, second))
 
 
-def test_alphas_learning_rate(gpt2, one_thread):
+def test_alphas_learning_rate(gpt2):
     def alpha(**settings):
         return fit(gpt2, max_steps=4, c_loc=0.0, **settings).tensors
 
