@@ -16,20 +16,21 @@ from typing import Any, TypeVar
 import torch
 
 from transformer_lens_rome.extras import needed
+from transformer_lens_rome.model.protocol import Model
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Work = Callable[..., Any]
 
 
-def in_order(model: Any, work: Work, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
+def in_order(model: Model, work: Work, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
     """Yield each item and `work(model, record=item)`, computed in this process."""
     for item in items:
         yield item, work(model, record=item)
 
 
 def on_workers(
-    workers: int, address: str | None, model: Any, work: Work, items: Sequence[Item]
+    workers: int, address: str | None, model: Model, work: Work, items: Sequence[Item]
 ) -> Iterator[tuple[Item, Any]]:
     """Yield each item and its result from Ray workers, in the order of completion.
 
@@ -63,7 +64,7 @@ def on_workers(
 
 
 @contextmanager
-def _in_main_memory(model: Any) -> Iterator[Any]:
+def _in_main_memory(model: Model) -> Iterator[Any]:
     """Move the model to the CPU within this context, since a worker may have other devices."""
     devices = {tensor.device for tensor in model.parameters()}
     if len(devices) > 1:
@@ -84,7 +85,7 @@ def _in_main_memory(model: Any) -> Iterator[Any]:
 class _Worker:
     """The actor in a worker's process."""
 
-    def __init__(self, model: Any, work: Work, threads: int) -> None:
+    def __init__(self, model: Model, work: Work, threads: int) -> None:
         torch.set_num_threads(threads)
         # Ray shows a worker only the GPUs that it gave to it, and calls them CUDA devices
         self.model = model.to("cuda") if torch.cuda.is_available() else model
@@ -97,7 +98,7 @@ class _Worker:
 class _Pool:
     """The workers and their current items."""
 
-    def __init__(self, ray: Any, size: int, model: Any, work: Any) -> None:
+    def __init__(self, ray: Any, size: int, model: Model, work: Any) -> None:
         self.ray, self.size = ray, size
         self.workers: list[Any] = []
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -18,6 +18,7 @@ from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.model import passes, refusals
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import target_log_probs
 from transformer_lens_rome.showing import Shown, figure
@@ -129,7 +130,7 @@ class EditReport(Result, Shown):
 
 @model_call
 def show_edit(
-    model: Any,
+    model: Model,
     edit: Edit | AppliedEdit,
     prompts: Sequence[str] = (),
     *,
@@ -226,7 +227,7 @@ class _State:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: Any, encoder: Encoder, request: EditRequest, prompts: Sequence[str]
+        cls, model: Model, encoder: Encoder, request: EditRequest, prompts: Sequence[str]
     ) -> _State:
         """Run the model and read its scores and attention patterns."""
         texts = [request.text, *prompts]
@@ -247,7 +248,7 @@ class _State:
 
 
 def _log_probs(
-    model: Any, ids: Sequence[int], positions: Sequence[int]
+    model: Model, ids: Sequence[int], positions: Sequence[int]
 ) -> Float[Tensor, "pos d_vocab"]:
     """Return log-probabilities of the next token at some positions of a text."""
     at = torch.tensor(list(positions))

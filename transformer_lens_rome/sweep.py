@@ -35,6 +35,7 @@ from transformer_lens_rome.methods.rome import Rome, RomeConfig
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_prefixes
 from transformer_lens_rome.statistics.second_moment import SecondMoment
@@ -58,7 +59,7 @@ class LayerScore:
 
 @model_call
 def sweep_layers(
-    model: Any,
+    model: Model,
     records: Sequence[CounterFactRecord | Mapping[str, Any]],
     layers: Sequence[int],
     *,
@@ -131,7 +132,7 @@ class Means:
             check_log_probs(name, pair)
 
     @classmethod
-    def of(cls, model: Any, encoder: Encoder, record: CounterFactRecord) -> Means:
+    def of(cls, model: Model, encoder: Encoder, record: CounterFactRecord) -> Means:
         """Score the first prompt of each kind with the model as it is now."""
         first = dataclasses.replace(
             record,
@@ -195,7 +196,7 @@ def sweep_file(path: Any, setting: Mapping[str, Any]) -> RunFile[SweepRow]:
 
 def _opened(
     out: Any,
-    model: Any,
+    model: Model,
     encoder: Encoder,
     config: RomeConfig,
     prefixes: Sequence[str],
@@ -223,7 +224,7 @@ def _opened(
 class _Sweep:
     """The data that all layers share; `before` has the scores of the unedited model, by case."""
 
-    model: Any
+    model: Model
     encoder: Encoder
     prefixes: tuple[str, ...]
     config: RomeConfig

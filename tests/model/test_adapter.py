@@ -14,6 +14,7 @@ from helpers.tiny_models import SHAPES, tiny_hf
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model import default_layer as defaults
 from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.protocol import Model
 
 LAYER = 1
 KEY, VALUE, EMBED = Point("key", LAYER), Point("value", LAYER), Point("embed")
@@ -233,3 +234,9 @@ def test_cached_steps_give_the_logits_of_the_full_forward(zoo, name, shape):
         logits, cache = passes.next_logits(model, tokens[:, done : done + step], cache)
         done += step
         torch.testing.assert_close(logits, expected[:, done - 1], **close)
+
+
+def test_each_class_has_the_members_of_the_type(gpt2):
+    members = [name for name in vars(Model) if not name.startswith("_")]
+    assert {"cfg", "tokenizer", "blocks", "hooks"} <= set(members)
+    assert not [name for name in members if not hasattr(gpt2, name)]

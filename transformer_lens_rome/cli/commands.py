@@ -23,6 +23,7 @@ from transformer_lens_rome.methods.rome import RomeConfig, compute_rome_edit
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.default_layer import default_layer
 from transformer_lens_rome.model.load import default_class
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import greedy_continuations, sampled_texts
 from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
@@ -220,7 +221,7 @@ def run_trace(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _edit(
-    model: Any,
+    model: Model,
     request: EditRequest,
     layer: int | None,
     moment: SecondMoment | None,
@@ -268,7 +269,9 @@ def _edit(
     return report
 
 
-def _answers(model: Any, request: EditRequest, ask: list[tuple[str, str]]) -> list[dict[str, Any]]:
+def _answers(
+    model: Model, request: EditRequest, ask: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
     """Return the top next token, P(target) and the greedy continuation for each prompt."""
     encoder = Encoder.of(model)
     prompts = [prompt for _, prompt in ask]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 
 
@@ -33,7 +34,7 @@ class AddedValues(NamedTuple):
 
 @torch.no_grad()
 def added_values(
-    model: Any, encoder: Encoder, edit: Edit, rows: Sequence[Sequence[int]]
+    model: Model, encoder: Encoder, edit: Edit, rows: Sequence[Sequence[int]]
 ) -> list[AddedValues]:
     """Return what each change of a W_out adds, with the keys and values of the model as it is.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +22,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.model.protocol import Model
 
 
 @dataclass(eq=False)
@@ -46,14 +46,14 @@ class Ledger:
     processing: str
 
 
-def live_weight(model: Any, where: Weight) -> Tensor:
+def live_weight(model: Model, where: Weight) -> Tensor:
     """Return the live parameter of a weight that the model is known to have."""
     weight = adapter.parameter(model, where)
     assert weight is not None, f"the model has no {where.name} at layer {where.layer}"
     return weight
 
 
-def ledger_of(model: Any, where: Weight) -> Ledger | None:
+def ledger_of(model: Model, where: Weight) -> Ledger | None:
     """Return the ledger of a weight, or None if the weight has none."""
     if adapter.parameter(model, where) is None:
         return None
@@ -61,13 +61,13 @@ def ledger_of(model: Any, where: Weight) -> Ledger | None:
     return None if holder is None else vars(holder).get("_rome_ledgers", {}).get(where.name)
 
 
-def every_ledger(model: Any) -> list[Ledger]:
+def every_ledger(model: Model) -> list[Ledger]:
     """Return the ledgers of all edited weights of a model."""
     modules = (module for _, module in adapter.every_module(model))
     return [ledger for m in modules for ledger in vars(m).get("_rome_ledgers", {}).values()]
 
 
-def ledger_to_edit(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit) -> Ledger:
+def ledger_to_edit(model: Model, where: Weight, shape: tuple[int, ...], edit: Edit) -> Ledger:
     """Return the ledger of a weight that an edit will change, or a new one if there is none."""
     weight = adapter.parameter(model, where)
     if weight is None or shape != tuple(weight.shape):
@@ -98,7 +98,7 @@ def ledger_to_edit(model: Any, where: Weight, shape: tuple[int, ...], edit: Edit
     return ledger
 
 
-def has_its_edits(model: Any, ledger: Ledger, force: bool) -> bool:
+def has_its_edits(model: Model, ledger: Ledger, force: bool) -> bool:
     """Return whether the weight still contains the edits of its ledger.
 
     Raises:
@@ -123,7 +123,7 @@ def has_its_edits(model: Any, ledger: Ledger, force: bool) -> bool:
     return True
 
 
-def write_all(model: Any, writes: list[tuple[Ledger, list[Edit]]]) -> None:
+def write_all(model: Model, writes: list[tuple[Ledger, list[Edit]]]) -> None:
     """Write base + edits into all of the weights, or on an error into none of them."""
     with ExitStack() as undo:
         for ledger, edits in writes:
@@ -133,7 +133,7 @@ def write_all(model: Any, writes: list[tuple[Ledger, list[Edit]]]) -> None:
 
 
 @torch.no_grad()
-def write(model: Any, ledger: Ledger, edits: list[Edit]) -> None:
+def write(model: Model, ledger: Ledger, edits: list[Edit]) -> None:
     """Write base + edits into a weight and store or drop its ledger; an error changes nothing."""
     weight, where = live_weight(model, ledger.where), ledger.where
     holder = adapter.holder(model, where)

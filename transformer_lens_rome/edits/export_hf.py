@@ -14,11 +14,12 @@ from transformer_lens_rome.edits.ledger import base_weight, edited_weights
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import weights_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import checkpoint_tokenizer
 
 
 @weights_call
-def export_hf(model: Any, folder: Any, *, hf_model: Any = None) -> Path:
+def export_hf(model: Model, folder: Any, *, hf_model: Any = None) -> Path:
     """Write weights, configuration and tokenizer in a format that `AutoModelForCausalLM` loads.
 
     The tokenizer is the checkpoint's, plus the tokens and the chat template that were added later.
@@ -90,19 +91,19 @@ def _tokenizer(tokenizer: Any) -> Any:
     return exported
 
 
-def _differs(model: Any, where: Weight) -> bool:
+def _differs(model: Model, where: Weight) -> bool:
     """Return whether the edits on a weight change its values."""
     weight = live_weight(model, where)
     return not torch.equal(_base(model, where).to(weight), weight)
 
 
-def _base(model: Any, where: Weight) -> Tensor:
+def _base(model: Model, where: Weight) -> Tensor:
     base = base_weight(model, where)
     assert base is not None  # an edited weight, or a W_out, which every editable model has
     return base
 
 
-def _replace(state: dict[str, Tensor], model: Any, where: Weight) -> None:
+def _replace(state: dict[str, Tensor], model: Model, where: Weight) -> None:
     """Replace the tensor that equals the base of a weight by the edited weight, in its layout."""
     name, turned = _find(state, _base(model, where), where, "before")
     edited = live_weight(model, where).detach()

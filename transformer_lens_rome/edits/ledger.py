@@ -30,6 +30,7 @@ from transformer_lens_rome.edits.kinds import Edit, EditHealth
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import weights_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.torch_states import torch_defaults
 
 
@@ -39,17 +40,17 @@ def _edits_on(ledgers: Iterable[Ledger]) -> tuple[Edit, ...]:
     return tuple(by_id.values())
 
 
-def active_edits(model: Any, layer: int) -> tuple[Edit, ...]:
+def active_edits(model: Model, layer: int) -> tuple[Edit, ...]:
     """Return the active edits of a layer's MLP, in the order they were applied to each weight."""
     return _edits_on(ledger for ledger in every_ledger(model) if ledger.where.layer == layer)
 
 
-def edited_weights(model: Any) -> list[Weight]:
+def edited_weights(model: Model) -> list[Weight]:
     """Return the weights that have active edits."""
     return [ledger.where for ledger in every_ledger(model)]
 
 
-def check_unedited(model: Any) -> None:
+def check_unedited(model: Model) -> None:
     """Check that a model has no edits on it.
 
     Raises:
@@ -59,7 +60,7 @@ def check_unedited(model: Any) -> None:
         raise ValueError("there are edits on the model; take them off with revert_all(model)")
 
 
-def base_weight(model: Any, where: Weight) -> Float[Tensor, "..."] | None:
+def base_weight(model: Model, where: Weight) -> Float[Tensor, "..."] | None:
     """Return a weight without its active edits, or None if the model has no such weight."""
     if ledger := ledger_of(model, where):
         return ledger.base
@@ -78,7 +79,7 @@ class AppliedEdit:
         edits: The edits, in the order they were applied.
     """
 
-    model: Any = field(repr=False)
+    model: Model = field(repr=False)
     edits: tuple[Edit, ...]
     _ledgers: tuple[tuple[Ledger, ...], ...] = field(repr=False, compare=False)
 
@@ -130,7 +131,7 @@ class AppliedEdit:
                     every.callback(_remove, self.model, [pair], force)
 
     @classmethod
-    def of(cls, model: Any, parts: Sequence[AppliedEdit]) -> AppliedEdit:
+    def of(cls, model: Model, parts: Sequence[AppliedEdit]) -> AppliedEdit:
         """Return several applied edits as one."""
         edits = tuple(edit for part in parts for edit in part.edits)
         return cls(model, edits, tuple(ledgers for part in parts for ledgers in part._ledgers))
@@ -147,7 +148,7 @@ class AppliedEdit:
 
 
 @weights_call
-def revert_all(model: Any, *, force: bool = False) -> None:
+def revert_all(model: Model, *, force: bool = False) -> None:
     """Undo every edit on a model, including those whose `AppliedEdit` is lost.
 
     Raises:
@@ -163,7 +164,7 @@ def revert_all(model: Any, *, force: bool = False) -> None:
 
 
 @weights_call
-def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
+def apply_edit(model: Model, edit: Edit, *, force: bool = False) -> AppliedEdit:
     """Add an edit to every weight that it changes, in place.
 
     Raises:
@@ -194,7 +195,7 @@ def apply_edit(model: Any, edit: Edit, *, force: bool = False) -> AppliedEdit:
 
 
 @contextmanager
-def applied(model: Any, *edits: Edit, force: bool = False) -> Iterator[Any]:
+def applied(model: Model, *edits: Edit, force: bool = False) -> Iterator[Any]:
     """Yield the model with some edits on it; restore the exact old weights at exit or on error."""
     with ExitStack() as undo:
         for edit in edits:
@@ -203,7 +204,7 @@ def applied(model: Any, *edits: Edit, force: bool = False) -> Iterator[Any]:
 
 
 @contextmanager
-def without(model: Any, edit: Edit) -> Iterator[Any]:
+def without(model: Model, edit: Edit) -> Iterator[Any]:
     """Yield the model without an edit, if it has it; restore the edit at exit or on error.
 
     Raises:
@@ -226,7 +227,7 @@ def without(model: Any, edit: Edit) -> Iterator[Any]:
         yield model
 
 
-def _remove(model: Any, on: list[tuple[Edit, list[Ledger]]], force: bool) -> None:
+def _remove(model: Model, on: list[tuple[Edit, list[Ledger]]], force: bool) -> None:
     """Remove edits from all of their weights, or on an error from none of them."""
     to_remove: dict[int, tuple[Ledger, set[int]]] = {}
     for edit, ledgers in on:

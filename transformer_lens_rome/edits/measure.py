@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from transformer_lens_rome.edits.base_bytes import live_weight
 from transformer_lens_rome.edits.kinds import Edit, EditHealth
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.prompts.scores import TargetScore, score_rows
 
 _ROWS = 1024  # rows of a matrix that are converted to float64 at a time
 
 
-def measured(model: Any, encoder: Encoder, edit: Edit) -> EditHealth:
+def measured(model: Model, encoder: Encoder, edit: Edit) -> EditHealth:
     """Measure any edit: the target's probability before and after, and the size of the change."""
     return measured_row(model, encoder, edit)[2]
 
 
-def measured_row(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
+def measured_row(model: Model, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
     """Return the bare prompt as a row, its score before the edit, and the edit's measurements."""
     request = edit.request
     bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
@@ -39,7 +38,7 @@ def measured_row(model: Any, encoder: Encoder, edit: Edit) -> tuple[Row, TargetS
 
 
 @torch.no_grad()
-def _size(model: Any, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
+def _size(model: Model, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
     """Return ||delta W|| / ||W|| over all changed weights, the rounding error, and warnings.
 
     They are computed for this edit alone, on the current weights.

@@ -29,11 +29,12 @@ from transformer_lens_rome.evaluation.scoring import CounterFactScoring, ZsreSco
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 
 
 @model_call
 def evaluate_counterfact(
-    model: Any,
+    model: Model,
     records: Sequence[CounterFactRecord],
     method: str | EditMethod | None,
     *,
@@ -82,7 +83,7 @@ def evaluate_counterfact(
 
 @model_call
 def evaluate_zsre(
-    model: Any,
+    model: Model,
     records: Sequence[ZsreRecord],
     method: str | EditMethod | None,
     *,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied, edited_weights
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_continuations
 from transformer_lens_rome.showing import Shown
@@ -44,7 +44,7 @@ class Generations(Shown):
 
 @model_call
 def compare_generations(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     edits: Mapping[str, Edit],
     *,

@@ -23,6 +23,7 @@ from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, described, get_method
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 
 Work = Callable[[Any, Record], RecordRow]
@@ -34,7 +35,7 @@ File = RunFile[RecordRow]
 class Run:
     """One method on the records of one data set; `evaluate_counterfact` describes the fields."""
 
-    model: Any
+    model: Model
     records: Sequence[Record]
     method: str | EditMethod | None
     scoring: Scoring

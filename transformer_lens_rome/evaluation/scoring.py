@@ -29,6 +29,7 @@ from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_continuations
 from transformer_lens_rome.prompts.scores import score_rows
@@ -64,7 +65,7 @@ class Scoring(Protocol):
         """Everything else that the numbers depend on, as plain values."""
         ...
 
-    def __call__(self, model: Any, encoder: Encoder, record: Any) -> Scored:
+    def __call__(self, model: Model, encoder: Encoder, record: Any) -> Scored:
         """Return the raw numbers of a record with the model as it is now."""
         ...
 
@@ -95,7 +96,7 @@ class CounterFactScoring:
             setting["generation_seed"] = self.seed
         return setting
 
-    def __call__(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> Scored:
+    def __call__(self, model: Model, encoder: Encoder, record: CounterFactRecord) -> Scored:
         """Return the score of every prompt, by kind, and optionally generated text.
 
         Raises:
@@ -120,7 +121,9 @@ class CounterFactScoring:
         scores = score_prompts(model, encoder, asked, PromptScore)
         return Scored(scores, self._generated(model, encoder, record) if self.generate else None)
 
-    def _generated(self, model: Any, encoder: Encoder, record: CounterFactRecord) -> GeneratedText:
+    def _generated(
+        self, model: Model, encoder: Encoder, record: CounterFactRecord
+    ) -> GeneratedText:
         """Return generated texts with their GE and RS."""
         prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
         seed = (self.seed << 32) + record.case_id
@@ -141,7 +144,7 @@ class ZsreScoring:
         """Nothing: zsRE has no options."""
         return {}
 
-    def __call__(self, model: Any, encoder: Encoder, record: ZsreRecord) -> Scored:
+    def __call__(self, model: Model, encoder: Encoder, record: ZsreRecord) -> Scored:
         """Return log-probabilities and correctness of every answer's tokens, by kind.
 
         Raises:
@@ -157,7 +160,7 @@ class ZsreScoring:
 
 
 def score_prompts(
-    model: Any,
+    model: Model,
     encoder: Encoder,
     asked: Mapping[str, Sequence[tuple[str, Sequence[str]]]],
     score: type[S],
@@ -196,7 +199,7 @@ class ScoreUnedited:
     scoring: Scoring
     encoder: Encoder
 
-    def __call__(self, model: Any, record: Record) -> RecordRow:
+    def __call__(self, model: Model, record: Record) -> RecordRow:
         """Return the row, with the reason if scoring fails."""
         started = time.perf_counter()
         row = partial(RecordRow, record.case_id, record_digest(record))
@@ -225,7 +228,7 @@ class ScoreEdited:
     fingerprint: Fingerprint
     seed: int = 0
 
-    def __call__(self, model: Any, record: Record) -> RecordRow:
+    def __call__(self, model: Model, record: Record) -> RecordRow:
         """Return the row; a failed edit is reported in it, not raised.
 
         Raises:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import weight_hash
+from transformer_lens_rome.model.protocol import Model
 
 
 class EditMethod(Protocol):
@@ -30,7 +31,7 @@ class EditMethod(Protocol):
     record raises an error.
     """
 
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> Edit:
+    def compute(self, model: Model, request: EditRequest, *, seed: int = 0) -> Edit:
         """Compute the edit that writes the request; the same seed gives the same edit."""
         ...
 
@@ -76,7 +77,7 @@ def described(method: EditMethod) -> dict[str, Any]:
     return {"name": name, "options": _plain(getattr(method, "options", options))}
 
 
-def provenance(model: Any, prepend_bos: bool) -> dict[str, Any]:
+def provenance(model: Model, prepend_bos: bool) -> dict[str, Any]:
     """Return the model, its class, the BOS rule and the library versions, for `Edit.provenance`."""
     return {
         "model": adapter.model_name(model),

@@ -24,7 +24,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +41,7 @@ from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.changes import Change, replacement
 from transformer_lens_rome.model.keys import check_value
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import target_index
 
@@ -100,11 +101,11 @@ class FineTuning:
         return "ft+l" if self.constrained else "ft"
 
     @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> FineTuning:
+    def prepared(self, model: Model, *, seed: int = 0) -> FineTuning:
         """Return a copy with layer and bound set."""
         return self._resolved(model)[1]
 
-    def _resolved(self, model: Any) -> tuple[int, FineTuning]:
+    def _resolved(self, model: Model) -> tuple[int, FineTuning]:
         """Return the layer, and a copy with layer and bound set."""
         name, layer, eps = short_name(model), self.layer, self.eps
         if layer is None:
@@ -117,7 +118,7 @@ class FineTuning:
         return layer, dataclasses.replace(self, layer=layer, eps=eps)
 
     @model_call
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> DenseEdit:
+    def compute(self, model: Model, request: EditRequest, *, seed: int = 0) -> DenseEdit:
         """Compute the edit that writes one fact; no step is random.
 
         Raises:
@@ -165,7 +166,7 @@ class _Task(NamedTuple):
 
 
 def _train(
-    model: Any, layer: int, task: _Task, method: FineTuning
+    model: Model, layer: int, task: _Task, method: FineTuning
 ) -> tuple[list[float], Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_model"] | None]:
     """Return the loss before each update and the changes of W_out and, if it is trained, b_out."""
     points = (Point("key", layer), Point("value", layer))

@@ -43,7 +43,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,7 @@ from transformer_lens_rome.methods.neuron_attribution import attribution
 from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 
 MANY = 0.01
@@ -119,7 +120,7 @@ class KnowledgeNeurons:
             raise ValueError(f"each of prompts needs exactly one '{{}}', got {wrong[0]!r}")
 
     @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> KnowledgeNeurons:
+    def prepared(self, model: Model, *, seed: int = 0) -> KnowledgeNeurons:
         """Return a copy with the activation set."""
         refusals.check_editable(model, range(model.cfg.n_layers))
         if self.activation is not None:
@@ -128,7 +129,7 @@ class KnowledgeNeurons:
         return dataclasses.replace(self, activation="post" if gated else "pre")
 
     @model_call
-    def attribute(self, model: Any, request: EditRequest) -> Float[Tensor, "layer d_mlp"]:
+    def attribute(self, model: Model, request: EditRequest) -> Float[Tensor, "layer d_mlp"]:
         """Compute Attr of every neuron for the ground truth after the request's prompt.
 
         Raises:
@@ -158,7 +159,7 @@ class KnowledgeNeurons:
         return torch.stack(parts).mean(0)
 
     @model_call
-    def neurons(self, model: Any, request: EditRequest) -> list[tuple[int, int]]:
+    def neurons(self, model: Model, request: EditRequest) -> list[tuple[int, int]]:
         """Return (layer, neuron) of each neuron that expresses the fact, refined by `prompts`.
 
         Raises:
@@ -169,7 +170,7 @@ class KnowledgeNeurons:
         return select([self.attribute(model, one) for one in requests], self.threshold, self.p)
 
     @model_call
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
+    def compute(self, model: Model, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
         """Compute the edit that writes one fact; no step is random.
 
         The edit's provenance lists the neurons. Without any neuron, the edit changes nothing and
@@ -234,7 +235,7 @@ def _tokens(encoder: Encoder, request: EditRequest, target: str, add_space: bool
 
 
 @torch.no_grad()
-def _greedy(model: Any, ids: Sequence[int]) -> int:
+def _greedy(model: Model, ids: Sequence[int]) -> int:
     """Return the most probable next token."""
     row, last = torch.tensor([list(ids)]), torch.tensor([len(ids) - 1])
     return int(passes.logits_at(model, row, torch.tensor([0]), last)[0].argmax())
@@ -244,7 +245,7 @@ def _greedy(model: Any, ids: Sequence[int]) -> int:
 
 
 def _indicators(
-    model: Any, neurons: Sequence[tuple[int, int]]
+    model: Model, neurons: Sequence[tuple[int, int]]
 ) -> dict[int, Float[Tensor, "d_mlp 1"]]:
     """Return a vector with 1 at the selected neurons, for each layer that has any."""
     indicators: dict[int, Tensor] = {}
@@ -255,7 +256,7 @@ def _indicators(
     return indicators
 
 
-def _health(model: Any, encoder: Encoder, edit: FactoredEdit) -> EditHealth:
+def _health(model: Model, encoder: Encoder, edit: FactoredEdit) -> EditHealth:
     """Measure the edit on its prompt and add the warnings of this method."""
     health = measured(model, encoder, edit)
     widths = [len(adapter.w_out(model, layer)) for layer in range(model.cfg.n_layers)]

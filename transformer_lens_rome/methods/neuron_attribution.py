@@ -11,7 +11,7 @@ path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -23,10 +23,11 @@ from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change, replacement
 from transformer_lens_rome.model.keys import check_value
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 
 
 def attribution(
-    model: Any,
+    model: Model,
     ids: Sequence[int],
     labels: Sequence[int],
     name: Literal["pre", "key"],

@@ -44,6 +44,7 @@ from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.default_layer import default_layer
 from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_prefixes
 from transformer_lens_rome.statistics.second_moment import SecondMoment
@@ -56,7 +57,7 @@ Request = EditRequest | Mapping[str, Any]
 
 @model_call
 def rome_edit(
-    model: Any,
+    model: Model,
     request: Request | Sequence[Request],
     *,
     layer: int | None = None,
@@ -82,7 +83,7 @@ def rome_edit(
 
 @overload
 def compute_rome_edit(
-    model: Any,
+    model: Model,
     request: Request,
     *,
     layer: int | None = ...,
@@ -97,7 +98,7 @@ def compute_rome_edit(
 
 @overload
 def compute_rome_edit(
-    model: Any,
+    model: Model,
     request: Sequence[Request],
     *,
     layer: int | None = ...,
@@ -112,7 +113,7 @@ def compute_rome_edit(
 
 @model_call
 def compute_rome_edit(
-    model: Any,
+    model: Model,
     request: Request | Sequence[Request],
     *,
     layer: int | None = None,
@@ -168,18 +169,18 @@ class Rome:
     progress: bool = field(default=False, metadata={"identifies": False})
 
     @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> Rome:
+    def prepared(self, model: Model, *, seed: int = 0) -> Rome:
         """Check the options; return a copy with every default chosen, for all edits of a run."""
         return self._prepared(model, Encoder.of(model, self.prepend_bos), seed)
 
     @model_call
-    def compute(self, model: Any, request: Request, *, seed: int = 0) -> RankOneEdit:
+    def compute(self, model: Model, request: Request, *, seed: int = 0) -> RankOneEdit:
         """Compute the edit that writes one fact."""
         (edit,) = self._in_order(model, [EditRequest.of(request)], seed)
         return edit
 
     def _in_order(
-        self, model: Any, requests: Sequence[EditRequest], seed: int
+        self, model: Model, requests: Sequence[EditRequest], seed: int
     ) -> list[RankOneEdit]:
         """Compute edits, each with those before it applied; the model stays unchanged."""
         if not requests:
@@ -194,7 +195,7 @@ class Rome:
                 edits.append(method._compute(model, encoder, request, seed))
         return edits
 
-    def _prepared(self, model: Any, encoder: Encoder, seed: int) -> Rome:
+    def _prepared(self, model: Model, encoder: Encoder, seed: int) -> Rome:
         """Check the given options; choose the defaults of the others and log them."""
         layer = default_layer(model) if self.layer is None else self.layer
         refusals.check_editable(model, [layer])
@@ -219,7 +220,7 @@ class Rome:
         )
 
     def _compute(
-        self, model: Any, encoder: Encoder, request: EditRequest, seed: int
+        self, model: Model, encoder: Encoder, request: EditRequest, seed: int
     ) -> RankOneEdit:
         """Compute one edit: keys and values, v*, the rank-one solve, and the edit's health."""
         layer, moment, prefixes = self.layer, self.second_moment, self.prefixes

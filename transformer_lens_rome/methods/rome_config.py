@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from transformer_lens_rome.model.adapter import short_name
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.default_layer import norm_follows_mlp
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.sampling import PREFIX_LENGTHS
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ CLAMPS = {"gpt2-medium": 3.0}
 
 
 @model_call
-def default_clamp(model: Any, layer: int) -> float:
+def default_clamp(model: Model, layer: int) -> float:
     """Return the default clamp: the largest ||delta||, in units of the value's norm.
 
     It is the released 4 (3 for GPT-2 medium), or 0.75 if a norm follows the MLP. That norm
@@ -77,6 +78,6 @@ def default_clamp(model: Any, layer: int) -> float:
     return clamp
 
 
-def released_clamp(model: Any) -> float:
+def released_clamp(model: Model) -> float:
     """Return the published code's clamp for this model."""
     return CLAMPS.get(short_name(model), 4.0)

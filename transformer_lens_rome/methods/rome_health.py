@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,12 +13,13 @@ from transformer_lens_rome.edits.measure import measured_row
 from transformer_lens_rome.methods.v_star import Optimised
 from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.statistics.second_moment import SecondMoment, cosine
 
 
 def measure_health(
-    model: Any,
+    model: Model,
     encoder: Encoder,
     edit: RankOneEdit,
     k_mean: Float[Tensor, "d_mlp"],

@@ -33,6 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from transformer_lens_rome.model.protocol import Model
+
 
 class Point(NamedTuple):
     """A place in the model where an activation can be read or replaced."""
@@ -72,7 +74,7 @@ Hook = Callable[[Tensor], "Tensor | None"]
 # ---------------------------------------------------------------- which model, and its weights
 
 
-def model_class(model: Any) -> Literal["hooked", "bridge"]:
+def model_class(model: Model) -> Literal["hooked", "bridge"]:
     """Return `"hooked"` for a HookedTransformer or a subclass, `"bridge"` for a TransformerBridge.
 
     Raises:
@@ -90,17 +92,17 @@ def model_class(model: Any) -> Literal["hooked", "bridge"]:
     )
 
 
-def model_name(model: Any) -> str:
+def model_name(model: Model) -> str:
     """Return the name of the checkpoint in TransformerLens."""
     return str(getattr(model.cfg, "model_name", "") or "unnamed")
 
 
-def shared_part(model: Any) -> Any:
+def shared_part(model: Model) -> Any:
     """Return the module with the weights: for a bridge its Hugging Face model, perhaps shared."""
-    return model.original_model if model_class(model) == "bridge" else model
+    return getattr(model, "original_model") if model_class(model) == "bridge" else model
 
 
-def every_module(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def every_module(model: Model) -> Iterator[tuple[str, nn.Module]]:
     """Yield each module once, with its name; for a bridge, also those of its Hugging Face model."""
     seen: set[int] = set()
     for prefix, part in (("", model), ("original_model.", shared_part(model))):
@@ -115,13 +117,13 @@ def plain_name(name: str) -> str:
     return name.replace("._original_component", "")
 
 
-def processing(model: Any) -> str:
+def processing(model: Model) -> str:
     """Describe whether TransformerLens has folded and centred the weights."""
     folded = bool(getattr(model, "_weights_processed", False))
     return f"{getattr(model.cfg, 'normalization_type', None)} {folded}"
 
 
-def rotation_limit(model: Any) -> int | None:
+def rotation_limit(model: Model) -> int | None:
     """Return the longest pass with the usual rotations, in tokens; None if there is no limit.
 
     With LongRoPE, a longer pass uses other rotations for all of its tokens.
@@ -140,7 +142,7 @@ def follows_length(name: str) -> bool:
     return any(part in name for part in ("inv_freq", "rotary_", "long_"))
 
 
-def architecture(model: Any) -> str:
+def architecture(model: Model) -> str:
     """Return the name of the architecture, for messages."""
     name = getattr(model.cfg, "original_architecture", None) or getattr(
         model.cfg, "architecture", None
@@ -148,7 +150,7 @@ def architecture(model: Any) -> str:
     return str(name or model_name(model))
 
 
-def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+def w_out(model: Model, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     """Return the W_out of one block, not a copy.
 
     Change it in place only, under `torch.no_grad()`.
@@ -170,14 +172,14 @@ def w_out(model: Any, layer: int) -> Float[Tensor, "d_mlp d_model"]:
     return weight
 
 
-def b_out(model: Any, layer: int) -> Float[Tensor, "d_model"]:
+def b_out(model: Model, layer: int) -> Float[Tensor, "d_model"]:
     """Return the bias that is added after W_out; zeros if the model has none."""
     weight = w_out(model, layer)
     bias = getattr(model.blocks[layer].mlp, "b_out", None)
     return torch.zeros_like(weight[0]) if bias is None else bias.detach()
 
 
-def parameter(model: Any, where: Weight) -> Tensor | None:
+def parameter(model: Model, where: Weight) -> Tensor | None:
     """Return a weight of one block's MLP, not a copy; None if the model does not have it."""
     if where.name == "W_out":
         return w_out(model, where.layer)
@@ -185,7 +187,7 @@ def parameter(model: Any, where: Weight) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def ends(model: Any, where: Weight) -> tuple[Point, Point]:
+def ends(model: Model, where: Weight) -> tuple[Point, Point]:
     """Return the points of the input and the output of W_in, W_gate or W_out."""
     if where.name == "W_out":
         return Point("key", where.layer), Point("value", where.layer)
@@ -195,7 +197,7 @@ def ends(model: Any, where: Weight) -> tuple[Point, Point]:
     return Point("mlp_in", where.layer), Point(output, where.layer)
 
 
-def embeddings(model: Any, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
+def embeddings(model: Model, ids: Int[Tensor, "n"]) -> Float[Tensor, "n d_model"]:
     """Return rows of the embedding matrix, in float32, before the model scales them.
 
     The rows are those of the checkpoint, or centred ones if weight processing centred them.
@@ -212,7 +214,7 @@ def owner(weight: Tensor) -> Tensor:
     return weight if weight._base is None else weight._base
 
 
-def holder(model: Any, where: Weight) -> nn.Module | None:
+def holder(model: Model, where: Weight) -> nn.Module | None:
     """Return the module in which a weight is registered; None if each pass computes the weight.
 
     The module remains when the parameter is replaced, and is copied and pickled with the model.
@@ -235,7 +237,7 @@ def weight_hash(weight: Float[Tensor, "..."]) -> str:
 # ---------------------------------------------------------------- hooks
 
 
-def _output_module(model: Any, layer: int) -> Any:
+def _output_module(model: Model, layer: int) -> Any:
     """Return the module whose output is the value: a bridge's W_out component, else the MLP."""
     mlp = model.blocks[layer].mlp
     if model_class(model) == "hooked":
@@ -244,7 +246,7 @@ def _output_module(model: Any, layer: int) -> Any:
     return component if hasattr(component, "hook_out") else None
 
 
-def _hook_name(model: Any, point: Point) -> str | None:
+def _hook_name(model: Model, point: Point) -> str | None:
     """Return the name of the hook point; None if the point needs a hook on a module.
 
     Only a HookedTransformer needs a module hook, for `mlp_in` and `value`. `hook_mlp_out` is not
@@ -272,7 +274,7 @@ def _hook_name(model: Any, point: Point) -> str | None:
 
 
 @contextmanager
-def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
+def hooks(model: Model, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
     """Call `fn(activation)` whenever a forward pass reaches a point.
 
     A tensor that `fn` returns replaces the activation. At exit these hooks are removed, also after
@@ -315,7 +317,7 @@ def hooks(model: Any, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_for(model: Any) -> Iterator[None]:
+def gradients_for(model: Model) -> Iterator[None]:
     """Enable gradients, also inside a caller's `no_grad`, and freeze every parameter until exit."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -341,7 +343,7 @@ def _identity(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- Hugging Face side
 
 
-def hf_model(model: Any) -> Any:
+def hf_model(model: Model) -> Any:
     """Return the Hugging Face model inside a bridge.
 
     Return None for a HookedTransformer, which has only copies of its weights.
@@ -358,9 +360,9 @@ def hf_model(model: Any) -> Any:
             "Hugging Face checkpoint cannot represent; apply the edit to a bridge without "
             "processing (with force=True, since its weights differ) and export that bridge"
         )
-    return model.original_model
+    return shared_part(model)
 
 
-def short_name(model: Any) -> str:
+def short_name(model: Model) -> str:
     """Return the lower-case model name without its owner: `EleutherAI/gpt-j-6B` -> `gpt-j-6b`."""
     return model_name(model).split("/")[-1].lower()

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.protocol import Model
 
 
 class BlockCall(NamedTuple):
@@ -131,7 +132,7 @@ def _copy_of(cache: Any, layer: int = 0, variants: int = 1) -> Any:
 
 @torch.no_grad()
 def record(
-    model: Any,
+    model: Model,
     layer: int,
     tokens: Int[Tensor, "row new"],
     mask: Int[Tensor, "row old_and_new"],

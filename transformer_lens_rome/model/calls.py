@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
 from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import forget_other_states
 from transformer_lens_rome.torch_states import torch_defaults
 
@@ -56,7 +57,7 @@ def _called(function: Callable[P, R], begin: Callable[[Any], object]) -> Callabl
     return call
 
 
-def _begin(model: Any) -> None:
+def _begin(model: Model) -> None:
     """Check the model, and discard results of self-checks of an earlier state."""
     refusals.check_model(model)
     forget_other_states(model)

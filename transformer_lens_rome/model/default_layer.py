@@ -7,7 +7,6 @@ from the model's shape.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Point, short_name
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ LAYERS = {
 
 
 @model_call
-def default_layer(model: Any) -> int:
+def default_layer(model: Model) -> int:
     """Return the layer to edit, from the table or else from the model's shape.
 
     The rule is a third of the depth, as the released layers are at 0.18 (GPT-J) to 0.35 (GPT-2 XL)
@@ -56,7 +56,7 @@ def default_layer(model: Any) -> int:
 
 @model_call
 @torch.no_grad()
-def norm_follows_mlp(model: Any, layer: int) -> bool:
+def norm_follows_mlp(model: Model, layer: int) -> bool:
     """Return whether a norm follows the MLP in its block, as in Gemma 2 and 3 and OLMo 2.
 
     This is tested by scaling the value by 0, 2 and 4. In a plain block the output moves as far from

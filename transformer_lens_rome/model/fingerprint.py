@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import weight_hash
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.state import described
 
 _WIDTH = 61  # width of the table, in words
@@ -40,7 +40,7 @@ class Fingerprint:
     state: Mapping[str, str]
 
     @classmethod
-    def of(cls, model: Any) -> Fingerprint:
+    def of(cls, model: Model) -> Fingerprint:
         """Hash every parameter; this takes about a second per gigabyte."""
         hashes = {name: weight_hash(tensor) for name, tensor in model.named_parameters()}
         return cls(hashes, _checksums(model), _state(model))
@@ -51,7 +51,7 @@ class Fingerprint:
         text = "".join(f"{name} {value}\n" for name, value in sorted(self.hashes.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def check(self, model: Any, after: str) -> None:
+    def check(self, model: Model, after: str) -> None:
         """Check that the model has not changed.
 
         Args:
@@ -68,14 +68,14 @@ class Fingerprint:
                 raise RuntimeError(f"{name} has changed after {after}")
 
 
-def _state(model: Any) -> dict[str, str]:
+def _state(model: Model) -> dict[str, str]:
     """Describe the model's state, and list the modules with edits."""
     modules = adapter.every_module(model)
     edited = {f"the edits of {name}": "on" for name, m in modules if vars(m).get("_rome_ledgers")}
     return {**described(model), **edited}
 
 
-def _checksums(model: Any) -> dict[str, str]:
+def _checksums(model: Model) -> dict[str, str]:
     """Compute the checksum of each parameter and buffer, except for tables of rotations."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fixed = {name: tensor for name, tensor in tensors.items() if not adapter.follows_length(name)}

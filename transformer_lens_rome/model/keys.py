@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 
 
 def read_keys_and_values(
@@ -28,7 +27,7 @@ def read_keys_and_values(
 
 
 def check_value(
-    model: Any, layer: int, keys: Float[Tensor, "n d_mlp"], values: Float[Tensor, "n d_model"]
+    model: Model, layer: int, keys: Float[Tensor, "n d_mlp"], values: Float[Tensor, "n d_model"]
 ) -> None:
     """Check that value = key @ W_out + b_out, which an edit of W_out assumes.
 

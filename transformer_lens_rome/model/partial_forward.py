@@ -32,7 +32,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +41,7 @@ from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.block_calls import Recording, record
 from transformer_lens_rome.model.changes import Change, Noise, embedded, replace
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class PartialForward:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         layer: int,
         rows: Sequence[Sequence[int]],
         starts: Sequence[int],
@@ -205,7 +205,7 @@ class PartialForward:
 
 
 def _record(
-    model: Any,
+    model: Model,
     layer: int,
     rows: Sequence[Sequence[int]],
     starts: Sequence[int],
@@ -230,7 +230,7 @@ def _padded(rows: list[list[int]]) -> Int[Tensor, "row pos"]:
     return torch.tensor([ids + [0] * (width - len(ids)) for ids in rows])
 
 
-def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
+def _rows_can_be_cut(model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> bool:
     """Return whether the aligned rows fit into a pass and the user has set no hooks."""
     remainder = max(len(ids) - start for ids, start in zip(rows, starts))
     longest = max(map(len, rows))
@@ -250,12 +250,12 @@ def _rows_can_be_cut(model: Any, rows: Sequence[Sequence[int]], starts: Sequence
 # ---------------------------------------------------------------- self-checks
 
 
-def _can_be_cut(model: Any) -> bool:
+def _can_be_cut(model: Model) -> bool:
     """Return whether partial passes and whole passes agree for this model."""
     return holds(model, "whole passes", lambda: _error_of_cutting(model))
 
 
-def _can_be_stacked(model: Any, rows: int) -> bool:
+def _can_be_stacked(model: Model, rows: int) -> bool:
     """Return whether one batch of variants and single variants agree for this model.
 
     If the number of rows divides the number of heads, this number has a test of its own, since a
@@ -268,7 +268,7 @@ def _can_be_stacked(model: Any, rows: int) -> bool:
     return holds(model, alternative, lambda: _error_of_stacking(model, n))
 
 
-def _error_of_cutting(model: Any) -> float:
+def _error_of_cutting(model: Model) -> float:
     """Return the difference between partial and whole passes on three short rows."""
     ids = [(7 * i + 1) % model.cfg.d_vocab for i in range(9)]
     rows, starts, layer = (ids, ids[2:8], ids[5:]), (4, 2, 0), model.cfg.n_layers // 2
@@ -283,7 +283,7 @@ def _error_of_cutting(model: Any) -> float:
     return difference(part, whole)
 
 
-def _error_of_stacking(model: Any, n: int) -> float:
+def _error_of_stacking(model: Model, n: int) -> float:
     """Return the difference between stacked and single variants, with as many columns as rows."""
     rows = [[(7 * i + j) % model.cfg.d_vocab for i in range(4 + n)] for j in range(1, 1 + n)]
     each, start = torch.arange(n), torch.full((n,), 4)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Hook, Point, architecture, model_class
+from transformer_lens_rome.model.protocol import Model
 
 NO_ROW = torch.zeros(0, dtype=torch.long)  # no logits are needed, only the hooks
 
@@ -32,14 +33,16 @@ class _AllRead(Exception):
 
 
 def read(
-    model: Any, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
+    model: Model, tokens: Int[Tensor, "batch pos"], points: Sequence[Point]
 ) -> dict[Point, Tensor]:
     """Read activations at some points of one forward pass, which stops after the last of them."""
     return read_during(model, points, lambda: final_residual(model, tokens))
 
 
 @torch.no_grad()
-def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> dict[Point, Tensor]:
+def read_during(
+    model: Model, points: Sequence[Point], run: Callable[[], Any]
+) -> dict[Point, Tensor]:
     """Read activations at some points of any pass, which stops after the last of them."""
     activations: dict[Point, Tensor] = {}
 
@@ -60,7 +63,7 @@ def read_during(model: Any, points: Sequence[Point], run: Callable[[], Any]) -> 
 
 
 def logits_at(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     rows: Int[Tensor, "n"],
     positions: Int[Tensor, "n"],
@@ -75,7 +78,7 @@ def logits_at(
     return _chosen(model, logits, rows)
 
 
-def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
+def final_residual(model: Model, tokens: Int[Tensor, "batch pos"]) -> Tensor:
     """Run one forward pass over right-padded tokens.
 
     Return the residual before the final norm (HookedTransformer) or the logits (bridge).
@@ -88,7 +91,7 @@ def final_residual(model: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
     return model(tokens, attention_mask=mask, return_type="logits", use_cache=False)
 
 
-def check_context(model: Any, length: int) -> None:
+def check_context(model: Model, length: int) -> None:
     """Raise ValueError if a text is longer than the model's context."""
     if length > (model.cfg.n_ctx or length):
         raise ValueError(
@@ -97,7 +100,7 @@ def check_context(model: Any, length: int) -> None:
         )
 
 
-def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
+def apart(model: Model, lengths: Sequence[int]) -> list[list[int]]:
     """Group the indices of texts that may share a pass: one group, except with LongRoPE.
 
     With LongRoPE, the longest text of a pass determines the rotations of all texts. So texts within
@@ -112,14 +115,14 @@ def apart(model: Any, lengths: Sequence[int]) -> list[list[int]]:
 # ---------------------------------------------------------------- the end of a pass
 
 
-def unembed(model: Any, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+def unembed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Compute logits from residuals after the last block: final norm, unembedding, soft cap."""
     parts = [part.transpose(0, 1).flatten(1) for part in _logits(model, residual)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def log_probs(
-    model: Any, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
+    model: Model, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:
     """Compute log-probabilities of some tokens from residuals after the last block, in float32.
 
@@ -142,7 +145,7 @@ def log_probs(
 
 
 def _logits(
-    model: Any, residual: Float[Tensor, "n d_model"], **options: int
+    model: Model, residual: Float[Tensor, "n d_model"], **options: int
 ) -> Iterator[Float[Tensor, "block n tokens"]]:
     """Yield logits in parts, each a stack of blocks of the vocabulary."""
     final = model.ln_final(residual[:, None])[:, 0]
@@ -179,7 +182,7 @@ def products(
 
 
 @contextmanager
-def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]:
+def _unembed_only(model: Model, rows: Tensor, positions: Tensor) -> Iterator[None]:
     """Within this context, a bridge returns logits `[n, 1, d_vocab]`, at chosen pairs only."""
 
     def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -194,7 +197,7 @@ def _unembed_only(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]
         handle.remove()
 
 
-def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_vocab"]:
+def _chosen(model: Model, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_vocab"]:
     """Return the logits of a pass within `_unembed_only`, after a check of their shape."""
     if logits.shape[:2] != (len(rows), 1):
         raise NotImplementedError(f"{architecture(model)} does not unembed through model.unembed")
@@ -206,7 +209,7 @@ def _chosen(model: Any, logits: Tensor, rows: Tensor) -> Float[Tensor, "n d_voca
 
 @torch.no_grad()
 def next_logits(
-    model: Any, tokens: Int[Tensor, "batch new"], cache: Any = None
+    model: Model, tokens: Int[Tensor, "batch new"], cache: Any = None
 ) -> tuple[Float[Tensor, "batch d_vocab"], Any]:
     """Return logits after the last new token, and the cache for the next call."""
     return continue_from(model, tokens, cache, None, torch.arange(len(tokens)))
@@ -214,7 +217,7 @@ def next_logits(
 
 @torch.no_grad()
 def keys_and_values(
-    model: Any, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+    model: Model, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
 ) -> Any:
     """Return the cache after left-padded tokens; later passes do not change it.
 
@@ -232,7 +235,7 @@ def keys_and_values(
 
 
 def continue_from(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "row new"],
     cache: Any,
     mask: Int[Tensor, "row old_and_new"] | None,
@@ -293,7 +296,7 @@ def cache_by_both_names(blocks: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _empty_hooked_cache(model: Any, batch: int) -> Any:
+def _empty_hooked_cache(model: Model, batch: int) -> Any:
     """Return an empty key-value cache for a HookedTransformer; 3.x renamed its class."""
     try:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.model.protocol import Model
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Model) -> None:
     """Check that a model is a TransformerLens language model whose passes are deterministic.
 
     Raises:
@@ -43,7 +43,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def _running_statistics(model: Any) -> Iterator[str]:
+def _running_statistics(model: Model) -> Iterator[str]:
     """Describe each module that updates running statistics in every pass."""
     for name, module in adapter.every_module(model):
         tracks = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
@@ -55,7 +55,7 @@ def _running_statistics(model: Any) -> Iterator[str]:
 _RATE = re.compile("drop|jitter|noise")
 
 
-def _random_modules(model: Any) -> Iterator[str]:
+def _random_modules(model: Model) -> Iterator[str]:
     """Describe each module whose present flags and rates may make a pass random."""
     for name, module in adapter.every_module(model):
         if not module.training:
@@ -73,7 +73,7 @@ def _random_modules(model: Any) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _passes_are_random(model: Any) -> bool:
+def _passes_are_random(model: Model) -> bool:
     """Return whether a short pass draws random numbers or two passes give different results.
 
     The global random state is restored.
@@ -87,7 +87,7 @@ def _passes_are_random(model: Any) -> bool:
     return drawn or not torch.equal(one, other)
 
 
-def _reason_not_causal(model: Any) -> str:
+def _reason_not_causal(model: Model) -> str:
     """Return why a model is not one causal stack of blocks that reads text; empty if it is one."""
     if getattr(model.cfg, "is_audio_model", False):
         return "reads audio, not tokens"
@@ -105,7 +105,7 @@ def _reason_not_causal(model: Any) -> str:
     return ""
 
 
-def check_editable(model: Any, layers: Sequence[int]) -> None:
+def check_editable(model: Model, layers: Sequence[int]) -> None:
     """Check that the W_out of each layer can be read and written in place.
 
     Raises:

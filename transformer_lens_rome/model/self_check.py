@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from transformer_lens_rome.model import adapter, users_hooks
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.state import state_digest
 
 logger = logging.getLogger(__name__)
 
 
-def has_users_hooks(model: Any) -> bool:
+def has_users_hooks(model: Model) -> bool:
     """Return whether the user has set hooks on the model, and log that passes are whole then."""
     hooked = users_hooks.has_hooks(model)
     if hooked:
@@ -38,7 +39,7 @@ A user's interrupt or timeout is not among them.
 """
 
 
-def forget_other_states(model: Any) -> None:
+def forget_other_states(model: Model) -> None:
     """Discard the results of self-checks if the model's state has changed since they ran."""
     digest, trials = state_digest(model), vars(model).get("_rome_trials")
     if trials and trials.get(_STATE) != digest:
@@ -49,7 +50,7 @@ def forget_other_states(model: Any) -> None:
 _STATE = "state of the model"
 
 
-def holds(model: Any, instead: str, error: Callable[[], float]) -> bool:
+def holds(model: Model, instead: str, error: Callable[[], float]) -> bool:
     """Return whether a shortcut is valid for a model.
 
     The shortcut is tested once per model; the result is cached on the model, and a failure is

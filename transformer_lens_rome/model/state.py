@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 
 from transformer_lens_rome.model import adapter, users_hooks
+from transformer_lens_rome.model.protocol import Model
 
 _PLAIN = (bool, int, float, str)
 _CHANGED_BY_PASSES = frozenset({"max_seq_len_cached"})
 """Attributes that a pass may change: the filled length of a rotary table."""
 
 
-def described(model: Any) -> dict[str, str]:
+def described(model: Model) -> dict[str, str]:
     """Describe each module, the configurations, the tokenizer and torch's global hooks, by name."""
     texts = {
         name: "; ".join(_of_module(module))
@@ -40,7 +41,7 @@ def described(model: Any) -> dict[str, str]:
     return texts
 
 
-def state_digest(model: Any) -> str:
+def state_digest(model: Model) -> str:
     """Return the first sixteen digits of the sha256 of the description."""
     text = "".join(f"{name}: {words}\n" for name, words in sorted(described(model).items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

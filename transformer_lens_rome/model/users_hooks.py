@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model.protocol import Model
 
 
-def has_hooks(model: Any) -> bool:
+def has_hooks(model: Model) -> bool:
     """Return whether the user has set hooks on the model, at hook points or on plain modules.
 
     Hooks that TransformerLens and transformers set do not count. Both a user's hook and a library's

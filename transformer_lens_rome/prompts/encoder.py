@@ -30,6 +30,7 @@ from torch import Tensor
 
 from transformer_lens_rome.extras import first_line
 from transformer_lens_rome.files.strict_json import check_text, stripped
+from transformer_lens_rome.model.protocol import Model
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Encoder:
     start_id: int
 
     @classmethod
-    def of(cls, model: Any, prepend_bos: bool | None = None) -> Encoder:
+    def of(cls, model: Model, prepend_bos: bool | None = None) -> Encoder:
         """Return the encoder of a model; `prepend_bos=None` follows the checkpoint's tokenizer.
 
         Raises:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts
 from transformer_lens_rome.prompts.scores import score_rows
 
@@ -25,7 +25,7 @@ def held_out_rows(encoder: Encoder, texts: Sequence[str], *, length: int = 128) 
     return rows
 
 
-def held_out_nll(model: Any, rows: Sequence[Row]) -> float:
+def held_out_nll(model: Model, rows: Sequence[Row]) -> float:
     """Return the mean NLL of the target tokens of rows, in nats per token."""
     log_probs = [score.log_probs for row in rows for score in score_rows(model, [row])]
     return -sum(s.double().sum().item() for s in log_probs) / sum(map(len, log_probs))

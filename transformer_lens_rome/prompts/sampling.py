@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
 from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
 
@@ -37,7 +38,7 @@ class _GrowingText:
         cached: True if keys and values of earlier tokens are cached.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.cached = not has_users_hooks(model) and _can_be_cached(model)
         self._cache: Any = None
@@ -55,18 +56,18 @@ class _GrowingText:
         return _logits_after(self.model, self._tokens)
 
 
-def _logits_after(model: Any, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n d_vocab"]:
+def _logits_after(model: Model, tokens: Int[Tensor, "n pos"]) -> Float[Tensor, "n d_vocab"]:
     """Return the next-token logits after texts of equal length, from a full pass."""
     each = torch.arange(len(tokens))
     return passes.logits_at(model, tokens, each, torch.full_like(each, tokens.shape[1] - 1))
 
 
-def _can_be_cached(model: Any) -> bool:
+def _can_be_cached(model: Model) -> bool:
     """Return whether passes with cached keys and values give the logits of full passes."""
     return holds(model, "text is written by whole passes", lambda: _error_of_caching(model))
 
 
-def _error_of_caching(model: Any) -> float:
+def _error_of_caching(model: Model) -> float:
     """Return how much the logits after two short texts differ between cached and full passes."""
     tokens, cache = (7 * torch.arange(18).unflatten(0, (2, 9)) + 1) % model.cfg.d_vocab, None
     for new in tokens.split((5, 3, 1), dim=1):
@@ -76,7 +77,7 @@ def _error_of_caching(model: Any) -> float:
 
 @model_call
 def sample_tokens(
-    model: Any,
+    model: Model,
     n: int,
     length: int,
     *,
@@ -116,7 +117,7 @@ def _draw(logits: Float[Tensor, "n choice"], generator: torch.Generator) -> Int[
 
 @model_call
 def sample_prefixes(
-    model: Any,
+    model: Model,
     lengths: Sequence[tuple[int, int]] = PREFIX_LENGTHS,
     *,
     seed: int = 0,
@@ -146,7 +147,7 @@ def _sanitise(text: str) -> str:
 
 @model_call
 def sampled_texts(
-    model: Any,
+    model: Model,
     n: int,
     *,
     length: int = 128,
@@ -173,7 +174,7 @@ def sampled_texts(
 
 @model_call
 def sample_continuations(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     length: int = 100,
     *,
@@ -206,7 +207,7 @@ def sample_continuations(
 
 @model_call
 def greedy_continuations(
-    model: Any, prompts: Sequence[str], n_tokens: int = 20, *, encoder: Encoder | None = None
+    model: Model, prompts: Sequence[str], n_tokens: int = 20, *, encoder: Encoder | None = None
 ) -> list[str]:
     """Return the continuation of each prompt in which each token is the most probable one.
 
@@ -224,7 +225,7 @@ def greedy_continuations(
 
 
 def _continued(
-    model: Any,
+    model: Model,
     rows: Sequence[Row],
     width: int,
     choose: Callable[[Float[Tensor, "n d_vocab"]], Int[Tensor, "n 1"]],

@@ -6,7 +6,7 @@ Rows with a common start are run once, and only scored positions are unembedded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
 
 
 @model_call
 def target_log_probs(
-    model: Any,
+    model: Model,
     prompts: Sequence[str],
     targets: Sequence[str],
     *,
@@ -55,7 +56,7 @@ class TargetScore(NamedTuple):
 
 @model_call
 @torch.no_grad()
-def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
+def score_rows(model: Model, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
     """Score the target of every row; return the scores in the order of the rows.
 
     Rows that are equal up to the last target token, such as one prompt with two targets, are one
@@ -79,7 +80,7 @@ def score_rows(model: Any, rows: Sequence[Row], *, batch_size: int = 16) -> list
 
 
 def _scores(
-    model: Any, texts: Sequence[tuple[int, ...]], text_of: Sequence[int], rows: Sequence[Row]
+    model: Model, texts: Sequence[tuple[int, ...]], text_of: Sequence[int], rows: Sequence[Row]
 ) -> list[TargetScore]:
     """Score rows with one pass over `texts`; row i is scored in text number `text_of[i]`."""
     triples = [(k, p - 1, row.ids[p]) for k, row in zip(text_of, rows) for p in row.target]
@@ -115,7 +116,7 @@ def target_index(
 @model_call
 @torch.no_grad()
 def top_tokens(
-    model: Any,
+    model: Model,
     prompt: str,
     k: int = 5,
     *,

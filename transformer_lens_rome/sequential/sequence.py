@@ -29,6 +29,7 @@ from transformer_lens_rome.edits.ledger import AppliedEdit, apply_edit, check_un
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, get_method
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
 from transformer_lens_rome.sequential.guard import Guard, refusal
@@ -49,7 +50,7 @@ class EditSequence:
         stopped: The reason why the sequence ended before its last request; empty if it did not.
     """
 
-    model: Any = field(repr=False)
+    model: Model = field(repr=False)
     nll: float
     steps: tuple[Step, ...] = field(repr=False)
     applied: AppliedEdit = field(repr=False)
@@ -68,7 +69,7 @@ class EditSequence:
 
 @model_call
 def edit_in_sequence(
-    model: Any,
+    model: Model,
     requests: Sequence[EditRequest | Mapping[str, Any]],
     method: str | EditMethod = "rome",
     *,
@@ -130,7 +131,7 @@ class _Outcome(NamedTuple):
 class _Run:
     """The data that all steps of a sequence share."""
 
-    model: Any
+    model: Model
     method: EditMethod
     guard: Guard | None
     rows: list[Row]

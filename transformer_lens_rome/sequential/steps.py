@@ -18,6 +18,7 @@ from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, described
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.sequential.guard import Guard
 
@@ -57,7 +58,7 @@ class Step:
 
 
 def sequence_file(
-    model: Any,
+    model: Model,
     encoder: Encoder,
     method: EditMethod,
     guard: Guard | None,

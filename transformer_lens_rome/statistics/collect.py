@@ -21,6 +21,7 @@ from transformer_lens_rome.distributed import on_workers
 from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row, pad
 from transformer_lens_rome.statistics.second_moment import SecondMoment, cosine, probe_keys
 
@@ -34,7 +35,7 @@ Halves = list[dict[int, SecondMoment]]
 
 @overload
 def collect_second_moment(
-    model: Any,
+    model: Model,
     texts: Iterable[str | Sequence[int]],
     layer: int,
     *,
@@ -52,7 +53,7 @@ def collect_second_moment(
 
 @overload
 def collect_second_moment(
-    model: Any,
+    model: Model,
     texts: Iterable[str | Sequence[int]],
     layer: Sequence[int],
     *,
@@ -70,7 +71,7 @@ def collect_second_moment(
 
 @model_call
 def collect_second_moment(
-    model: Any,
+    model: Model,
     texts: Iterable[str | Sequence[int]],
     layer: int | Sequence[int],
     *,
@@ -155,11 +156,11 @@ class _Plan(NamedTuple):
     probes: Mapping[int, Any]
     known: Mapping[str, Any]
 
-    def empty(self, model: Any) -> Halves:
+    def empty(self, model: Model) -> Halves:
         """Return two empty sums for each layer."""
         return [{n: self._moment(model, n) for n in self.layers} for _ in range(2)]
 
-    def _moment(self, model: Any, layer: int) -> SecondMoment:
+    def _moment(self, model: Model, layer: int) -> SecondMoment:
         """Return one empty sum, beside the weight for one layer, else in main memory."""
         weight = adapter.w_out(model, layer)
         beside_weight = len(self.layers) == 1 and weight.device.type != "mps"
@@ -174,7 +175,7 @@ class _Plan(NamedTuple):
 
 
 def _on_workers(
-    model: Any, plan: _Plan, batches: list[Batch], workers: int, address: str | None, bar: Any
+    model: Model, plan: _Plan, batches: list[Batch], workers: int, address: str | None, bar: Any
 ) -> Halves:
     """Return the sums of all batches; each worker takes several batches at a time."""
     size = max(1, -(-len(batches) // (4 * workers)))
@@ -189,7 +190,7 @@ def _on_workers(
     return halves
 
 
-def _shard(model: Any, record: list[Batch], plan: _Plan) -> Halves:
+def _shard(model: Model, record: list[Batch], plan: _Plan) -> Halves:
     """Return the sums of some batches, in main memory."""
     halves = plan.empty(model)
     for batch in record:
@@ -259,7 +260,7 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _add(
-    model: Any,
+    model: Model,
     batch: Batch,
     layers: Sequence[int],
     halves: Sequence[Mapping[int, SecondMoment]],

@@ -27,6 +27,7 @@ from transformer_lens_rome.files.tensors import (
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.torch_states import torch_defaults
 
 _FORMAT = "transformer_lens_rome.second_moment.1"
@@ -236,7 +237,7 @@ class SecondMoment:
             raise ValueError(f"{path} does not contain complete statistics ({error})") from error
 
     @model_call
-    def check_fits(self, model: Any, layer: int, prepend_bos: bool) -> None:
+    def check_fits(self, model: Model, layer: int, prepend_bos: bool) -> None:
         """Check that the statistics belong to a model's layer, as far as their origin is known.
 
         Raises:
@@ -323,7 +324,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 @model_call
-def probe_keys(model: Any, layers: Sequence[int]) -> dict[int, Float[Tensor, "probe"]]:
+def probe_keys(model: Model, layers: Sequence[int]) -> dict[int, Float[Tensor, "probe"]]:
     """Return the keys of some fixed tokens at some layers, which identify the model there.
 
     An edit of W_out of the same layer does not change them.

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,6 +31,7 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import short_name
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.default_layer import default_layer
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sampled_texts
 from transformer_lens_rome.statistics.collect import collect_second_moment
@@ -52,7 +52,7 @@ CORPUS = ("wikimedia/wikipedia", "20231101.en")
 
 @model_call
 def default_second_moment(
-    model: Any, layer: int, *, prepend_bos: bool, progress: bool = True
+    model: Model, layer: int, *, prepend_bos: bool, progress: bool = True
 ) -> SecondMoment:
     """Return C for a layer from the first available source.
 
@@ -89,7 +89,7 @@ def default_second_moment(
 
 @model_call
 def sampled_second_moment(
-    model: Any,
+    model: Model,
     layer: int | None = None,
     *,
     max_tokens: int | None = None,
@@ -126,7 +126,7 @@ def sampled_second_moment(
 
 
 @model_call
-def bundled_texts(model: Any) -> tuple[str, ...]:
+def bundled_texts(model: Model) -> tuple[str, ...]:
     """Return the texts of this package that the given model wrote; empty if there are none.
 
     The model is recognised by the norms of some keys of its first block, which edits do not change.
@@ -146,14 +146,14 @@ def bundled_texts(model: Any) -> tuple[str, ...]:
 
 
 @model_call
-def key_norms(model: Any) -> Float[Tensor, "token"]:
+def key_norms(model: Model) -> Float[Tensor, "token"]:
     """Return the norms of the keys of some fixed tokens in the first block."""
     return probe_keys(model, [0])[0].unflatten(0, (8, -1)).norm(dim=1)
 
 
 @model_call
 def cached_second_moment(
-    model: Any,
+    model: Model,
     layer: int,
     prepend_bos: bool,
     corpus: str,
@@ -177,7 +177,7 @@ def cached_second_moment(
     return moment
 
 
-def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
+def _path(model: Model, layer: int, prepend_bos: bool, corpus: str) -> Path:
     """Return the path of statistics in the cache folder."""
     name, width = safe_name(adapter.model_name(model)), len(adapter.w_out(model, layer))
     bos = "bos" if prepend_bos else "nobos"
@@ -185,7 +185,7 @@ def _path(model: Any, layer: int, prepend_bos: bool, corpus: str) -> Path:
     return cache_folder() / file
 
 
-def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMoment | None:
+def _cached(model: Model, layer: int, prepend_bos: bool, corpus: str) -> SecondMoment | None:
     """Return the statistics in the cache; None if there are none of this model."""
     path = _path(model, layer, prepend_bos, corpus)
     try:
@@ -202,7 +202,7 @@ def _cached(model: Any, layer: int, prepend_bos: bool, corpus: str) -> SecondMom
     return moment
 
 
-def _published(model: Any, layer: int) -> SecondMoment:
+def _published(model: Model, layer: int) -> SecondMoment:
     """Return the authors' statistics of 100,000 Wikipedia articles, if the user saved the file.
 
     Raises:
@@ -220,7 +220,7 @@ def _published(model: Any, layer: int) -> SecondMoment:
     return SecondMoment.from_npz(path)
 
 
-def _from_wikipedia(model: Any, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:
+def _from_wikipedia(model: Model, layer: int, prepend_bos: bool, progress: bool) -> SecondMoment:
     """Return C of the start of the English Wikipedia, streamed, at ten tokens per dimension."""
     budget = max(100_000, 10 * len(adapter.w_out(model, layer)))
     return collect_second_moment(

@@ -22,12 +22,11 @@ embedding norm.
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.tracing.corrupted_run import Corruption, corrupted_run
 from transformer_lens_rome.tracing.corruption import NoiseSource
 from transformer_lens_rome.tracing.kinds import Kind, layers_at_once
@@ -38,7 +37,7 @@ from transformer_lens_rome.tracing.runs import restore_each, sever_each
 
 @model_call
 def causal_trace(
-    model: Any,
+    model: Model,
     prompt: str,
     subject: str,
     *,
@@ -108,7 +107,7 @@ def causal_trace(
 
 @model_call
 def severed_trace(
-    model: Any,
+    model: Model,
     prompt: str,
     subject: str,
     *,

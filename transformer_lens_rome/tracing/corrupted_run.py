@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.changes import Noise
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.corruption import (
     Gaussian,
@@ -45,7 +46,7 @@ class Corruption:
         if self.other_subject is not None and noisy:
             raise ValueError("other_subject= replaces the noise; give no noise with it")
 
-    def source(self, model: Any, subject: str, encoder: Encoder) -> Tensor | NoiseSource:
+    def source(self, model: Model, subject: str, encoder: Encoder) -> Tensor | NoiseSource:
         """Return the noise or its source: by default, 3 sigma of the subject's tokens."""
         if self.noise is not None:
             return self.noise
@@ -57,7 +58,7 @@ class Corruption:
 
 
 def corrupted_run(
-    model: Any, question: Question, corruption: Corruption, prepend_bos: bool | None
+    model: Model, question: Question, corruption: Corruption, prepend_bos: bool | None
 ) -> tuple[CorruptedRun, dict[str, Any]]:
     """Return the corrupted run, which holds the clean one, and the options that reproduce both."""
     encoder = Encoder.of(model, prepend_bos)

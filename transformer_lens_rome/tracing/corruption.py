@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,6 +24,7 @@ from torch import Tensor
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, check_texts
 
 NoiseSource = Callable[[int, int, int, torch.Generator], Tensor]
@@ -99,7 +99,7 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @model_call
 def subject_embedding_std(
-    model: Any, subjects: Sequence[str], *, encoder: Encoder | None = None
+    model: Model, subjects: Sequence[str], *, encoder: Encoder | None = None
 ) -> float:
     """Return sigma_t: the standard deviation of all entries of the subject tokens' embeddings.
 
@@ -112,7 +112,7 @@ def subject_embedding_std(
 
 @model_call
 def embedding_moments(
-    model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
+    model: Model, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> tuple[Float[Tensor, "d_model"], Float[Tensor, "d_model d_model"]]:
     """Return the mean and covariance of the token embeddings of some texts, in float64."""
     embeddings = embeddings_of(model, texts, encoder=encoder).double()
@@ -121,7 +121,7 @@ def embedding_moments(
 
 @model_call
 def embeddings_of(
-    model: Any, texts: Sequence[str], *, encoder: Encoder | None = None
+    model: Model, texts: Sequence[str], *, encoder: Encoder | None = None
 ) -> Float[Tensor, "token d_model"]:
     """Return the embedding of every token of some texts, before positions are added."""
     check_texts("texts", texts)

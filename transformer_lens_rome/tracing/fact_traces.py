@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.files.strict_json import stripped
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import top_tokens
 from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
@@ -27,7 +28,7 @@ T = TypeVar("T", CausalTrace, SeveredTrace)
 
 @model_call
 def facts_known_to(
-    model: Any, facts: Iterable[KnownFact], *, limit: int | None = None, progress: bool = True
+    model: Model, facts: Iterable[KnownFact], *, limit: int | None = None, progress: bool = True
 ) -> tuple[list[KnownFact], int]:
     """Return the facts whose attribute is the model's top token, and the number of rejected ones.
 
@@ -54,7 +55,7 @@ def facts_known_to(
 
 @model_call
 def trace_facts(
-    model: Any,
+    model: Model,
     facts: Sequence[KnownFact],
     *,
     kind: Kind = "resid",
@@ -92,7 +93,7 @@ def trace_facts(
 
 @model_call
 def sever_facts(
-    model: Any,
+    model: Model,
     facts: Sequence[KnownFact],
     *,
     sever: Sever = "mlp",
@@ -109,7 +110,7 @@ def sever_facts(
 
 
 def _shared(
-    model: Any, facts: Sequence[KnownFact], noise_std: float | None, n_samples: int, seed: int
+    model: Model, facts: Sequence[KnownFact], noise_std: float | None, n_samples: int, seed: int
 ) -> dict[str, Any]:
     """Return the options of all facts; the default noise is 3 sigma of their subjects."""
     if noise_std is None and facts:
@@ -119,7 +120,7 @@ def _shared(
 
 
 def _each(
-    model: Any,
+    model: Model,
     facts: Sequence[KnownFact],
     make: Callable[..., T],
     result: type[T],
@@ -144,7 +145,7 @@ def _each(
 
 def _check_same(
     trace: CausalTrace | SeveredTrace,
-    model: Any,
+    model: Model,
     fact: KnownFact,
     options: dict[str, Any],
     path: Path,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.tracing.kinds import KINDS, Kind, layers_at_once
 
 
@@ -26,7 +27,7 @@ def window_of(layer: int, window: int, n_layers: int) -> range:
 
 @overload
 def get_act_patch_window(
-    model: Any,
+    model: Model,
     corrupted_tokens: Int[Tensor, "batch pos"],
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
@@ -41,7 +42,7 @@ def get_act_patch_window(
 
 @overload
 def get_act_patch_window(
-    model: Any,
+    model: Model,
     corrupted_tokens: Int[Tensor, "batch pos"],
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
@@ -57,7 +58,7 @@ def get_act_patch_window(
 @model_call
 @torch.no_grad()
 def get_act_patch_window(
-    model: Any,
+    model: Model,
     corrupted_tokens: Int[Tensor, "batch pos"],
     clean_cache: Mapping[str, Tensor],
     metric: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from transformer_lens_rome.files.strict_json import check_edges, stripped
 from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.results import Metric
 from transformer_lens_rome.tracing.runs import CleanRun
@@ -65,7 +65,7 @@ class Question:
         return starts[chosen], starts[chosen] + len(subject)
 
     @torch.no_grad()
-    def clean_run(self, model: Any, encoder: Encoder) -> CleanRun:
+    def clean_run(self, model: Model, encoder: Encoder) -> CleanRun:
         """Tokenise the prompt; if no answer is given, take the model's top token."""
         answer = None if self.answer is None else stripped(self.answer)
         row = encoder.row(self.prompt, self.span(), answer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +14,7 @@ from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change, Noise
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.tracing.kinds import KINDS, StateKind
 from transformer_lens_rome.tracing.patching import window_of
 from transformer_lens_rome.tracing.results import Metric, Sever
@@ -36,7 +36,7 @@ class CleanRun:
         foil: First token of the other answer, for "logit_diff".
     """
 
-    model: Any
+    model: Model
     ids: tuple[int, ...]
     subject: tuple[int, ...]
     n_prompt: int

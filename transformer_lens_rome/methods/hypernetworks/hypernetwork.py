@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from transformer_lens_rome.edits.ledger import base_weight
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Hook, Point, Weight
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 
 MatrixName = Literal["W_in", "W_gate", "W_out"]
 
@@ -84,7 +85,7 @@ class Text(NamedTuple):
     embeddings: Float[Tensor, "pos d_model"]
 
     @classmethod
-    def of(cls, model: Any, sample: Sample) -> Text:
+    def of(cls, model: Model, sample: Sample) -> Text:
         """Construct the text of a sample."""
         ids = torch.tensor(sample.ids)
         embeddings = adapter.embeddings(model, ids)
@@ -103,28 +104,28 @@ class EditorNetwork(nn.Module):
         self.shapes = dict(shapes)
 
 
-def matrix(model: Any, where: Weight) -> Float[Tensor, "d_in d_out"]:
+def matrix(model: Model, where: Weight) -> Float[Tensor, "d_in d_out"]:
     """Return the live weight of a matrix that the model has."""
     weight = adapter.parameter(model, where)
     assert weight is not None, f"no {where.name} at layer {where.layer}"
     return weight
 
 
-def base_matrix(model: Any, where: Weight) -> Float[Tensor, "d_in d_out"]:
+def base_matrix(model: Model, where: Weight) -> Float[Tensor, "d_in d_out"]:
     """Return a matrix that the model has, without the edits on it."""
     weight = base_weight(model, where)
     assert weight is not None, f"no {where.name} at layer {where.layer}"
     return weight
 
 
-def matrix_shapes(model: Any, matrices: Iterable[Weight]) -> dict[Weight, tuple[int, int]]:
+def matrix_shapes(model: Model, matrices: Iterable[Weight]) -> dict[Weight, tuple[int, int]]:
     """Return `[d_in, d_out]` of each matrix."""
     weights = {where: matrix(model, where) for where in matrices}
     return {where: (weight.shape[0], weight.shape[1]) for where, weight in weights.items()}
 
 
 def mlp_matrices(
-    model: Any,
+    model: Model,
     layers: Sequence[int] | None = None,
     names: Sequence[MatrixName] | None = None,
 ) -> list[Weight]:
@@ -154,7 +155,7 @@ def mlp_matrices(
 
 
 def gradient_factors(
-    model: Any, sample: Sample, matrices: Sequence[Weight]
+    model: Model, sample: Sample, matrices: Sequence[Weight]
 ) -> tuple[float, dict[Weight, TokenFactors]]:
     """Compute the loss of a sample and its gradient for each matrix.
 
@@ -193,7 +194,7 @@ def edit_loss(forward: PartialForward, row: int, sample: Sample) -> Float[Tensor
 
 
 @contextmanager
-def running_with(model: Any, changes: Mapping[Weight, Factors]) -> Iterator[None]:
+def running_with(model: Model, changes: Mapping[Weight, Factors]) -> Iterator[None]:
     """Inside this context, passes run as if `left @ right` were added to each matrix."""
     inputs: dict[Weight, Tensor] = {}
 
@@ -206,7 +207,7 @@ def running_with(model: Any, changes: Mapping[Weight, Factors]) -> Iterator[None
 
 
 def _input_output_hooks(
-    model: Any,
+    model: Model,
     matrices: Iterable[Weight],
     inputs: dict[Weight, Tensor],
     change: Callable[[Weight, Tensor], Tensor],
@@ -227,7 +228,7 @@ def _input_output_hooks(
 
 
 def _check_product(
-    model: Any, where: Weight, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]
+    model: Model, where: Weight, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]
 ) -> None:
     """Raise NotImplementedError if the output of a matrix is not x @ W plus a bias."""
     weight = matrix(model, where).detach()
@@ -254,7 +255,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(
-    model: Any,
+    model: Model,
     changes: Mapping[Weight, Factors],
     sample: Sample,
     others: Sequence[Sequence[int]],

@@ -45,6 +45,7 @@ from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEd
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 
 _ORDER: dict[str, tuple[MatrixName, ...]] = {
     "GPT2LMHeadModel": ("W_out", "W_in"),
@@ -75,7 +76,7 @@ _STAND_INS = [
 
 
 @model_call
-def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None) -> TrainedEditor:
+def convert_editor(path: Any, model: Model, *, counterfact: bool, out: Any = None) -> TrainedEditor:
     """Turn one of the paper's editor files into a trained editor.
 
     Args:
@@ -116,7 +117,7 @@ def convert_editor(path: Any, model: Any, *, counterfact: bool, out: Any = None)
     return editor
 
 
-def _matrices(model: Any) -> list[Weight]:
+def _matrices(model: Model) -> list[Weight]:
     """Return the edited matrices in the published order.
 
     Raises:
@@ -166,7 +167,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     return {re.sub(r"^gtn\.", "mend.", name): value for name, value in state.items()}
 
 
-def _check_config(path: Any, model: Any, config: Any) -> None:
+def _check_config(path: Any, model: Model, config: Any) -> None:
     """Raise ValueError if the file has the configuration of another model."""
     if not isinstance(config, _Config):
         return
@@ -220,7 +221,7 @@ def _converted(
     path: Any,
     recipe: Recipe,
     state: Mapping[str, Any],
-    model: Any,
+    model: Model,
     weights: Mapping[Weight, Tensor],
 ) -> dict[str, Tensor]:
     """Return the network's tensors under the names used here; check every published tensor."""

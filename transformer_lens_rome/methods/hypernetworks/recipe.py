@@ -34,6 +34,7 @@ from transformer_lens_rome.methods.hypernetworks.training_state import State
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, check_texts
 from transformer_lens_rome.prompts.sampling import sampled_texts
 
@@ -88,7 +89,7 @@ class Recipe(ABC):
     @torch.enable_grad()
     def fit(
         self,
-        model: Any,
+        model: Model,
         data: Sequence[Fact] | None = None,
         *,
         validation: Sequence[Fact] | None = None,
@@ -155,7 +156,7 @@ class Recipe(ABC):
         return editor
 
     def _initialised(
-        self, model: Any, matrices: Sequence[Weight], corpus: Corpus, seed: int
+        self, model: Model, matrices: Sequence[Weight], corpus: Corpus, seed: int
     ) -> EditorNetwork:
         """Draw a new network from a seed; the global random state stays unchanged."""
         ids = torch.tensor([i for sample in corpus.samples for i in sample.ids]).unique()
@@ -199,14 +200,14 @@ class Recipe(ABC):
             )
         return TrainedEditor(self, tensors, info)
 
-    def prepared(self, model: Any, *, seed: int = 0) -> NoReturn:
+    def prepared(self, model: Model, *, seed: int = 0) -> NoReturn:
         """Raise ValueError: only a trained editor edits."""
         raise ValueError(
             f"{self.name} has to be trained: get_method({self.name!r}).fit(model, ...), or "
             f"get_method({self.name!r}, editor=path) with a file that an editor's save wrote"
         )
 
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> NoReturn:
+    def compute(self, model: Model, request: EditRequest, *, seed: int = 0) -> NoReturn:
         """Raise ValueError: only a trained editor edits."""
         self.prepared(model)
 
@@ -230,7 +231,7 @@ def with_editor(recipe: Callable[..., Recipe]) -> Callable[..., Recipe | Trained
     return make
 
 
-def _sample_texts(model: Any, n: int, length: int, seed: int, progress: bool) -> list[str]:
+def _sample_texts(model: Model, n: int, length: int, seed: int, progress: bool) -> list[str]:
     """Sample texts from the model and log it."""
     logger.info("sampling %d texts of %d tokens from the model", n, length)
     return sampled_texts(model, n, length=length, seed=seed, progress=progress)

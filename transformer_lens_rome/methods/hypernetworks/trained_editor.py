@@ -41,6 +41,7 @@ from transformer_lens_rome.methods.hypernetworks.training_data import (
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.torch_states import torch_defaults
 
@@ -62,7 +63,7 @@ _NEEDED = {
 
 
 def trained_on(
-    model: Any,
+    model: Model,
     matrices: Sequence[Weight],
     facts: tuple[Sequence[Fact], Sequence[Fact]],
     others: tuple[Sequence[str], Sequence[str]],
@@ -138,7 +139,7 @@ class TrainedEditor:
     # ------------------------------------------------------------ editing
 
     @model_call
-    def prepared(self, model: Any, *, seed: int = 0) -> TrainedEditor:
+    def prepared(self, model: Model, *, seed: int = 0) -> TrainedEditor:
         """Return the editor itself, after a check that it fits the model.
 
         Raises:
@@ -149,7 +150,7 @@ class TrainedEditor:
         return self
 
     @model_call
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
+    def compute(self, model: Model, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
         """Compute the edit with the network from the request's gradient; no step is random.
 
         Raises:
@@ -172,7 +173,7 @@ class TrainedEditor:
         health = replace(measured(model, encoder, edit), losses=(before,))
         return replace(edit, health=health)
 
-    def _hashes(self, model: Any) -> dict[Weight, str]:
+    def _hashes(self, model: Model) -> dict[Weight, str]:
         """Return the hash of each matrix as it is now.
 
         Raises:
@@ -201,7 +202,7 @@ class TrainedEditor:
                 )
         return hashes
 
-    def _network(self, model: Any) -> EditorNetwork:
+    def _network(self, model: Model) -> EditorNetwork:
         """Construct the network for the model's matrices, on their device.
 
         Raises:

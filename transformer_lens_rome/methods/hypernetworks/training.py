@@ -30,6 +30,7 @@ from transformer_lens_rome.methods.hypernetworks.hypernetwork import (
 from transformer_lens_rome.methods.hypernetworks.training_data import Corpus, Item
 from transformer_lens_rome.methods.hypernetworks.training_state import State
 from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.model.protocol import Model
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Training:
 
 
 def train(
-    model: Any,
+    model: Model,
     matrices: Sequence[Weight],
     state: State,
     settings: Training,
@@ -148,7 +149,7 @@ def _validated(state: State) -> bool:
 
 
 def _step(
-    model: Any, matrices: Sequence[Weight], state: State, settings: Training, corpus: Corpus
+    model: Model, matrices: Sequence[Weight], state: State, settings: Training, corpus: Corpus
 ) -> None:
     """Add the gradient of one edit; update the network every `accumulate` steps."""
     state.network.train()
@@ -172,7 +173,7 @@ def _step(
 
 
 def _edit_and_score(
-    model: Any, matrices: Sequence[Weight], network: nn.Module, item: Item
+    model: Model, matrices: Sequence[Weight], network: nn.Module, item: Item
 ) -> tuple[Outcome, float]:
     """Return the effect of the network's edit, and the loss before the edit."""
     before, factors = gradient_factors(model, item.inner, matrices)
@@ -182,7 +183,7 @@ def _edit_and_score(
 
 @torch.no_grad()
 def validate(
-    model: Any,
+    model: Model,
     matrices: Sequence[Weight],
     state: State,
     settings: Training,
