@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ CLASSES = [
     for name, there in (("bridge", tiny_models.has_bridge()), ("hooked", tiny_models.has_hooked()))
     if there
 ]
+
+
+once_a_class = pytest.mark.skipif(
+    len(CLASSES) > 1, reason="TransformerLens 4 runs it on a bridge, 2 on a HookedTransformer"
+)
+"""To save time: TransformerLens 3 has both classes, and runs all but a few tests on each."""
 
 
 def make_model(model_class: str, shape: str, tokenizer, **options):
@@ -43,9 +50,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests neither read nor write the user's cache folder."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Tests neither read nor write the user's cache folder; processes of one run share theirs."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    patch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(folder / "cache"))
     yield
     patch.undo()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, once_a_class
 from helpers.evaluation_setting import RECORDS, assert_alike, evaluate, seconds_apart
 from helpers.rome_setting import LAYER
 
@@ -54,6 +54,7 @@ def ray():
     found.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+@once_a_class
 @pytest.mark.slow
 def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     """Also when one of them dies on the way; when three die at one record, that is an error."""
@@ -72,6 +73,7 @@ def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     assert ray.is_initialized()
 
 
+@once_a_class
 @pytest.mark.slow
 def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
     texts = [f"The old man of Rome is the best of {n} times. " * (1 + n % 3) for n in range(60)]
@@ -86,6 +88,7 @@ def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
         assert other.half_agreement == pytest.approx(moment.half_agreement, abs=1e-6)
 
 
+@once_a_class
 @pytest.mark.slow
 def test_a_failing_work_ends_the_workers(gpt2, ray):
     with pytest.raises(ZeroDivisionError):

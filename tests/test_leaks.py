@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, once_a_class
 from leaks.__main__ import survivors, users
 from leaks.cycles import tiny_setting
 from leaks.footprint import InterruptAt, Interrupted, footprint, grown, run, slope
@@ -16,7 +16,7 @@ from leaks.footprint import InterruptAt, Interrupted, footprint, grown, run, slo
 from transformer_lens_rome import apply_edit
 from transformer_lens_rome.model.adapter import owner, w_out
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, once_a_class]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, once_a_class
 
 from transformer_lens_rome import (
     EditRequest,
@@ -135,6 +135,7 @@ def gemma_oracle(shared):
     return record, np.load(folder / "rome_dev.npz"), C
 
 
+@once_a_class
 @pytest.mark.real_model
 def test_second_moment_of_gemma(gemma, gemma_oracle, shared):
     record, _, C = gemma_oracle
@@ -148,6 +149,7 @@ def test_second_moment_of_gemma(gemma, gemma_oracle, shared):
     assert (found.C - C).norm() / C.norm() < 1e-4
 
 
+@once_a_class
 @pytest.mark.real_model
 @pytest.mark.parametrize("case", range(3))
 def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):

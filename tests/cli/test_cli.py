@@ -23,6 +23,7 @@ from transformer_lens_rome import (
 )
 from transformer_lens_rome.cli.commands import main
 from transformer_lens_rome.cli.load_model import load_model
+from transformer_lens_rome.methods.base import methods_with
 from transformer_lens_rome.model.load import wrap
 from transformer_lens_rome.tracing.results import CausalTrace
 
@@ -169,9 +170,10 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     ):
         status, said = evaluate("ft", *more)
         assert status == 2 and words in said.err
+    layered = ", ".join(methods_with("layer"))
     for name, more, words in (
-        ("kn", ["--layer", "1"], "--layer is for ft, ft+l, rome, not for 'kn'"),
-        ("unedited", ["--layer", "1"], "--layer is for ft, ft+l, rome, not for 'unedited'"),
+        ("kn", ["--layer", "1"], f"--layer is for {layered}, not for 'kn'"),
+        ("unedited", ["--layer", "1"], f"--layer is for {layered}, not for 'unedited'"),
         ("ke", [], "'ke' has to be trained; give the editor's file, --editor"),
         ("mend", ["--editor", str(tmp_path / "none")], "no file"),
     ):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from conftest import once_a_class
 from helpers.evaluation_setting import (
     RECORDS,
     RandomEdits,
@@ -366,6 +367,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(gpt2, tmp_p
         evaluate(gpt2, out=tmp_path / "file" / "run.jsonl")
 
 
+@once_a_class
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from conftest import once_a_class
 
 from transformer_lens_rome import EditRequest, applied, get_method, top_tokens
 from transformer_lens_rome.model.fingerprint import Fingerprint
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, once_a_class]
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")
 PLACES = {

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, once_a_class
 from helpers.rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
 from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit
@@ -35,7 +35,7 @@ def both_ways(monkeypatch, edit):
 
 @pytest.mark.parametrize("request_", (REQUEST, NEAR, AWAY), ids=("first", "near", "away"))
 @pytest.mark.parametrize("config", (CONFIG, RELEASED), ids=("default", "released"))
-@pytest.mark.parametrize("shape", ("gpt2", "gptj", "llama", "gemma2", "gemma3"))
+@pytest.mark.parametrize("shape", ("gpt2", "gemma3"))  # `test_partial_forward` has every shape
 def test_edits_are_those_of_whole_passes(
     model_class, shape, config, request_, tokenizer, monkeypatch
 ):
@@ -90,6 +90,7 @@ FACT = EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English")
 TEXTS = ("", "He said.", "A few days ago, I was reading about.")
 
 
+@once_a_class
 @pytest.mark.real_model
 @pytest.mark.parametrize("released", (False, True))
 def test_gemma_edits(gemma, released, monkeypatch):

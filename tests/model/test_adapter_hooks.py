@@ -107,7 +107,7 @@ def test_a_hook_that_never_fires_is_an_error(gpt2, monkeypatch):
     with pytest.raises(RuntimeError, match="never fired"):
         with adapter.hooks(gpt2, [(KEY, lambda t: t)]):
             pass
-    monkeypatch.setattr(adapter, "_hook_name", lambda model, point: "blocks.1.no_such_hook")
+    monkeypatch.setattr(adapter, "hook_name", lambda model, point: "blocks.1.no_such_hook")
     with pytest.raises(NotImplementedError, match="no_such_hook"):
         passes.read(gpt2, TOKENS, [KEY])
 

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CLASSES, make_model
+from conftest import CLASSES, make_model, once_a_class
 from helpers import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from transformer_lens_rome.model import adapter, partial_forward, passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change, Noise
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.encoder import Encoder
 
 ZOO = [
     (name, shape)
@@ -337,6 +338,7 @@ FACT = ("The mother tongue of {} is", "Danielle Darrieux")
 TEXTS = ("", "He said.", "A few days ago, I was reading about.")
 
 
+@once_a_class
 @pytest.mark.real_model
 @pytest.mark.parametrize("layer", (0, 5, 17))
 def test_gemma_logits_and_gradients(gemma, layer):

@@ -175,9 +175,9 @@ def _wrong_bias(patch, plain=adapter.b_out):
     patch.setattr(adapter, "b_out", lambda model, layer: plain(model, layer) + 1)
 
 
-def _wrong_point(patch, plain=adapter._hook_name):
+def _wrong_point(patch, plain=adapter.hook_name):
     """The key is read before the activation."""
-    patch.setattr(adapter, "_hook_name", lambda m, p: (plain(m, p) or "").replace("post", "pre"))
+    patch.setattr(adapter, "hook_name", lambda m, p: (plain(m, p) or "").replace("post", "pre"))
 
 
 def _wrong_layer(patch, plain=adapter.parameter):

@@ -11,6 +11,7 @@ from conftest import make_model
 
 from transformer_lens_rome import average_traces, viz
 from transformer_lens_rome.cli.commands import _parser
+from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.tracing.averages import AverageTrace
 from transformer_lens_rome.tracing.causal_trace import causal_trace
@@ -102,7 +103,24 @@ def test_the_command_line_offers_a_new_kind(mlp_in):
 
 
 def test_patching_takes_a_new_kind(gpt2, mlp_in):
-    """The activations are those of the kind's hook, which the cache must hold."""
-    tokens = torch.tensor([[3, 8, 2, 9, 4]])
-    with pytest.raises(ValueError, match="lacks blocks.0.hook_mlp_in"):
-        get_act_patch_window(gpt2, tokens, {}, lambda logits: logits.sum(), kind="mlp_in")
+    """The activations are those of the kind's point; `hook_mlp_in` would be before the norm."""
+    clean, corrupted = torch.tensor([[3, 8, 2, 9, 4]]), torch.tensor([[3, 8, 5, 9, 4]])
+
+    def last(logits):
+        return logits[0, -1, 7]
+
+    def patched(kind):
+        return get_act_patch_window(
+            gpt2, corrupted, cache, last, kind=kind, window=1, progress=False
+        )
+
+    with torch.no_grad():
+        _, cache = gpt2.run_with_cache(clean)
+    if adapter.hook_name(gpt2, Point("mlp_in", 0)) is None:
+        with pytest.raises(ValueError, match="no hook point for 'mlp_in'"):
+            patched("mlp_in")
+        return
+    with pytest.raises(ValueError, match="lacks blocks.0.mlp"):
+        get_act_patch_window(gpt2, corrupted, {}, last, kind="mlp_in")
+    torch.testing.assert_close(patched("mlp_in"), patched("mlp"))
+    assert patched("mlp_in").std() > 1e-4

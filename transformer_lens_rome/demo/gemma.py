@@ -56,14 +56,18 @@ def load_demo_hf() -> tuple[Any, Any]:
     """Load the demo model and its tokenizer as Hugging Face objects.
 
     They are stored in the cache folder (1.1 GB), separately for each version of transformers,
-    because one version may not read the files of another.
+    because one version may not read the files of another. Of several processes one unpacks them,
+    and the others wait.
     """
     import transformers
+    from filelock import FileLock
 
     folder = cache_folder() / "gemma-3-270m" / f"transformers-{transformers.__version__}"
     weights = folder / "model" / "model.safetensors"
-    if not weights.is_file() or sha256(weights) != _UNPACKED:
-        _unpack(demo_weights(), folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not weights.is_file() or sha256(weights) != _UNPACKED:
+            _unpack(demo_weights(), folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     model = transformers.AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32)
     return model.eval(), tokenizer

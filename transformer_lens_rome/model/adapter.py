@@ -246,7 +246,7 @@ def _output_module(model: Model, layer: int) -> Any:
     return component if hasattr(component, "hook_out") else None
 
 
-def _hook_name(model: Model, point: Point) -> str | None:
+def hook_name(model: Model, point: Point) -> str | None:
     """Return the name of the hook point; None if the point needs a hook on a module.
 
     Only a HookedTransformer needs a module hook, for `mlp_in` and `value`. `hook_mlp_out` is not
@@ -296,7 +296,7 @@ def hooks(model: Model, points: Sequence[tuple[Point, Hook]]) -> Iterator[None]:
 
     try:
         for point, fn in points:
-            name, call = _hook_name(model, point), wrap(point, fn)
+            name, call = hook_name(model, point), wrap(point, fn)
             if name is None and point.name == "mlp_in":
                 module = model.blocks[point.layer].mlp
                 handles.append(module.register_forward_pre_hook(lambda _m, i, call=call: call(*i)))

@@ -76,7 +76,7 @@ def default_second_moment(
         return moment
     try:
         collect = partial(_from_wikipedia, model, layer, prepend_bos, progress)
-        return cached_second_moment(model, layer, prepend_bos, "wikipedia", collect)
+        return _collected(model, layer, prepend_bos, "wikipedia", collect)
     except (_NoCorpus, ImportError) as error:
         logger.warning("no Wikipedia statistics for layer %d: %s", layer, first_line(error))
     raise ValueError(
@@ -161,19 +161,25 @@ def cached_second_moment(
 ) -> SecondMoment:
     """Return the statistics of one corpus from the cache, or call `make` and save its result."""
     moment = _cached(model, layer, prepend_bos, corpus)
-    if moment is None:
-        moment = make()
-        if edited_weights(model):
-            logger.warning(
-                "statistics of an edited model are not kept; the next call computes them again"
-            )
-            return moment
-        path = _path(model, layer, prepend_bos, corpus)
-        try:
-            moment.save(path)
-            logger.info("saved the second moment of layer %d in %s", layer, path)
-        except OSError as error:
-            logger.warning("cannot save statistics in %s (%s); they are not kept", path, error)
+    return _collected(model, layer, prepend_bos, corpus, make) if moment is None else moment
+
+
+def _collected(
+    model: Model, layer: int, prepend_bos: bool, corpus: str, make: Callable[[], SecondMoment]
+) -> SecondMoment:
+    """Call `make`, and save its result in the cache unless the model is edited."""
+    moment = make()
+    if edited_weights(model):
+        logger.warning(
+            "statistics of an edited model are not kept; the next call computes them again"
+        )
+        return moment
+    path = _path(model, layer, prepend_bos, corpus)
+    try:
+        moment.save(path)
+        logger.info("saved the second moment of layer %d in %s", layer, path)
+    except OSError as error:
+        logger.warning("cannot save statistics in %s (%s); they are not kept", path, error)
     return moment
 
 

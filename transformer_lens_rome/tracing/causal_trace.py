@@ -65,7 +65,7 @@ def causal_trace(
         subject: The part of the prompt to corrupt.
         answer: The continuation to score, of any number of tokens. None: the model's top token.
         kind: The states to restore, a key of `KINDS`; see the table in the module docstring.
-        window: The number of layers restored at once, for "mlp" and "attn".
+        window: The number of layers restored at once, for a kind with a window (all but "resid").
         noise: The noise added to the subject's embeddings, or a source of noise (see `corruption`).
             None: normal with standard deviation `noise_std`.
         noise_std: None: 3 times `subject_embedding_std` of this subject. The paper takes sigma over

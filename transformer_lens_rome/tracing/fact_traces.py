@@ -72,7 +72,7 @@ def trace_facts(
         model: A HookedTransformer or TransformerBridge.
         facts: The facts to trace; see `facts_known_to`.
         kind: The states to restore, as for `causal_trace`.
-        window: The number of layers restored at once, for "mlp" and "attn".
+        window: The number of layers restored at once, for a kind with a window (all but "resid").
         noise_std: None: 3 times `subject_embedding_std` of these facts' subjects. The paper takes
             all known facts; pass the value if you trace them in parts.
         n_samples: The number of noise samples.

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.tracing.kinds import KINDS, Kind, layers_at_once
@@ -100,10 +101,9 @@ def get_act_patch_window(
     if reduce == "none":
         _result_class()  # fail before the work, not after it
     n_layers, length = model.cfg.n_layers, corrupted_tokens.shape[1]
-    hook = f"hook_{KINDS[kind].point.name}"
-    names = [f"blocks.{layer}.{hook}" for layer in range(n_layers)]
+    names = [_hook(model, kind, layer) for layer in range(n_layers)]
     if missing := [name for name in names if name not in clean_cache]:
-        raise ValueError(f"the clean cache lacks {missing[0]}; cache all of blocks.*.{hook}")
+        raise ValueError(f"the clean cache lacks {missing[0]}; cache it in all blocks")
     if (shape := tuple(clean_cache[names[0]].shape[:2])) != tuple(corrupted_tokens.shape):
         raise ValueError(
             f"the clean cache is of {shape} tokens and the corrupted ones are "
@@ -122,6 +122,13 @@ def get_act_patch_window(
     if reduce == "scalar":
         return stacked
     return patching_result(stacked, metric(model(corrupted_tokens)), positions)
+
+
+def _hook(model: Model, kind: Kind, layer: int) -> str:
+    """Return the name of the hook point of a kind of state, which is its key in a cache."""
+    if name := adapter.hook_name(model, KINDS[kind].at(layer)):
+        return name
+    raise ValueError(f"this model has no hook point for {kind!r}; causal_trace can restore it")
 
 
 def _patch(clean: Float[Tensor, "batch pos d_model"], position: int) -> Callable[..., Tensor]:

@@ -60,8 +60,9 @@ def _(average: AverageTrace, *, interactive: bool = True) -> View:
         colour=KINDS[average.kind].colour,
         low=0.0,
         high=average.indirect_effect.nan_to_num(0.0).max().item(),
-        caption=f"{average.kind}, window {average.window}: mean over {average.n_facts} facts, "
-        f"clean {average.p_clean:.3g}, corrupted {average.p_corrupted:.3g}",
+        caption=f"{KINDS[average.kind].name}, window {average.window}: mean over "
+        f"{average.n_facts} facts, clean {average.p_clean:.3g}, "
+        f"corrupted {average.p_corrupted:.3g}",
         unit="average indirect effect",
     )
 
