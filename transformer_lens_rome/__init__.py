@@ -8,7 +8,12 @@ from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest, RankOneEdi
 from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit, revert_all
 from transformer_lens_rome.evaluation import CounterFact, evaluate_counterfact
 from transformer_lens_rome.methods.base import get_method
-from transformer_lens_rome.methods.rome import RomeConfig, compute_rome_edit, rome_edit
+from transformer_lens_rome.methods.rome import (
+    RomeConfig,
+    compute_rome_edit,
+    compute_rome_edits,
+    rome_edit,
+)
 from transformer_lens_rome.prompts.sampling import sampled_texts
 from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
 from transformer_lens_rome.statistics.collect import collect_second_moment
@@ -31,6 +36,7 @@ __all__ = [
     "causal_trace",
     "collect_second_moment",
     "compute_rome_edit",
+    "compute_rome_edits",
     "evaluate_counterfact",
     "export_hf",
     "get_method",

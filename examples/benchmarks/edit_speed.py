@@ -25,7 +25,7 @@ from shapes import SHAPES, random_model
 
 from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
 from transformer_lens_rome.demo.gemma import load_demo_model
-from transformer_lens_rome.methods import rome
+from transformer_lens_rome.methods import v_star
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.model.partial_forward import PartialForward
@@ -76,7 +76,7 @@ class TimedForward(PartialForward):
 
 def edit_all(model: Any, forward: Any, requests: Any, **options: Any) -> list[torch.Tensor]:
     """The updates of all requests, found with a way to run the model."""
-    with patch.object(rome, "PartialForward", forward):
+    with patch.object(v_star, "PartialForward", forward):
         return [compute_rome_edit(model, r, **options).delta().double() for r in requests]
 
 

@@ -17,7 +17,7 @@ from transformer_lens_rome.evaluation.generation import TfIdf
 from transformer_lens_rome.evaluation.rows import record_digest
 from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.files.strict_json import read_json
-from transformer_lens_rome.methods import rome
+from transformer_lens_rome.methods import rome_method
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.known_facts import load_known_facts
 
@@ -185,7 +185,7 @@ def prefixes() -> Format:
     """Prefixes, as a list."""
 
     def use(found: Any) -> None:
-        rome._check_prefixes(found, RomeConfig())
+        rome_method._check_prefixes(found, RomeConfig())
         _tokens(*(f"{prefix} The tower" for prefix in found))
 
     return Format([json.dumps(["", *OTHERS]).encode()], JSON, read_json, use)

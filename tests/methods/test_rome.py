@@ -17,7 +17,7 @@ from helpers.rome_setting import (
 )
 
 from transformer_lens_rome import RomeConfig, SecondMoment, applied
-from transformer_lens_rome.methods.rome import solve_rank_one
+from transformer_lens_rome.methods.rank_one import solve_rank_one
 from transformer_lens_rome.model.adapter import b_out, w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 

@@ -11,7 +11,7 @@ from conftest import make_model, once_a_class
 from helpers.rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
 from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit
-from transformer_lens_rome.methods import rome
+from transformer_lens_rome.methods import v_star
 from transformer_lens_rome.methods.v_star import Batch
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
@@ -27,7 +27,7 @@ def both_ways(monkeypatch, edit):
     """An edit on partial passes and on whole ones, and how far apart they are."""
     mine = edit()
     with monkeypatch.context() as patch:
-        patch.setattr(rome, "PartialForward", partial(PartialForward, cut=False))
+        patch.setattr(v_star, "PartialForward", partial(PartialForward, cut=False))
         whole = edit()
     difference = (mine.delta() - whole.delta()).norm() / whole.delta().norm()
     return mine, whole, difference.item()

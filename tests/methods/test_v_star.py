@@ -20,12 +20,11 @@ from helpers.rome_setting import (
 from transformer_lens_rome import RomeConfig, applied, get_method, rome_edit, target_log_probs
 from transformer_lens_rome.edits import measure as health
 from transformer_lens_rome.methods.rome_config import default_clamp
-from transformer_lens_rome.methods.v_star import Batch, optimise
+from transformer_lens_rome.methods.v_star import Batch, Search, optimise, stacked
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model import default_layer as defaults
 from transformer_lens_rome.model.adapter import w_out, weight_hash
 from transformer_lens_rome.model.default_layer import norm_follows_mlp
-from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts.encoder import Encoder, join
 
 CONSTANTS = RomeConfig(steps=2, lr=0.2, clamp=1e4, stop_loss=0.0, kl_factor=0.0, weight_decay=0.0)
@@ -50,8 +49,9 @@ def search(model, **changed):
     rows, kl_row, v = setting(model)
     config = dataclasses.replace(CONSTANTS, **changed)
     batch = Batch.of(rows, kl_row)
-    forward = PartialForward(model, LAYER, batch.rows, batch.lookup.tolist())
-    return optimise(forward, LAYER, batch, v, config, progress=False)
+    one = Search(batch, v, config)
+    optimise(stacked(model, LAYER, [batch]), LAYER, [one], progress=False)
+    return one.found
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def test_the_model_is_left_as_it_was(model, monkeypatch, where):
     elif where == "health":
         monkeypatch.setattr(health, "score_rows", fail_when_edited)
     elif where == "solve":
-        monkeypatch.setattr("transformer_lens_rome.methods.rome.solve_rank_one", fail)
+        monkeypatch.setattr("transformer_lens_rome.methods.rome_method.solve_rank_one", fail)
     if where is None:
         small_edit(model, [REQUEST, dataclasses.replace(REQUEST, target_new="Rome")])
     else:

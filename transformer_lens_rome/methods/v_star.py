@@ -4,6 +4,9 @@
            + kl_factor · KL(P(· | subject) || P before(· | subject)), in the text "{subject} is a"
            + weight_decay · ||delta|| / ||v||²
 
+Searches for several requests share their passes: each has its own delta, optimiser and stop, so the
+results are those of one search after another, up to the rounding of larger products.
+
 delta is added to the value at the last subject token of each row, including the "is a" row. v is
 the value before any change. The KL term compares the predictions at the last subject token, as the
 released code does.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -26,6 +30,7 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Row
 from transformer_lens_rome.prompts.scores import target_index
 
@@ -80,63 +85,126 @@ class Batch(NamedTuple):
         return cls(ids, torch.tensor(lookup), where, at, labels, weights)
 
 
-def optimise(
-    forward: PartialForward,
-    layer: int,
-    batch: Batch,
-    v: Float[Tensor, "d_model"],
-    config: RomeConfig,
-    *,
-    progress: bool = True,
-) -> Optimised:
-    """Minimise L by Adam, with at most `steps` losses and `steps - 1` updates, as released.
+class Search:
+    """The search for one v*: its rows, its delta and its optimiser.
 
-    `forward` runs the rows of the batch from their `lookup` positions on. `config` gives the
-    constants; after each update delta is scaled down to ||delta|| <= clamp · ||v||.
-
-    Raises:
-        ValueError: the objective is not finite.
+    Attributes:
+        batch: The rows of the request.
+        v: The value before the edit, `[d_model]`.
+        config: The constants.
+        losses: The objective at every step, before that step's update.
+        clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
+        error: The reason why the search failed; None if it did not.
     """
-    assert config.clamp is not None  # None stands for a default, which the caller has chosen
-    losses: list[float] = []
-    clamp_hits, log_p_init = 0, None
-    bar = tqdm(total=config.steps, desc="v*", disable=not progress)
+
+    def __init__(self, batch: Batch, v: Float[Tensor, "d_model"], config: RomeConfig) -> None:
+        assert config.clamp is not None  # None stands for a default, which the caller has chosen
+        self.batch, self.v, self.config = batch, v, config
+        self.losses: list[float] = []
+        self.clamp_hits, self.error = 0, ""
+        self._limit = config.clamp * v.norm()
+        self._delta = torch.zeros_like(v)
+        self._adam = torch.optim.Adam([self._delta], lr=config.lr)
+        self._log_p_init: Tensor | None = None
+
+    @property
+    def found(self) -> Optimised:
+        """Return the result.
+
+        Raises:
+            ValueError: The search failed.
+        """
+        if self.error:
+            raise ValueError(self.error)
+        return Optimised(self._delta.detach(), tuple(self.losses), self.clamp_hits)
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the search needs another step."""
+        ended = bool(self.losses) and self.losses[-1] < self.config.stop_loss
+        return not (self.error or ended or len(self.losses) == self.config.steps)
+
+    def change(self, layer: int, first: int) -> Change:
+        """Return the change that adds delta to the values; the rows start at row `first`."""
+        delta = self._delta.requires_grad_(True)
+        rows = first + torch.arange(len(self.batch.rows))
+        add = lambda value: value + delta.to(value)  # noqa: E731
+        return Change(Point("value", layer), rows, self.batch.lookup, add)
+
+    def objective(self, logits: Float[Tensor, "scored d_vocab"]) -> Float[Tensor, ""]:
+        """Compute L from the logits at the scored positions, and note it."""
+        config, batch, delta = self.config, self.batch, self._delta
+        scored, kl_logits = logits.to(delta.device).float().split([len(batch.labels), 1])
+        each = cross_entropy(scored, batch.labels.to(scored.device), reduction="none")
+        nll = (batch.weights.to(each) * each).sum()
+        log_p = kl_logits[0].log_softmax(-1)
+        if self._log_p_init is None:
+            self._log_p_init = log_p.detach()
+        kl = (log_p.exp() * (log_p - self._log_p_init)).sum()  # KL(current || initial)
+        loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / self.v.norm() ** 2
+        self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            self.error = (
+                f"the objective is {self.losses[-1]} at step {len(self.losses) - 1}, in float16 by "
+                "overflow; load the model in float32 or bfloat16"
+            )
+        return loss
+
+    def descend(self, gradient: Float[Tensor, "d_model"]) -> None:
+        """Take one step of Adam, and scale delta down to ||delta|| <= clamp · ||v||."""
+        self._delta.grad = gradient
+        self._adam.step()
+        self.clamp_hits += _clamp_(self._delta, self._limit)
+
+
+def stacked(model: Model, layer: int, batches: Sequence[Batch]) -> PartialForward:
+    """Return the passes of the rows of several batches, one after another."""
+    rows = [ids for batch in batches for ids in batch.rows]
+    lookup = torch.cat([batch.lookup for batch in batches])
+    return PartialForward(model, layer, rows, lookup.tolist())
+
+
+def optimise(
+    forward: PartialForward, layer: int, searches: Sequence[Search], *, progress: bool = True
+) -> None:
+    """Run searches to their ends, each with at most `steps` losses and `steps - 1` updates.
+
+    `forward` runs the rows of all searches, see `stacked`. Searches that have ended leave the batch
+    as soon as they are half of its rows.
+    """
+    bar = tqdm(total=searches[0].config.steps, desc="v*", disable=not progress)
+    held = live = list(searches)
     with adapter.gradients_for(forward.model), bar:
-        delta = torch.zeros_like(v)
-        adam = torch.optim.Adam([delta], lr=config.lr)
-        for step in range(config.steps):
-            delta.requires_grad_(True)
-            nll, log_p = _nll_and_kl_prediction(forward, layer, batch, delta)
-            if log_p_init is None:
-                log_p_init = log_p.detach()
-            kl = (log_p.exp() * (log_p - log_p_init)).sum()  # KL(current || initial)
-            loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / v.norm() ** 2
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise ValueError(
-                    f"the objective is {losses[-1]} at step {step}, in float16 by overflow; "
-                    "load the model in float32 or bfloat16"
-                )
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        while live:
+            if 2 * _n_rows(live) <= _n_rows(held):
+                held = live
+                forward = stacked(forward.model, layer, [search.batch for search in held])
+            losses = _step(forward, layer, held)
+            live = [search for search in live if search.goes_on]
+            bar.set_postfix(loss=f"{sum(losses.values()).item() / len(losses):.3f}")
             bar.update()
-            if losses[-1] < config.stop_loss or step == config.steps - 1:
-                break
-            (delta.grad,) = torch.autograd.grad(loss, delta)
-            adam.step()
-            clamp_hits += _clamp_(delta, config.clamp * v.norm())
-    return Optimised(delta.detach(), tuple(losses), clamp_hits)
+            if live:
+                deltas = [search._delta for search in live]
+                gradients = torch.autograd.grad([losses[search] for search in live], deltas)
+                for search, gradient in zip(live, gradients, strict=True):
+                    search.descend(gradient)
 
 
-def _nll_and_kl_prediction(
-    forward: PartialForward, layer: int, batch: Batch, delta: Float[Tensor, "d_model"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "d_vocab"]]:
-    """Return the mean NLL of the target and the log-probabilities after the KL row's subject."""
-    rows = torch.arange(len(batch.rows))
-    add = Change(Point("value", layer), rows, batch.lookup, lambda value: value + delta.to(value))
-    logits = forward.logits([add], batch.where, batch.at).to(delta.device).float()
-    scored, kl = logits.split([len(batch.labels), 1])
-    nll = cross_entropy(scored, batch.labels.to(logits.device), reduction="none")
-    return (batch.weights.to(nll) * nll).sum(), kl[0].log_softmax(-1)
+def _n_rows(searches: Sequence[Search]) -> int:
+    return sum(len(search.batch.rows) for search in searches)
+
+
+def _step(
+    forward: PartialForward, layer: int, held: Sequence[Search]
+) -> dict[Search, Float[Tensor, ""]]:
+    """Return the objectives of the searches that go on, from one pass of all rows."""
+    firsts = [0, *accumulate(len(search.batch.rows) for search in held)]
+    live = [(search, first) for search, first in zip(held, firsts) if search.goes_on]
+    changes = [search.change(layer, first) for search, first in live]
+    where = torch.cat([first + search.batch.where for search, first in live])
+    logits = forward.logits(changes, where, torch.cat([search.batch.at for search, _ in live]))
+    parts = logits.split([len(search.batch.at) for search, _ in live])
+    return {search: search.objective(part) for (search, _), part in zip(live, parts, strict=True)}
 
 
 @torch.no_grad()

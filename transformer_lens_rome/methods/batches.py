@@ -1,0 +1,120 @@
+"""Work on many requests in batches, with the results of one request after another.
+
+A request that fails does so alone: if a whole batch fails, its requests are tried one by one. A
+batch that does not fit into memory is halved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.protocol import Model
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+_MOST = 64
+"""Largest batch that is chosen by itself."""
+
+
+def in_batches(
+    model: Model,
+    items: Sequence[T],
+    rows: Callable[[T], Sequence[Sequence[int]]],
+    work: Callable[[Sequence[T]], list[R | ValueError]],
+    *,
+    batch_size: int | None = None,
+) -> list[R | ValueError]:
+    """Return the result of each item, or its ValueError, in the order of the items.
+
+    Args:
+        model: The model, for its size and memory.
+        items: The items.
+        rows: A function from an item to its token ids, by which items of like lengths are batched.
+        work: A function from some items to their results.
+        batch_size: The largest number of items in a batch. None: as many as fit into memory.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    each: dict[int, R | ValueError] = {}
+    shapes: dict[int, tuple[int, int]] = {}  # number of rows, and length of the longest
+    for i, item in enumerate(items):
+        try:
+            ids = rows(item)
+            shapes[i] = len(ids), max(map(len, ids))
+        except ValueError as error:
+            each[i] = error
+    for batch in _batches(model, shapes, batch_size):
+        each.update(zip(batch, _tried(work, [items[i] for i in batch]), strict=True))
+    return [each[i] for i in range(len(items))]
+
+
+def _tried(work: Callable[[Sequence[T]], list[R | ValueError]], items: list[T]) -> list:
+    """Return the results of a batch, from smaller batches if it fails as a whole."""
+    try:
+        return work(items)
+    except ValueError as error:
+        if len(items) == 1:
+            return [error]
+        size = 1
+    except Exception as error:
+        if len(items) == 1 or not _is_out_of_memory(error):
+            raise
+        size = -(-len(items) // 2)
+        logger.warning("a batch of %d does not fit into memory; it is halved", len(items))
+    pieces = [items[i : i + size] for i in range(0, len(items), size)]
+    return [result for piece in pieces for result in _tried(work, piece)]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out; on a CPU torch raises a RuntimeError for this."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _batches(
+    model: Model, shapes: dict[int, tuple[int, int]], batch_size: int | None
+) -> Iterator[list[int]]:
+    """Yield batches of items of like lengths that may share a pass."""
+    order = sorted(shapes, key=lambda i: shapes[i][1])
+    room = _free_memory(model) / 4
+    for group in passes.apart(model, [shapes[i][1] for i in order]):
+        batch: list[int] = []
+        for i in (order[at] for at in group):
+            n_rows = sum(shapes[j][0] for j in (*batch, i))
+            fits = _bytes(model, n_rows, shapes[i][1]) < room and len(batch) < _MOST
+            if batch and (not fits if batch_size is None else len(batch) == batch_size):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+def _bytes(model: Model, n_rows: int, length: int) -> float:
+    """Estimate the memory of a pass with gradients: activations of all blocks, and logits."""
+    cfg = model.cfg
+    block = 12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model) + 3 * cfg.n_heads * length
+    return 4.0 * n_rows * (length * cfg.n_layers * block + 4 * cfg.d_vocab)
+
+
+def _free_memory(model: Model) -> float:
+    """Return the free memory of the model's device in bytes; 4 GB if it is not known."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 4e9

@@ -1,0 +1,210 @@
+"""ROME as an `EditMethod`: its options, and the way from requests to edits; see `rome`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
+from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.files.strict_json import check_text
+from transformer_lens_rome.methods.base import provenance, register_method
+from transformer_lens_rome.methods.batches import in_batches
+from transformer_lens_rome.methods.rank_one import solve_rank_one
+from transformer_lens_rome.methods.rome_config import RomeConfig, default_clamp, released_clamp
+from transformer_lens_rome.methods.rome_health import measure_health
+from transformer_lens_rome.methods.v_star import Batch, Search, optimise, stacked
+from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.default_layer import default_layer
+from transformer_lens_rome.model.keys import read_keys_and_values
+from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.sampling import sample_prefixes
+from transformer_lens_rome.statistics.second_moment import SecondMoment
+from transformer_lens_rome.statistics.sources import default_second_moment
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME as an `EditMethod`; the fields are the arguments of `compute_rome_edit`."""
+
+    name: ClassVar[str] = "rome"
+    layer: int | None = None
+    second_moment: SecondMoment | None = None
+    prefixes: Sequence[str] | None = None
+    config: RomeConfig = RomeConfig()
+    prepend_bos: bool | None = None
+    progress: bool = field(default=False, metadata={"identifies": False})
+
+    @model_call
+    def prepared(self, model: Model, *, seed: int = 0) -> Rome:
+        """Check the options; return a copy with every default chosen, for all edits of a run."""
+        return self._prepared(model, Encoder.of(model, self.prepend_bos), seed)
+
+    @model_call
+    def compute(
+        self, model: Model, request: EditRequest | Mapping[str, Any], *, seed: int = 0
+    ) -> RankOneEdit:
+        """Compute the edit that writes one fact."""
+        (edit,) = self.in_order(model, [EditRequest.of(request)], seed)
+        return edit
+
+    @model_call
+    def compute_each(
+        self,
+        model: Model,
+        requests: Sequence[EditRequest | Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> list[RankOneEdit | ValueError]:
+        """Compute an edit for each request on the model as it is, or return why there is none.
+
+        The searches of up to `batch_size` requests share passes; None: as many as memory allows.
+        """
+        encoder = Encoder.of(model, self.prepend_bos)
+        method = self._prepared(model, encoder, seed)
+
+        def rows(request: EditRequest) -> list[tuple[int, ...]]:
+            return method._batch(encoder, request).rows
+
+        def compute(some: Sequence[EditRequest]) -> list[RankOneEdit | ValueError]:
+            return method._compute(model, encoder, some, seed)
+
+        parsed = [EditRequest.of(request) for request in requests]
+        return in_batches(model, parsed, rows, compute, batch_size=batch_size)
+
+    def in_order(
+        self, model: Model, requests: Sequence[EditRequest], seed: int
+    ) -> list[RankOneEdit]:
+        """Compute edits, each with those before it applied; the model stays unchanged."""
+        if not requests:
+            raise ValueError("the list of requests is empty; give at least one EditRequest")
+        encoder = Encoder.of(model, self.prepend_bos)
+        method = self._prepared(model, encoder, seed)
+        edits: list[RankOneEdit] = []
+        with ExitStack() as stack:
+            for request in requests:
+                if edits:
+                    stack.enter_context(applied(model, edits[-1]))
+                (found,) = method._compute(model, encoder, [request], seed)
+                if isinstance(found, ValueError):
+                    raise found
+                edits.append(found)
+        return edits
+
+    def _prepared(self, model: Model, encoder: Encoder, seed: int) -> Rome:
+        """Check the given options; choose the defaults of the others and log them."""
+        layer = default_layer(model) if self.layer is None else self.layer
+        refusals.check_editable(model, [layer])
+        prefixes, moment, config = self.prefixes, self.second_moment, self.config
+        if prefixes is not None:
+            _check_prefixes(prefixes, config)
+        if isinstance(moment, Mapping):
+            raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
+        bos = encoder.prepends_bos
+        if moment is None:
+            moment = default_second_moment(model, layer, prepend_bos=bos, progress=self.progress)
+        moment.check_fits(model, layer, bos)
+        if prefixes is None:
+            prefixes = sample_prefixes(model, config.prefix_lengths, seed=seed, encoder=encoder)
+            logger.info("%d context prefixes, sampled with seed %d", len(prefixes), seed)
+        if config.clamp is None:
+            released = config.key == "released"
+            clamp = released_clamp(model) if released else default_clamp(model, layer)
+            config = dataclasses.replace(config, clamp=clamp)
+        return dataclasses.replace(
+            self, layer=layer, second_moment=moment, prefixes=tuple(prefixes), config=config
+        )
+
+    def _batch(self, encoder: Encoder, request: EditRequest) -> Batch:
+        """Return the rows of a request's search: one for each prefix, and perhaps the KL row."""
+        assert self.prefixes is not None  # see `_prepared`
+        rows = [
+            encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
+            for prefix in self.prefixes
+        ]
+        return Batch.of(rows, encoder.templated_row("{} is a", request.subject))
+
+    def _compute(
+        self, model: Model, encoder: Encoder, requests: Sequence[EditRequest], seed: int
+    ) -> list[RankOneEdit | ValueError]:
+        """Compute edits whose searches share passes; a search that fails gives its error."""
+        layer, prefixes, released = self.layer, self.prefixes, self.config.key == "released"
+        assert layer is not None and prefixes is not None  # see `_prepared`
+        batches = [self._batch(encoder, request) for request in requests]
+        forward = stacked(model, layer, batches)
+        lengths = [len(batch.rows) for batch in batches]
+        keys, values = (
+            [part[: len(prefixes)] for part in read.split(lengths)]
+            for read in read_keys_and_values(forward, layer)
+        )
+        searches = [
+            Search(batch, value[0] if released else value.mean(0), self.config)
+            for batch, value in zip(batches, values, strict=True)
+        ]
+        optimise(forward, layer, searches, progress=self.progress)
+        each: list[RankOneEdit | ValueError] = []
+        for request, *found in zip(requests, keys, values, searches, strict=True):
+            try:
+                each.append(self._edit(model, encoder, request, *found, seed))
+            except ValueError as error:
+                each.append(error)
+        return each
+
+    def _edit(
+        self,
+        model: Model,
+        encoder: Encoder,
+        request: EditRequest,
+        keys: Float[Tensor, "prefix d_mlp"],
+        values: Float[Tensor, "prefix d_model"],
+        search: Search,
+        seed: int,
+    ) -> RankOneEdit:
+        """Return the edit that a search gives: the rank-one solve, and the edit's health."""
+        layer, moment, prefixes = self.layer, self.second_moment, self.prefixes
+        assert layer is not None and moment is not None and prefixes is not None  # see `_prepared`
+        optimised = search.found
+        update = solve_rank_one(keys, values, search.v + optimised.delta, moment, self.config)
+        made = {"prefixes": prefixes, "seed": seed, "second_moment": moment.summary()}
+        edit = RankOneEdit(
+            **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
+            layer=layer,
+            request=request,
+            config=dataclasses.asdict(self.config),
+            model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
+            provenance=provenance(model, encoder.prepends_bos) | made,
+        )
+        health = measure_health(model, encoder, edit, keys.mean(0), optimised, moment)
+        for warning in health.warnings:
+            logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
+        return dataclasses.replace(edit, health=health)
+
+
+def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
+    """Raise ValueError if `prefixes` is not a list of texts that suits the configuration."""
+    several = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    texts = prefixes if several else ()
+    if not texts or not all(isinstance(text, str) and "{}" not in text for text in texts):
+        raise ValueError(
+            'prefixes is a list of texts to put before the prompt, with "" for the bare prompt '
+            f"(write 'Hello.' for the template 'Hello. {{}}'); got {prefixes!r:.200}"
+        )
+    for text in texts:
+        check_text(text)
+    if config.key == "released" and prefixes[0] != "":
+        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
+
+
+register_method("rome", Rome)
