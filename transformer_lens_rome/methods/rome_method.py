@@ -84,6 +84,7 @@ class Rome:
         parsed = [EditRequest.of(request) for request in requests]
         return in_batches(model, parsed, rows, compute, batch_size=batch_size)
 
+    @model_call
     def in_order(
         self, model: Model, requests: Sequence[EditRequest], seed: int
     ) -> list[RankOneEdit]:
