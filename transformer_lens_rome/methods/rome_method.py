@@ -156,9 +156,9 @@ class Rome:
         ]
         optimise(forward, layer, searches, progress=self.progress)
         each: list[RankOneEdit | ValueError] = []
-        for request, *found in zip(requests, keys, values, searches, strict=True):
+        for request, k, v, search in zip(requests, keys, values, searches, strict=True):
             try:
-                each.append(self._edit(model, encoder, request, *found, seed))
+                each.append(self._edit(model, encoder, request, k, v, search, seed))
             except ValueError as error:
                 each.append(error)
         return each

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -181,7 +182,7 @@ def optimise(
                 forward = stacked(forward.model, layer, [search.batch for search in held])
             losses = _step(forward, layer, held)
             live = [search for search in live if search.goes_on]
-            bar.set_postfix(loss=f"{sum(losses.values()).item() / len(losses):.3f}")
+            bar.set_postfix(loss=f"{fmean(search.losses[-1] for search in losses):.3f}")
             bar.update()
             if live:
                 deltas = [search._delta for search in live]
