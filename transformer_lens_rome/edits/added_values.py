@@ -1,4 +1,4 @@
-"""What an edit adds to the values of some texts, by its changes of W_out: k delta W."""
+"""The vectors that an edit adds to the values of some texts by changing W_out: k delta W."""
 
 from __future__ import annotations
 

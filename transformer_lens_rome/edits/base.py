@@ -1,4 +1,4 @@
-"""What an edit is: a change of some weights of a model, and the fact that it writes."""
+"""The base class of edits: a change of some weights of a model, and the fact that it writes."""
 
 from __future__ import annotations
 

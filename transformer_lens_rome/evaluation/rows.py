@@ -58,7 +58,7 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class RecordRow:
-    """What a run measured on one record: its scores, or the reason why there are none.
+    """The measurements of a run on one record: its scores, or the reason why there are none.
 
     Attributes:
         case_id: The record's number in the data set.

@@ -26,7 +26,7 @@ class Row(Protocol):
 
     @property
     def key(self) -> Hashable:
-        """What identifies the row in its file."""
+        """The key that identifies the row in its file."""
         ...
 
     def to_json(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Limit = Literal["finite", "one_edit", "all_edits"]
-"""What an edit exceeded: the NLL after it is not finite, or it rose by more than a guard allows."""
+"""The limit that an edit exceeded: its NLL is not finite, or rose by more than a guard allows."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Kind = Literal["resid", "mlp", "attn"]
 
 @dataclass(frozen=True)
 class StateKind:
-    """What a trace of one kind restores, and how its results look.
+    """One kind of state: the activation that a trace restores, and the look of its results.
 
     Attributes:
         point: The restored activation; `at` sets its layer.
