@@ -1,4 +1,4 @@
-"""What is fuzzed: for each format small whole files, ways to damage them, how one is read and used.
+"""The formats that are fuzzed: for each small whole files, ways to damage them, how one is read and used.
 
 `read` may end in ValueError or FileNotFoundError with the file's name; `use`, of what was read, in
 ValueError or NotImplementedError. A `use` fails with AssertionError where something was accepted

@@ -95,7 +95,7 @@ class Search:
         config: The constants.
         losses: The objective at every step, before that step's update.
         clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
-        error: The reason why the search failed; None if it did not.
+        error: The reason why the search failed; empty if it did not.
     """
 
     def __init__(self, batch: Batch, v: Float[Tensor, "d_model"], config: RomeConfig) -> None:
