@@ -1,4 +1,4 @@
-"""The formats that are fuzzed: for each small whole files, ways to damage them, how one is read and used.
+"""The formats that are fuzzed: small whole files, ways to damage, read and use them.
 
 `read` may end in ValueError or FileNotFoundError with the file's name; `use`, of what was read, in
 ValueError or NotImplementedError. A `use` fails with AssertionError where something was accepted
