@@ -71,11 +71,7 @@ def ledger_to_edit(model: Model, where: Weight, shape: tuple[int, ...], edit: Ed
     """Return the ledger of a weight that an edit will change, or a new one if there is none."""
     weight = adapter.parameter(model, where)
     if weight is None or shape != tuple(weight.shape):
-        has = "none" if weight is None else tuple(weight.shape)
-        raise ValueError(
-            f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
-            f"model has {has}; it was made on {edit.provenance.get('model', 'another model')}"
-        )
+        raise _misfit(where, shape, weight, edit)
     refusals.check_weight(weight, where)
     if adapter.holder(model, where) is None:
         raise NotImplementedError(
@@ -139,9 +135,7 @@ def write(model: Model, ledger: Ledger, edits: list[Edit]) -> None:
     holder = adapter.holder(model, where)
     assert holder is not None  # checked by `ledger_to_edit` and `has_its_edits`
     ledgers = vars(holder).setdefault("_rome_ledgers", {})
-    new = _sum(ledger, weight, edits)
-    if not torch.isfinite(new).all():
-        raise ValueError(f"the edit would put NaN or infinity into {named(where)}")
+    new = _finite(where, _sum(ledger, weight, edits))
     old, state = weight.detach().clone(), (ledger.active, ledger.written_hash)
     try:
         ledger.active, ledger.written_hash = edits, adapter.weight_hash(new)
@@ -174,6 +168,35 @@ def _sum(ledger: Ledger, weight: Tensor, edits: list[Edit]) -> Tensor:
     for edit in edits:
         total += edit.change(ledger.where).to(total)
     return total.to(weight.dtype)
+
+
+def written_with(model: Model, where: Weight, edit: Edit) -> Tensor:
+    """Return the weight that applying an edit would write; nothing is written.
+
+    Raises:
+        ValueError: The edit does not fit, or would put NaN or infinity into the weight.
+    """
+    weight, delta = live_weight(model, where), edit.change(where)
+    if delta.shape != weight.shape:
+        raise _misfit(where, tuple(delta.shape), weight, edit)
+    ledger = ledger_of(model, where) or Ledger(where, weight.detach(), "", [], "", "")
+    return _finite(where, _sum(ledger, weight, [*ledger.active, edit]))
+
+
+def _finite(where: Weight, new: Tensor) -> Tensor:
+    """Return a new weight; raise ValueError if it contains NaN or infinity."""
+    if not torch.isfinite(new).all():
+        raise ValueError(f"the edit would put NaN or infinity into {named(where)}")
+    return new
+
+
+def _misfit(where: Weight, shape: tuple[int, ...], weight: Tensor | None, edit: Edit) -> ValueError:
+    """Return the error for an edit whose shape is not that of the weight."""
+    has = "none" if weight is None else tuple(weight.shape)
+    return ValueError(
+        f"the edit changes a {where.name} of shape {shape}, but layer {where.layer} of this "
+        f"model has {has}; it was made on {edit.provenance.get('model', 'another model')}"
+    )
 
 
 def named(where: Weight) -> str:

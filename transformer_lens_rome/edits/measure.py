@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from transformer_lens_rome.edits.base_bytes import live_weight
+from transformer_lens_rome.edits.in_passes import score_edited
 from transformer_lens_rome.edits.kinds import Edit, EditHealth
-from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.prompts.scores import TargetScore, score_rows
@@ -14,27 +17,40 @@ from transformer_lens_rome.prompts.scores import TargetScore, score_rows
 _ROWS = 1024  # rows of a matrix that are converted to float64 at a time
 
 
+class Measured(NamedTuple):
+    """The bare prompt as a row, its score before the edit, and the edit's measurements."""
+
+    bare: Row
+    before: TargetScore
+    health: EditHealth
+
+
 def measured(model: Model, encoder: Encoder, edit: Edit) -> EditHealth:
     """Measure any edit: the target's probability before and after, and the size of the change."""
-    return measured_row(model, encoder, edit)[2]
+    return measured_each(model, encoder, [edit])[0].health
 
 
-def measured_row(model: Model, encoder: Encoder, edit: Edit) -> tuple[Row, TargetScore, EditHealth]:
-    """Return the bare prompt as a row, its score before the edit, and the edit's measurements."""
-    request = edit.request
-    bare = encoder.templated_row(request.prompt, request.subject, target=request.target_new)
-    (before,) = score_rows(model, [bare])
-    with applied(model, edit):
-        (after,) = score_rows(model, [bare])
-    relative_norm, rounding_error, warnings = _size(model, edit)
-    health = EditHealth(
-        p_before=before.log_probs.sum().exp().item(),
-        p_after=after.log_probs.sum().exp().item(),
-        relative_norm=relative_norm,
-        rounding_error=rounding_error,
-        warnings=warnings,
-    )
-    return bare, before, health
+def measured_each(model: Model, encoder: Encoder, edits: Sequence[Edit]) -> list[Measured]:
+    """Measure independent edits, each on the model as it is now; see `measured`."""
+    bare = [
+        encoder.templated_row(request.prompt, request.subject, target=request.target_new)
+        for request in (edit.request for edit in edits)
+    ]
+    before = score_rows(model, bare)
+    after = score_edited(model, bare, edits, range(len(edits)))
+    each = []
+    for edit, *score in zip(edits, before, after, strict=True):
+        p_before, p_after = (one.log_probs.sum().exp().item() for one in score)
+        norm, error, warnings = _size(model, edit)
+        health = EditHealth(
+            p_before=p_before,
+            p_after=p_after,
+            relative_norm=norm,
+            rounding_error=error,
+            warnings=warnings,
+        )
+        each.append(health)
+    return list(map(Measured, bare, before, each))
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.kinds import RankOneEdit
-from transformer_lens_rome.edits.measure import measured_row
+from transformer_lens_rome.edits.measure import measured_each
 from transformer_lens_rome.methods.v_star import Optimised
 from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.partial_forward import PartialForward
@@ -21,26 +22,34 @@ from transformer_lens_rome.statistics.second_moment import SecondMoment, cosine
 def measure_health(
     model: Model,
     encoder: Encoder,
-    edit: RankOneEdit,
-    k_mean: Float[Tensor, "d_mlp"],
-    optimised: Optimised,
+    edits: Sequence[RankOneEdit],
+    k_means: Sequence[Float[Tensor, "d_mlp"]],
+    optimised: Sequence[Optimised],
     second_moment: SecondMoment,
-) -> EditHealth:
-    """Score the target on the bare prompt before and after the edit, and compare the keys."""
-    bare, before, health = measured_row(model, encoder, edit)
-    forward = PartialForward(model, edit.layer, [bare.ids], [bare.subject[-1]], cut=False)
-    bare_key = read_keys_and_values(forward, edit.layer)[0][0].cpu()
-    k_mean = k_mean.cpu()
-    health = dataclasses.replace(
-        health,
-        subject_token=encoder.tokenizer.decode([bare.ids[bare.subject[-1]]]),
-        losses=optimised.losses,
-        clamp_hits=optimised.clamp_hits,
-        k_C_k=(k_mean @ edit.u).item(),
-        key_agreement=cosine(bare_key, k_mean),
-    )
-    warnings = _suspicions(edit, health, bool(before.correct.all()), second_moment)
-    return dataclasses.replace(health, warnings=(*health.warnings, *warnings))
+) -> list[EditHealth]:
+    """Score each target on the bare prompt before and after its edit, and compare the keys."""
+    if not edits:
+        return []
+    each = measured_each(model, encoder, edits)
+    bare = [one.bare for one in each]
+    starts = [row.subject[-1] for row in bare]
+    forward = PartialForward(model, edits[0].layer, [row.ids for row in bare], starts, cut=False)
+    bare_keys = read_keys_and_values(forward, edits[0].layer)[0].cpu()
+    healths = []
+    for edit, (row, before, health), k_mean, found, bare_key in zip(
+        edits, each, k_means, optimised, bare_keys, strict=True
+    ):
+        health = dataclasses.replace(
+            health,
+            subject_token=encoder.tokenizer.decode([row.ids[row.subject[-1]]]),
+            losses=found.losses,
+            clamp_hits=found.clamp_hits,
+            k_C_k=(k_mean.cpu() @ edit.u).item(),
+            key_agreement=cosine(bare_key, k_mean.cpu()),
+        )
+        warnings = _suspicions(edit, health, bool(before.correct.all()), second_moment)
+        healths.append(dataclasses.replace(health, warnings=(*health.warnings, *warnings)))
+    return healths
 
 
 def _suspicions(

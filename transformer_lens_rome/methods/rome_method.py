@@ -155,42 +155,68 @@ class Rome:
             for batch, value in zip(batches, values, strict=True)
         ]
         optimise(forward, layer, searches, progress=self.progress)
+        made = self._made(model, encoder, seed)
         each: list[RankOneEdit | ValueError] = []
         for request, k, v, search in zip(requests, keys, values, searches, strict=True):
             try:
-                each.append(self._edit(model, encoder, request, k, v, search, seed))
+                each.append(self._edit(request, k, v, search, made))
             except ValueError as error:
                 each.append(error)
-        return each
+        k_means = [key.mean(0) for key in keys]
+        return self._with_health(model, encoder, each, k_means, searches)
+
+    def _made(self, model: Model, encoder: Encoder, seed: int) -> dict[str, Any]:
+        """Return the fields that all edits of this call share."""
+        layer, moment = self.layer, self.second_moment
+        assert layer is not None and moment is not None  # see `_prepared`
+        known = {"prefixes": self.prefixes, "seed": seed, "second_moment": moment.summary()}
+        return {
+            "layer": layer,
+            "config": dataclasses.asdict(self.config),
+            "model_hash": adapter.weight_hash(adapter.w_out(model, layer)),
+            "provenance": provenance(model, encoder.prepends_bos) | known,
+        }
 
     def _edit(
         self,
-        model: Model,
-        encoder: Encoder,
         request: EditRequest,
         keys: Float[Tensor, "prefix d_mlp"],
         values: Float[Tensor, "prefix d_model"],
         search: Search,
-        seed: int,
+        made: Mapping[str, Any],
     ) -> RankOneEdit:
-        """Return the edit that a search gives: the rank-one solve, and the edit's health."""
-        layer, moment, prefixes = self.layer, self.second_moment, self.prefixes
-        assert layer is not None and moment is not None and prefixes is not None  # see `_prepared`
-        optimised = search.found
-        update = solve_rank_one(keys, values, search.v + optimised.delta, moment, self.config)
-        made = {"prefixes": prefixes, "seed": seed, "second_moment": moment.summary()}
-        edit = RankOneEdit(
-            **{name: tensor.float().cpu() for name, tensor in update._asdict().items()},
-            layer=layer,
-            request=request,
-            config=dataclasses.asdict(self.config),
-            model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
-            provenance=provenance(model, encoder.prepends_bos) | made,
+        """Return the edit that a search gives, by the rank-one solve."""
+        assert self.second_moment is not None  # see `_prepared`
+        v_star = search.v + search.found.delta
+        update = solve_rank_one(keys, values, v_star, self.second_moment, self.config)
+        tensors = {name: tensor.float().cpu() for name, tensor in update._asdict().items()}
+        return RankOneEdit(**tensors, request=request, **made)
+
+    def _with_health(
+        self,
+        model: Model,
+        encoder: Encoder,
+        each: Sequence[RankOneEdit | ValueError],
+        k_means: Sequence[Float[Tensor, "d_mlp"]],
+        searches: Sequence[Search],
+    ) -> list[RankOneEdit | ValueError]:
+        """Return the edits with their health, and the errors as they are."""
+        assert self.second_moment is not None  # see `_prepared`
+        edits = {i: edit for i, edit in enumerate(each) if isinstance(edit, RankOneEdit)}
+        optimised = [searches[i].found for i in edits]
+        healths = measure_health(
+            model,
+            encoder,
+            list(edits.values()),
+            [k_means[i] for i in edits],
+            optimised,
+            self.second_moment,
         )
-        health = measure_health(model, encoder, edit, keys.mean(0), optimised, moment)
-        for warning in health.warnings:
-            logger.warning("%s -> %s: %s", request.text, request.target_new, warning)
-        return dataclasses.replace(edit, health=health)
+        for (i, edit), health in zip(edits.items(), healths, strict=True):
+            for warning in health.warnings:
+                logger.warning("%s -> %s: %s", edit.request.text, edit.request.target_new, warning)
+            edits[i] = dataclasses.replace(edit, health=health)
+        return [edits.get(i, one) for i, one in enumerate(each)]
 
 
 def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:

@@ -5,8 +5,9 @@ Rows with a common start are run once, and only scored positions are unembedded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,27 +55,49 @@ class TargetScore(NamedTuple):
     correct: Bool[Tensor, "n_target_tokens"]
 
 
+Text = tuple[tuple[int, ...], int]
+"""The tokens of a text, and its owner."""
+Context = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""Makes the context of a pass from the owners of its texts."""
+
+
 @model_call
 @torch.no_grad()
-def score_rows(model: Model, rows: Sequence[Row], *, batch_size: int = 16) -> list[TargetScore]:
+def score_rows(
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    owners: Sequence[int] | None = None,
+    context: Context = nullcontext,
+) -> list[TargetScore]:
     """Score the target of every row; return the scores in the order of the rows.
 
     Rows that are equal up to the last target token, such as one prompt with two targets, are one
     text in the batch, and each position in it is unembedded once. Texts of similar length share a
     batch.
+
+    Args:
+        model: The model.
+        rows: The rows.
+        batch_size: The largest number of texts in a pass.
+        owners: A number for each row. Rows with different numbers are never one text.
+        context: A function from the owners of a pass's texts to a context for that pass.
     """
     by_row: dict[int, TargetScore] = {}
-    inputs = [row.ids[: row.target[-1]] for row in rows]
-    for side in passes.apart(model, [len(ids) for ids in inputs]):
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, ids in zip(side, _longest([inputs[i] for i in side]), strict=True):
-            groups.setdefault(ids, []).append(i)
-        texts = sorted(groups, key=len)
+    owners = owners or [0] * len(rows)
+    inputs = [(row.ids[: row.target[-1]], owner) for row, owner in zip(rows, owners, strict=True)]
+    for side in passes.apart(model, [len(ids) for ids, _ in inputs]):
+        groups: dict[Text, list[int]] = {}
+        for i, text in zip(side, _longest([inputs[i] for i in side]), strict=True):
+            groups.setdefault(text, []).append(i)
+        texts = sorted(groups, key=lambda text: len(text[0]))
         for first in range(0, len(texts), batch_size):
             some = texts[first : first + batch_size]
-            chosen = [i for ids in some for i in groups[ids]]
-            text_of = [k for k, ids in enumerate(some) for _ in groups[ids]]
-            scores = _scores(model, some, text_of, [rows[i] for i in chosen])
+            chosen = [i for text in some for i in groups[text]]
+            text_of = [k for k, text in enumerate(some) for _ in groups[text]]
+            with context([owner for _, owner in some]):
+                scores = _scores(model, [ids for ids, _ in some], text_of, [rows[i] for i in chosen])
             by_row.update(zip(chosen, scores, strict=True))
     return [by_row[i] for i in range(len(rows))]
 
@@ -87,20 +110,22 @@ def _scores(
     where, at, labels = torch.tensor(triples).T
     places, which = torch.stack([where, at], 1).unique(dim=0, return_inverse=True)
     logits = passes.logits_at(model, pad([Row(ids) for ids in texts]), *places.T)
-    log_probs = logits.float().log_softmax(-1).cpu()
+    which, labels = which.to(logits.device), labels.to(logits.device)
+    log_probs = logits.float().log_softmax(-1)
     picked, correct = log_probs[which, labels], log_probs.argmax(-1)[which] == labels
     sizes = [len(row.target) for row in rows]
-    return list(map(TargetScore, picked.split(sizes), correct.split(sizes)))
+    return list(map(TargetScore, picked.cpu().split(sizes), correct.cpu().split(sizes)))
 
 
-def _longest(texts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """For each text, return a longest text of the list that starts with it."""
-    longest: dict[tuple[int, ...], tuple[int, ...]] = {}
-    previous: tuple[int, ...] = ()
-    for text in sorted(set(texts), reverse=True):  # extensions of a text come just before it
-        extended = previous[: len(text)] == text
-        longest[text] = longest[previous] if extended else text
-        previous = text
+def _longest(texts: Sequence[Text]) -> list[Text]:
+    """For each text, return a longest text of the same owner that starts with it."""
+    longest: dict[Text, Text] = {}
+    previous: Text = (), 0
+    for ids, owner in sorted(set(texts), key=lambda text: (text[1], text[0]), reverse=True):
+        # extensions of a text come just before it
+        extended = previous[1] == owner and previous[0][: len(ids)] == ids
+        longest[ids, owner] = longest.get(previous, previous) if extended else (ids, owner)
+        previous = ids, owner
     return [longest[text] for text in texts]
 
 
