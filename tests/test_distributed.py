@@ -102,8 +102,8 @@ def test_a_failing_work_ends_the_workers(gpt2, ray):
         list(distributed.on_workers(2, "auto", gpt2, divided, [1]))
 
 
-def divided(model, record):
-    return model.cfg.n_layers / record
+def divided(model, number):
+    return model.cfg.n_layers / number
 
 
 def state(ray):

@@ -24,9 +24,9 @@ Work = Callable[..., Any]
 
 
 def in_order(model: Model, work: Work, items: Sequence[Item]) -> Iterator[tuple[Item, Any]]:
-    """Yield each item and `work(model, record=item)`, computed in this process."""
+    """Yield each item and `work(model, item)`, computed in this process."""
     for item in items:
-        yield item, work(model, record=item)
+        yield item, work(model, item)
 
 
 def on_workers(
@@ -92,7 +92,7 @@ class _Worker:
         self.work = work
 
     def __call__(self, item: Any) -> Any:
-        return self.work(self.model, record=item)
+        return self.work(self.model, item)
 
 
 class _Pool:

@@ -28,7 +28,7 @@ from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.metrics import KINDS, PromptScore, record_metrics, score
 from transformer_lens_rome.evaluation.records import CounterFactRecord, as_record
 from transformer_lens_rome.evaluation.rows import check_log_probs, record_digest
-from transformer_lens_rome.evaluation.scoring import CounterFactScoring
+from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_records
 from transformer_lens_rome.files.fields import make
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.rome import Rome, RomeConfig
@@ -139,7 +139,7 @@ class Means:
             paraphrase_prompts=record.paraphrase_prompts[:1],
             neighborhood_prompts=record.neighborhood_prompts[:1],
         )
-        scores = CounterFactScoring()(model, encoder, first).scores
+        (scores,) = score_records(model, encoder, CounterFactScoring(), [first])
         return cls(*((_mean(prompt.new), _mean(prompt.true)) for (prompt,) in scores.values()))
 
     def metrics(self) -> dict[str, float]:

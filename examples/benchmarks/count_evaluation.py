@@ -22,7 +22,7 @@ from shapes import SHAPES, random_model
 
 from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
 from transformer_lens_rome.evaluation import CounterFactRecord
-from transformer_lens_rome.evaluation.scoring import CounterFactScoring
+from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_records
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 
@@ -52,7 +52,7 @@ def score(model: Any) -> int:
     request = EditRequest("{}" + WORD * 8, "Ada Love", "London", "Paris")
     record = CounterFactRecord(0, request, tuple(prompts[:2]), tuple(prompts[2:12]))
     encoder = Encoder.of(model)
-    return count_flops(lambda: CounterFactScoring()(model, encoder, record))
+    return count_flops(lambda: score_records(model, encoder, CounterFactScoring(), [record]))
 
 
 def scaled(shape: str, tokenizer: str, count: Any) -> float:

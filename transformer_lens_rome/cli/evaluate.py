@@ -48,6 +48,9 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run.add_argument("--editor", help="a trained editor's file, for methods that need one")
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
+    run.add_argument(
+        "--batch-size", type=int, help="number of records that are edited and scored together"
+    )
     run.add_argument("--workers", type=int, default=1, help="number of copies of the model, on Ray")
     run.add_argument("--ray", metavar="ADDRESS", help="address of an existing Ray cluster")
     run.add_argument("--seed", type=int, default=0)
@@ -74,6 +77,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     shared = {
         "out": options.out,
         "seed": options.seed,
+        "batch_size": options.batch_size,
         "workers": options.workers,
         "ray_address": options.ray,
         "progress": not options.json,

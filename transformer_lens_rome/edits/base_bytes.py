@@ -176,8 +176,8 @@ def written_with(model: Model, where: Weight, edit: Edit) -> Tensor:
     Raises:
         ValueError: The edit does not fit, or would put NaN or infinity into the weight.
     """
-    weight, delta = live_weight(model, where), edit.change(where)
-    if delta.shape != weight.shape:
+    weight, delta = adapter.parameter(model, where), edit.change(where)
+    if weight is None or delta.shape != weight.shape:
         raise _misfit(where, tuple(delta.shape), weight, edit)
     ledger = ledger_of(model, where) or Ledger(where, weight.detach(), "", [], "", "")
     return _finite(where, _sum(ledger, weight, [*ledger.active, edit]))

@@ -26,6 +26,7 @@ from transformer_lens_rome.edits.kinds import Edit, EditRequest, FactoredEdit
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.adapter import Hook, Point, Weight
+from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
 from transformer_lens_rome.prompts.encoder import Row
@@ -44,7 +45,7 @@ def additions(model: Model, edit: Edit) -> Additions:
     """
     changes = {}
     for where in edit.sizes():
-        old, new = live_weight(model, where).detach(), written_with(model, where, edit)
+        new, old = written_with(model, where, edit), live_weight(model, where).detach()
         wide = torch.promote_types(old.dtype, torch.float32)
         changes[where] = new.to(wide) - old.to(wide)
     return changes
@@ -102,6 +103,7 @@ def _adder(
     return add
 
 
+@model_call
 def score_edited(
     model: Model, rows: Sequence[Row], edits: Sequence[Edit], owners: Sequence[int]
 ) -> list[TargetScore]:

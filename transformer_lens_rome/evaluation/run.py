@@ -1,4 +1,4 @@
-"""A run: each record is edited, scored and undone, and its row is written before the next one.
+"""A run: some records at a time are edited and scored, and their rows are written.
 
 The edit of a record is made on the unedited model, so records are independent of each other.
 """
@@ -18,7 +18,8 @@ from transformer_lens_rome.distributed import in_order, on_workers
 from transformer_lens_rome.edits.ledger import check_unedited
 from transformer_lens_rome.evaluation.results import UNEDITED, Results
 from transformer_lens_rome.evaluation.rows import Record, RecordRow, record_digest, row_reader
-from transformer_lens_rome.evaluation.scoring import ScoreEdited, ScoreUnedited, Scoring
+from transformer_lens_rome.evaluation.scoring import Scoring
+from transformer_lens_rome.evaluation.work import ScoreEdited, ScoreUnedited
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, described, get_method
 from transformer_lens_rome.model import adapter
@@ -26,8 +27,8 @@ from transformer_lens_rome.model.fingerprint import Fingerprint
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 
-Work = Callable[[Any, Record], RecordRow]
-"""Makes the row of a record with a model."""
+Work = Callable[[Any, Sequence[Record]], list[RecordRow]]
+"""Makes the rows of some records with a model."""
 File = RunFile[RecordRow]
 
 
@@ -45,6 +46,7 @@ class Run:
     workers: int = 1
     ray_address: str | None = None
     progress: bool = True
+    batch_size: int | None = None
 
     def results(self) -> Results:
         """Score every record with the unedited model, then with its edit on the model."""
@@ -62,7 +64,7 @@ class Run:
             return Results("unedited", unedited, self._before(encoder, unedited), {})
         edited = unedited | {"seed": self.seed, "method": described(method)}
         name = edited["method"]["name"]
-        work = ScoreEdited(self.scoring, encoder, method, fingerprint, self.seed)
+        work = ScoreEdited(self.scoring, encoder, method, fingerprint, self.seed, self.batch_size)
         with _opened(self.out, edited) as file:  # first: a wrong file is rejected before any work
             before = self._before(encoder, unedited)
             after = self._rows(work, file, name)
@@ -75,8 +77,9 @@ class Run:
             raise ValueError("there are no records to evaluate; see CounterFact.load")
         if len({record.case_id for record in self.records}) != len(self.records):
             raise ValueError("two records have the same case_id; give each record another one")
-        if self.workers < 1:
-            raise ValueError(f"workers must be 1 or more, got {self.workers}")
+        for name in ("workers", "batch_size"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name} must be 1 or more, got {number}")
         if self.method is None and self.out is not None and Path(self.out).name != UNEDITED:
             raise ValueError(
                 f"scores of the unedited model need a file with the name {UNEDITED}, where the "
@@ -132,11 +135,25 @@ class Run:
 
     def _computed_rows(self, work: Work, records: Sequence[Record]) -> Iterator[RecordRow]:
         """Yield the row of each record as soon as it is known, in any order."""
+        size = max(1, min(self._together(work), -(-len(records) // self.workers)))
+        chunks = [records[i : i + size] for i in range(0, len(records), size)]
         if self.workers > 1 or self.ray_address is not None:
-            pairs = on_workers(self.workers, self.ray_address, self.model, work, records)
+            pairs = on_workers(self.workers, self.ray_address, self.model, work, chunks)
         else:
-            pairs = in_order(self.model, work, records)
-        return (row for _, row in pairs)
+            pairs = in_order(self.model, work, chunks)
+        return (row for _, rows in pairs for row in rows)
+
+    def _together(self, work: Work) -> int:
+        """Return the number of records that are processed together.
+
+        The default for a method that computes single edits is one, since a stopped run computes
+        the edits of the records that were not written again.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        if isinstance(work, ScoreEdited) and not hasattr(work.method, "compute_each"):
+            return 1
+        return 16 if next(self.model.parameters()).device.type == "cpu" else 64
 
 
 def _opened(path: Any, setting: Mapping[str, Any]) -> AbstractContextManager[File | None]:

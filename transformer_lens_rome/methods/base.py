@@ -19,10 +19,11 @@ from transformer_lens_rome.model.protocol import Model
 class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
-    Three members are optional. `prepared(model, *, seed)` checks the model and returns a copy of
-    the method that stores everything that all edits of a run share, such as statistics. `name` is
-    the method's name in tables. `options` is a mapping of what identifies a run, if that is not the
-    dataclass fields.
+    Four members are optional. `compute_each(model, requests, *, seed, batch_size)` computes
+    independent edits together and returns, for each request, its edit or the ValueError.
+    `prepared(model, *, seed)` checks the model and returns a copy of the method that stores
+    everything that all edits of a run share, such as statistics. `name` is the method's name in
+    tables. `options` is a mapping of what identifies a run, if that is not the dataclass fields.
 
     A method that has to be trained is two types. Its recipe has the settings: `fit(model, data)`
     trains an editor, `load(path)` reads one, and both `prepared` and `compute` raise a ValueError

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.faults import is_device_fault, is_out_of_memory
 from transformer_lens_rome.model.protocol import Model
 
 logger = logging.getLogger(__name__)
@@ -28,10 +29,10 @@ def in_batches(
     model: Model,
     items: Sequence[T],
     rows: Callable[[T], Sequence[Sequence[int]]],
-    work: Callable[[Sequence[T]], list[R | ValueError]],
+    work: Callable[[Sequence[T]], Sequence[R]],
     *,
     batch_size: int | None = None,
-) -> list[R | ValueError]:
+) -> list[R | Exception]:
     """Return the result of each item, or its ValueError, in the order of the items.
 
     Args:
@@ -46,7 +47,7 @@ def in_batches(
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    each: dict[int, R | ValueError] = {}
+    each: dict[int, R | Exception] = {}
     shapes: dict[int, tuple[int, int]] = {}  # number of rows, and length of the longest
     for i, item in enumerate(items):
         try:
@@ -55,32 +56,36 @@ def in_batches(
         except ValueError as error:
             each[i] = error
     for batch in _batches(model, shapes, batch_size):
-        each.update(zip(batch, _tried(work, [items[i] for i in batch]), strict=True))
+        each.update(zip(batch, tried(work, [items[i] for i in batch]), strict=True))
     return [each[i] for i in range(len(items))]
 
 
-def _tried(work: Callable[[Sequence[T]], list[R | ValueError]], items: list[T]) -> list:
-    """Return the results of a batch, from smaller batches if it fails as a whole."""
+def tried(
+    work: Callable[[Sequence[T]], Sequence[R]],
+    items: Sequence[T],
+    failures: tuple[type[Exception], ...] = (ValueError,),
+) -> list[R | Exception]:
+    """Return the results of a batch, from smaller batches if it fails as a whole.
+
+    An item that fails by itself gives its exception, if it is one of `failures`. A model that
+    cannot be edited and a fault of the device fail all items, so their exceptions are raised.
+    """
     try:
-        return work(items)
-    except ValueError as error:
-        if len(items) == 1:
-            return [error]
-        size = 1
+        return list(work(items))
     except Exception as error:
-        if len(items) == 1 or not _is_out_of_memory(error):
+        if is_out_of_memory(error) and len(items) > 1:
+            size = -(-len(items) // 2)
+            logger.warning("a batch of %d does not fit into memory; it is halved", len(items))
+        elif not isinstance(error, failures) or isinstance(error, NotImplementedError):
             raise
-        size = -(-len(items) // 2)
-        logger.warning("a batch of %d does not fit into memory; it is halved", len(items))
+        elif is_device_fault(error):
+            raise
+        elif len(items) == 1:
+            return [error]
+        else:
+            size = 1
     pieces = [items[i : i + size] for i in range(0, len(items), size)]
-    return [result for piece in pieces for result in _tried(work, piece)]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out; on a CPU torch raises a RuntimeError for this."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return [result for piece in pieces for result in tried(work, piece, failures)]
 
 
 def _batches(

@@ -174,7 +174,7 @@ def compute_rome_edits(
     """
     method = Rome(layer, second_moment, prefixes, config, prepend_bos, progress)
     each = method.compute_each(model, _as_list(requests), seed=seed, batch_size=batch_size)
-    failed = [(i, error) for i, error in enumerate(each) if isinstance(error, ValueError)]
+    failed = [(i, error) for i, error in enumerate(each) if isinstance(error, Exception)]
     if failed:
         reasons = "; ".join(f"request {i}: {error}" for i, error in failed[:5])
         raise ValueError(f"{len(failed)} of {len(each)} requests failed ({reasons:.1000})")

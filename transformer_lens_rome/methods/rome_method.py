@@ -67,7 +67,7 @@ class Rome:
         *,
         seed: int = 0,
         batch_size: int | None = None,
-    ) -> list[RankOneEdit | ValueError]:
+    ) -> list[RankOneEdit | Exception]:
         """Compute an edit for each request on the model as it is, or return why there is none.
 
         The searches of up to `batch_size` requests share passes; None: as many as memory allows.
@@ -78,7 +78,7 @@ class Rome:
         def rows(request: EditRequest) -> list[tuple[int, ...]]:
             return method._batch(encoder, request).rows
 
-        def compute(some: Sequence[EditRequest]) -> list[RankOneEdit | ValueError]:
+        def compute(some: Sequence[EditRequest]) -> list[RankOneEdit | Exception]:
             return method._compute(model, encoder, some, seed)
 
         parsed = [EditRequest.of(request) for request in requests]
@@ -99,7 +99,7 @@ class Rome:
                 if edits:
                     stack.enter_context(applied(model, edits[-1]))
                 (found,) = method._compute(model, encoder, [request], seed)
-                if isinstance(found, ValueError):
+                if isinstance(found, Exception):
                     raise found
                 edits.append(found)
         return edits
@@ -139,7 +139,7 @@ class Rome:
 
     def _compute(
         self, model: Model, encoder: Encoder, requests: Sequence[EditRequest], seed: int
-    ) -> list[RankOneEdit | ValueError]:
+    ) -> list[RankOneEdit | Exception]:
         """Compute edits whose searches share passes; a search that fails gives its error."""
         layer, prefixes, released = self.layer, self.prefixes, self.config.key == "released"
         assert layer is not None and prefixes is not None  # see `_prepared`
@@ -156,7 +156,7 @@ class Rome:
         ]
         optimise(forward, layer, searches, progress=self.progress)
         made = self._made(model, encoder, seed)
-        each: list[RankOneEdit | ValueError] = []
+        each: list[RankOneEdit | Exception] = []
         for request, k, v, search in zip(requests, keys, values, searches, strict=True):
             try:
                 each.append(self._edit(request, k, v, search, made))
@@ -196,10 +196,10 @@ class Rome:
         self,
         model: Model,
         encoder: Encoder,
-        each: Sequence[RankOneEdit | ValueError],
+        each: Sequence[RankOneEdit | Exception],
         k_means: Sequence[Float[Tensor, "d_mlp"]],
         searches: Sequence[Search],
-    ) -> list[RankOneEdit | ValueError]:
+    ) -> list[RankOneEdit | Exception]:
         """Return the edits with their health, and the errors as they are."""
         assert self.second_moment is not None  # see `_prepared`
         edits = {i: edit for i, edit in enumerate(each) if isinstance(edit, RankOneEdit)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens_rome.model import adapter, users_hooks
+from transformer_lens_rome.model.faults import is_out_of_memory
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.state import state_digest
 
@@ -67,9 +68,9 @@ def holds(model: Model, instead: str, error: Callable[[], float]) -> bool:
             with torch.no_grad():
                 size = error()
             reason = f"results differ by {size:.1e}" if size else ""
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            raise  # too little memory is no evidence against the shortcut
         except _UNABLE as fault:
+            if is_out_of_memory(fault):
+                raise  # too little memory is no evidence against the shortcut
             reason = f"{type(fault).__name__}: {fault}"
         if reason:
             logger.warning(

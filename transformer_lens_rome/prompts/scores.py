@@ -69,7 +69,7 @@ def score_rows(
     *,
     batch_size: int = 16,
     owners: Sequence[int] | None = None,
-    context: Context = nullcontext,
+    context: Context | None = None,
 ) -> list[TargetScore]:
     """Score the target of every row; return the scores in the order of the rows.
 
@@ -82,7 +82,8 @@ def score_rows(
         rows: The rows.
         batch_size: The largest number of texts in a pass.
         owners: A number for each row. Rows with different numbers are never one text.
-        context: A function from the owners of a pass's texts to a context for that pass.
+        context: A function from the owners of a pass's texts to a context for that pass. None: no
+            context.
     """
     by_row: dict[int, TargetScore] = {}
     owners = owners or [0] * len(rows)
@@ -97,7 +98,9 @@ def score_rows(
             chosen = [i for text in some for i in groups[text]]
             text_of = [k for k, text in enumerate(some) for _ in groups[text]]
             with context([owner for _, owner in some]):
-                scores = _scores(model, [ids for ids, _ in some], text_of, [rows[i] for i in chosen])
+                scores = _scores(
+                    model, [ids for ids, _ in some], text_of, [rows[i] for i in chosen]
+                )
             by_row.update(zip(chosen, scores, strict=True))
     return [by_row[i] for i in range(len(rows))]
 

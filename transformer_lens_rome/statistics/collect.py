@@ -190,10 +190,10 @@ def _on_workers(
     return halves
 
 
-def _shard(model: Model, record: list[Batch], plan: _Plan) -> Halves:
+def _shard(model: Model, batches: list[Batch], plan: _Plan) -> Halves:
     """Return the sums of some batches, in main memory."""
     halves = plan.empty(model)
-    for batch in record:
+    for batch in batches:
         _add(model, batch, plan.layers, halves)
     for half in halves:
         for moment in half.values():

@@ -1,0 +1,169 @@
+"""The work of a run on some records: edit each, score it, undo; functions of a model.
+
+Records are independent of each other, so they may be processed in any order, on any machine, and
+several at a time: their edits are searched in one batch, and scored in shared passes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.rows import (
+    GeneratedText,
+    Record,
+    RecordRow,
+    Scores,
+    record_digest,
+)
+from transformer_lens_rome.evaluation.scoring import Scoring, score_records
+from transformer_lens_rome.files.fields import as_read
+from transformer_lens_rome.methods.base import EditMethod
+from transformer_lens_rome.methods.batches import tried
+from transformer_lens_rome.model.fingerprint import Fingerprint
+from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.encoder import Encoder
+
+logger = logging.getLogger(__name__)
+
+FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""The errors that fail one record and not the run."""
+
+
+class Scored(NamedTuple):
+    """The raw numbers of a record: its scores by kind, and its text if that was asked for."""
+
+    scores: Scores
+    generation: GeneratedText | None
+
+
+@dataclass(frozen=True)
+class ScoreUnedited:
+    """Makes the rows of records with the unedited model; it can be pickled, for workers."""
+
+    scoring: Scoring
+    encoder: Encoder
+
+    def __call__(self, model: Model, records: Sequence[Record]) -> list[RecordRow]:
+        """Return the rows; a record that cannot be scored gets the reason, and fails alone."""
+        started = time.perf_counter()
+
+        def score(some: Sequence[Record]) -> list[Scored]:
+            scores = score_records(model, self.encoder, self.scoring, some)
+            texts = [self.scoring.generated(model, self.encoder, record) for record in some]
+            return list(map(Scored, scores, texts))
+
+        each = tried(score, records)
+        seconds = _seconds_each(started, records)
+        return [_row(record, one, seconds=seconds) for record, one in zip(records, each)]
+
+
+@dataclass(frozen=True)
+class ScoreEdited:
+    """Edits each record and scores it as with its edit on the model; it can be pickled.
+
+    Attributes:
+        scoring: What is asked about a record.
+        encoder: Encodes the prompts of the scoring.
+        method: Makes the edits.
+        fingerprint: The state of the model before the run.
+        seed: The seed of the method's draws.
+        batch_size: The largest number of searches that share passes; None: as memory allows.
+    """
+
+    scoring: Scoring
+    encoder: Encoder
+    method: EditMethod
+    fingerprint: Fingerprint
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __call__(self, model: Model, records: Sequence[Record]) -> list[RecordRow]:
+        """Return the rows; a failed edit is reported in its row, not raised.
+
+        Raises:
+            RuntimeError: The model differs afterwards, or the device failed.
+            NotImplementedError: The method cannot edit this model.
+        """
+        started = time.perf_counter()
+        each: list[Any] = self._edits(model, records)
+        edit_seconds = _seconds_each(started, records)
+        edited = {i: edit for i, edit in enumerate(each) if isinstance(edit, Edit)}
+
+        def score(some: Sequence[int]) -> list[Scored]:
+            return self._scored(model, [records[i] for i in some], [edited[i] for i in some])
+
+        for i, one in zip(edited, tried(score, list(edited), FAILURES), strict=True):
+            each[i] = one
+        self.fingerprint.check(model, _label(records))
+        seconds = _seconds_each(started, records)
+        rows = []
+        for i, (record, one) in enumerate(zip(records, each, strict=True)):
+            known: dict[str, Any] = {"seconds": seconds, "edit_seconds": edit_seconds}
+            if i in edited:
+                health = edited[i].health.to_dict()
+                known["health"] = as_read({k: v for k, v in health.items() if k != "losses"})
+            rows.append(_row(record, one, **known))
+        return rows
+
+    def _edits(self, model: Model, records: Sequence[Record]) -> list[Edit | Exception]:
+        """Return the edit of each record, or why there is none."""
+        compute_each = getattr(self.method, "compute_each", None)
+        if compute_each is not None and len(records) > 1:
+
+            def together(some: Sequence[Record]) -> list[Any]:
+                requests = [record.request for record in some]
+                options = {"seed": self.seed, "batch_size": self.batch_size}
+                return list(compute_each(model, requests, **options))
+
+            return tried(together, records, FAILURES)
+
+        def one(some: Sequence[Record]) -> list[Edit]:
+            (record,) = some
+            return [self.method.compute(model, record.request, seed=self.seed)]
+
+        edits = []
+        for record in records:
+            edits += tried(one, [record], FAILURES)
+            self.fingerprint.check(model, _label([record]))
+        return edits
+
+    def _scored(
+        self, model: Model, records: Sequence[Record], edits: Sequence[Edit]
+    ) -> list[Scored]:
+        """Score records, each as with its edit on the model; text is generated with it on."""
+        each = []
+        scores = score_records(model, self.encoder, self.scoring, records, edits)
+        for record, edit, one in zip(records, edits, scores, strict=True):
+            text = None
+            if self.scoring.generates:
+                with applied(model, edit):
+                    text = self.scoring.generated(model, self.encoder, record)
+            each.append(Scored(one, text))
+        return each
+
+
+def _row(record: Record, one: Scored | Exception, **known: Any) -> RecordRow:
+    """Return the row of a record from its numbers, or from the error that it failed with."""
+    digest = record_digest(record)
+    if isinstance(one, Exception):
+        failed = f"{type(one).__name__}: {one}"
+        logger.warning("%s: %s", _label([record]), failed)
+        return RecordRow(record.case_id, digest, failed=failed)
+    return RecordRow(record.case_id, digest, *one, **known)
+
+
+def _label(records: Sequence[Record]) -> str:
+    """Return the name of some records for messages."""
+    cases = ", ".join(str(record.case_id) for record in records)
+    return f"record{'s' if len(records) > 1 else ''} {cases}"
+
+
+def _seconds_each(started: float, records: Sequence[Record]) -> float:
+    """Return the seconds since a moment of the clock for each record, to the millisecond."""
+    return round((time.perf_counter() - started) / len(records), 3)
