@@ -97,7 +97,7 @@ def score_rows(
             some = texts[first : first + batch_size]
             chosen = [i for text in some for i in groups[text]]
             text_of = [k for k, text in enumerate(some) for _ in groups[text]]
-            with context([owner for _, owner in some]):
+            with context([owner for _, owner in some]) if context else nullcontext():
                 scores = _scores(
                     model, [ids for ids, _ in some], text_of, [rows[i] for i in chosen]
                 )
