@@ -22,6 +22,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Encoder:
         """True if every row starts with BOS."""
         return self.bos_id is not None
 
-    @property
+    @cached_property
     def special_ids(self) -> set[int]:
         """Ids of the special tokens, including those that mark turns in a chat template."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
