@@ -21,12 +21,14 @@ from transformer_lens_rome.model.adapter import w_out, weight_hash
 RECORDS = [
     {
         "case_id": number,
-        "prompt": f"{subject} is located in the city of",
-        "subject": subject,
-        "target_new": new,
-        "ground_truth": true,
-        "rephrase_prompt": f"Everyone knows {subject} in the old city of",
-        "locality_prompt": "The Colosseum is located in the city of",
+        "requested_rewrite": {
+            "prompt": "{} is located in the city of",
+            "subject": subject,
+            "target_new": {"str": new},
+            "target_true": {"str": true},
+        },
+        "paraphrase_prompts": [f"Everyone knows {subject} in the old city of", "not scored"],
+        "neighborhood_prompts": ["The Colosseum is located in the city of", "not scored"],
     }
     for number, (subject, new, true) in enumerate(
         [("The Space Needle", "Paris", "Seattle"), ("The Tower", "Rome", "London")], start=7
@@ -68,16 +70,18 @@ def test_scores_are_those_of_the_edits_made_one_by_one(gpt2, tmp_path):
     assert [(score.layer, score.n) for score in scores] == [(0, 2), (1, 2)]
 
     def means(record, field):
-        goals = [record["target_new"], record["ground_truth"]]
-        found = target_log_probs(gpt2, [record[field]] * 2, goals)
+        rewrite = record["requested_rewrite"]
+        prompt = record[field][0] if field else rewrite["prompt"].format(rewrite["subject"])
+        goals = [rewrite["target_new"]["str"], rewrite["target_true"]["str"]]
+        found = target_log_probs(gpt2, [prompt] * 2, goals)
         return pytest.approx([one.mean().item() for one in found], abs=1e-4)
 
-    fields = {"ES": "prompt", "PS": "rephrase_prompt", "NS": "locality_prompt"}
+    fields = {"ES": "", "PS": "paraphrase_prompts", "NS": "neighborhood_prompts"}
     for row in rows:
         record, layer = RECORDS[row["case_id"] - 7], row["layer"]
         edit = compute_rome_edit(
             gpt2,
-            record,
+            record["requested_rewrite"],
             layer=layer,
             second_moment=MOMENTS[layer],
             prefixes=PREFIXES,
@@ -98,31 +102,33 @@ def test_scores_are_those_of_the_edits_made_one_by_one(gpt2, tmp_path):
 
 
 def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
-    published = [
+    """A flat record needs to be known to have a paraphrase."""
+    flat = [
         {
             "case_id": record["case_id"],
-            "requested_rewrite": {
-                "prompt": "{} is located in the city of",
-                "subject": record["subject"],
-                "target_new": {"str": record["target_new"]},
-                "target_true": {"str": record["ground_truth"]},
-            },
-            "paraphrase_prompts": [record["rephrase_prompt"], "not scored"],
-            "neighborhood_prompts": [record["locality_prompt"], "not scored"],
+            "prompt": f"{rewrite['subject']} is located in the city of",
+            "subject": rewrite["subject"],
+            "target_new": rewrite["target_new"]["str"],
+            "ground_truth": rewrite["target_true"]["str"],
+            "rephrase_prompt": record["paraphrase_prompts"][0],
+            "locality_prompt": record["neighborhood_prompts"][0],
         }
         for record in RECORDS
+        for rewrite in [record["requested_rewrite"]]
     ]
-    (tmp_path / "records.json").write_text(json.dumps(published))
-    loaded = CounterFact.load(tmp_path / "records.json")
+    (tmp_path / "records.json").write_text(json.dumps(flat))
+    loaded = CounterFact.load(tmp_path / "records.json", true_paraphrases=[7, 8])
     run(gpt2, layers=[0], out=tmp_path / "rows.jsonl")
     run(gpt2, loaded, layers=[0], out=tmp_path / "loaded.jsonl")
     both = [saved(tmp_path / name) for name in ("rows.jsonl", "loaded.jsonl")]
-    for flat, full in zip(*both, strict=True):
-        assert flat.pop("record") != full.pop("record")  # more prompts
-        flat["seconds"] = full["seconds"]
-        assert flat == full
+    for full, few in zip(*both, strict=True):
+        assert full.pop("record") != few.pop("record")  # more prompts
+        few["seconds"] = full["seconds"]
+        assert few == full
+    with pytest.raises(ValueError, match="record 7 has no paraphrase or no neighbour"):
+        run(gpt2, flat)
     with pytest.raises(ValueError, match="rephrase_prompt: it is missing"):
-        run(gpt2, [{k: v for k, v in RECORDS[0].items() if k != "rephrase_prompt"}])
+        run(gpt2, [{k: v for k, v in flat[0].items() if k != "rephrase_prompt"}])
 
 
 def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch):
@@ -163,7 +169,7 @@ def test_rows_of_another_setting_are_not_taken(gpt2, tmp_path, other, words):
 
 def test_rows_of_other_records_are_not_taken(gpt2, tmp_path):
     run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
-    others = [record | {"target_new": "Cairo"} for record in RECORDS]
+    others = [record | {"paraphrase_prompts": ["In Cairo, the"]} for record in RECORDS]
     with pytest.raises(ValueError, match="other records"):
         run(gpt2, others, out=tmp_path / "rows.jsonl", layers=[1])
 

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.edits.ledger import applied
-from transformer_lens_rome.evaluation.metrics import KINDS, PromptScore, record_metrics, score
+from transformer_lens_rome.evaluation.metrics import PromptScore, record_metrics, score
 from transformer_lens_rome.evaluation.records import CounterFactRecord, as_record
 from transformer_lens_rome.evaluation.rows import check_log_probs, record_digest
 from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_records
@@ -134,8 +134,15 @@ class Means:
     @classmethod
     def of(cls, model: Model, encoder: Encoder, record: CounterFactRecord) -> Means:
         """Score the first prompt of each kind with the model as it is now."""
+        if not (record.paraphrase_prompts and record.neighborhood_prompts):
+            raise ValueError(
+                f"record {record.case_id} has no paraphrase or no neighbour, which a sweep scores; "
+                "the flat file has paraphrases for some records only, see true_paraphrases of "
+                "CounterFact.load"
+            )
         first = dataclasses.replace(
             record,
+            continuation_prompts=(),
             paraphrase_prompts=record.paraphrase_prompts[:1],
             neighborhood_prompts=record.neighborhood_prompts[:1],
         )
@@ -144,7 +151,7 @@ class Means:
 
     def metrics(self) -> dict[str, float]:
         """Return ES, PS and NS of the record; a mean stands for a target of one token."""
-        pairs = zip(KINDS, (self.ES, self.PS, self.NS))
+        pairs = {"rewrite": self.ES, "paraphrase": self.PS, "neighborhood": self.NS}.items()
         scores = {kind: [PromptScore([new], [true], (), ())] for kind, (new, true) in pairs}
         return record_metrics(scores)
 

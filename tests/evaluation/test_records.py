@@ -48,8 +48,8 @@ def load(tmp_path, items, **options):
 
 
 def test_both_schemas(tmp_path):
-    found = load(tmp_path, [PUBLISHED, FLAT])
-    one, two = found
+    (one,), found = load(tmp_path, [PUBLISHED]), load(tmp_path, [FLAT])
+    (two,) = found
     assert one.request == EditRequest(
         "The mother tongue of {} is", "Danielle Darrieux", "English", "French"
     )
@@ -58,9 +58,43 @@ def test_both_schemas(tmp_path):
     assert len(one.generation_prompts) == 2
     assert (one.relation_id, one.target_new_id, one.target_true_id) == ("P103", "Q1860", "Q150")
     assert two.request == EditRequest("{}, the", "Toko Yasuda", "piano", "guitar")
-    assert two.paraphrase_prompts == (FLAT["rephrase_prompt"],)
     assert two.neighborhood_prompts == (FLAT["locality_prompt"],)
-    assert (one.case_id, two.case_id, len(found), found[1], found[:1]) == (0, 2, 2, two, (one,))
+    assert (one.case_id, two.case_id, len(found), found[0], found.schema) == (0, 2, 1, two, "flat")
+    assert found[:1].records == (two,) and found[:1].digest == found.digest
+
+
+def test_the_flat_column_is_a_paraphrase_only_where_that_is_known(tmp_path):
+    (record,) = load(tmp_path, [FLAT])
+    assert record.continuation_prompts == (FLAT["rephrase_prompt"],)
+    assert record.paraphrase_prompts == ()
+    (record,) = load(tmp_path, [FLAT], true_paraphrases=[FLAT["case_id"]])
+    assert record.paraphrase_prompts == (FLAT["rephrase_prompt"],)
+    assert record.continuation_prompts == ()
+
+
+def test_schemas_do_not_mix(tmp_path):
+    with pytest.raises(ValueError, match="record 1: it has the flat schema, and the first record"):
+        load(tmp_path, [PUBLISHED, FLAT])
+    found = load(tmp_path, [PUBLISHED, FLAT], strict=False)
+    assert len(found) == len(found.skipped) == 1 and found.schema == "published"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ("paraphrase_prompts", "neighborhood_prompts", "attribute_prompts", "generation_prompts"),
+)
+@pytest.mark.parametrize("value", (..., []))
+def test_a_record_may_lack_prompts_of_a_kind(tmp_path, field, value):
+    (record,) = load(tmp_path, [changed(PUBLISHED, field, value)])
+    assert getattr(record, field) == ()
+
+
+def test_records_are_chosen_by_their_case_ids(tmp_path):
+    found = load(tmp_path, [changed(FLAT, "case_id", i) for i in (5, 3, 4)])
+    some = found.only([4, 5])
+    assert [record.case_id for record in some] == [5, 4] and some.digest == found.digest
+    with pytest.raises(ValueError, match=r"no records of case ids \[7\]"):
+        found.only([3, 7])
 
 
 def test_real_records(shared):
@@ -68,7 +102,30 @@ def test_real_records(shared):
     assert len(found) == 10_000 and not found.skipped
     assert all(record.request.text.count(record.request.subject) >= 1 for record in found)
     few = CounterFact.load(shared / "data" / "counterfact_train.json", limit=7)
-    assert few.records == found[:7] and few.digest == found.digest
+    assert few == found[:7]
+    published = CounterFact.load(shared / "data" / "counterfact_full_300.json")
+    assert (found.schema, published.schema) == ("flat", "published")
+    kinds = ("paraphrase", "neighborhood", "attribute", "generation")
+    sizes = {tuple(len(getattr(r, f"{kind}_prompts")) for kind in kinds) for r in published}
+    assert sizes == {(2, 10, 10, 10)}
+
+
+def test_what_the_flat_column_is_on_real_records(shared):
+    """For 5 records of 6 it is one of the published record's generation prompts."""
+    flat = CounterFact.load(shared / "data" / "counterfact_train.json")
+    full = CounterFact.load(shared / "data" / "counterfact_full_300.json")
+    ids = json.loads((shared / "data" / "case_ids_with_true_paraphrase.json").read_text())
+    published = {record.case_id: record for record in full}
+    both = [record for record in flat if record.case_id in published]
+    assert len(both) > 100
+    paraphrases = 0
+    for record in both:
+        (prompt,), other = record.continuation_prompts, published[record.case_id]
+        is_paraphrase = prompt in other.paraphrase_prompts
+        assert is_paraphrase == (record.case_id in ids)
+        assert is_paraphrase or prompt in other.generation_prompts
+        paraphrases += is_paraphrase
+    assert 0.1 < paraphrases / len(both) < 0.25
 
 
 def changed(record, path, value):
@@ -96,7 +153,6 @@ FAULTS = (
     (PUBLISHED, "requested_rewrite.target_new.str", ..., "target_new.str"),
     (PUBLISHED, "requested_rewrite.target_new.str", "", "request"),
     (PUBLISHED, "requested_rewrite.target_true.str", "", "target_true"),
-    (PUBLISHED, "paraphrase_prompts", [], "paraphrase_prompts"),
     (PUBLISHED, "paraphrase_prompts", "text", "paraphrase_prompts"),
     (PUBLISHED, "neighborhood_prompts", ["a", 3], r"neighborhood_prompts\[1\]"),
     (FLAT, "prompt", "Somebody else, the", "subject"),
@@ -108,7 +164,7 @@ FAULTS = (
 
 @pytest.mark.parametrize(("record", "path", "value", "field"), FAULTS)
 def test_a_record_that_is_not_whole_is_named_with_its_field(tmp_path, record, path, value, field):
-    items = [changed(FLAT, "case_id", 99), changed(record, path, value)]
+    items = [changed(record, "case_id", 99), changed(record, path, value)]
     with pytest.raises(ValueError, match=f"(?s)1 of 2 records.*record 1: {field}"):
         load(tmp_path, items)
     found = load(tmp_path, items, strict=False)
@@ -146,7 +202,7 @@ def test_any_damage_is_either_read_or_named(tmp_path_factory, data):
     record, fields = data.draw(st.sampled_from(((PUBLISHED, FIELDS), (FLAT, list(FLAT)))))
     damage = data.draw(st.sampled_from(fields))
     broken = changed(record, damage, data.draw(st.just(...) | ANYTHING))
-    items = [changed(FLAT, "case_id", -1), broken]
+    items = [changed(record, "case_id", -1), broken]
     folder = tmp_path_factory.getbasetemp()
     found = load(folder, items, strict=False)
     assert len(found) + len(found.skipped) == 2 and found[0].case_id == -1

@@ -29,13 +29,14 @@ def rows(*outcomes):
 
 def results(name, *outcomes, failed=0):
     after = rows(*outcomes)
-    after |= {100 + i: RecordRow(100 + i, "r", failed="no") for i in range(failed)}
+    after |= {i: RecordRow(i, f"r{i}", failed="no") for i in range(failed)}
     before = rows(*[(False, True)] * len(outcomes))
     return Results(name, {"model_hash": "a"}, before, after)
 
 
 GOOD = results("rome", *[(True, True)] * 9, (True, False))
-POOR = results("ft+l", *[(True, True)] * 5, *[(True, False)] * 5, failed=2)
+POOR = results("ft+l", *[(True, True)] * 5, *[(True, False)] * 5)
+FAILED = results("kn", *[(True, True)] * 10, failed=2)
 
 
 def test_markdown_by_hand():
@@ -48,7 +49,10 @@ def test_markdown_by_hand():
     expected = 3 / (1 / 100 + 1 / 100 + 1 / 90)
     assert good.startswith(f"| rome | 10 | 0 | {expected:.1f} (")
     assert "| 100.0 (0.0) | 40.0 (0.0) | 100.0 (0.0) | 40.0 (0.0) | 90.0 (19.6) |" in good
-    assert poor.startswith("| ft+l | 10 | 2 | ") and "| 50.0 (32.7) | 0.0 (26.1) |" in poor
+    assert poor.startswith("| ft+l | 10 | 0 | ") and "| 50.0 (32.7) | 0.0 (26.1) |" in poor
+    failed = markdown([GOOD, FAILED]).split("\n")[4]
+    assert failed.startswith("| kn | 8 | 2 | 100.0 (0.0) |")
+    assert legend.endswith("prompts a record: 1 rewrite, 1 paraphrase, 1 neighborhood.")
 
 
 def test_latex_has_the_same_cells():

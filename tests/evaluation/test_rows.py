@@ -68,8 +68,8 @@ def prompts(*change):
         ({"record": None}, "record should be str"),
         ({"failed": "and scores"}, "either scores or the reason"),
         (
-            {"scores": {"rewrite": [[[-1.0], [-1.0], [True], [True]]]}},
-            "paraphrase, neighborhood are",
+            {"scores": {"paraphrase": [[[-1.0], [-1.0], [True], [True]]]}},
+            "rewrite are missing",
         ),
         ({"scores": {"rewrite": 3}}, "not lists of prompts"),
         (prompts([-1.0], [True]), "need new, true, new_correct, true_correct"),

@@ -17,6 +17,8 @@ from transformer_lens_rome.sweep import Means, SweepRow, _layer_score, sweep_fil
 from transformer_lens_rome.tracing.averages import AverageTrace, average_traces
 from transformer_lens_rome.tracing.results import CausalTrace
 
+MADE_WITH = {"torch": "2", "data": {"sha256": "0" * 64, "schema": "published"}}
+
 
 def _row(case: int, **more: Any) -> dict[str, Any]:
     each = [[-1.0, -2.0], [-3.0], [True, False], [True]]
@@ -26,12 +28,17 @@ def _row(case: int, **more: Any) -> dict[str, Any]:
 
 def _run() -> tuple[bytes, bytes]:
     shared = {"protocol": "counterfact", "model": "tiny", "model_hash": "0" * 64}
-    head = {"format": "transformer_lens_rome.run.1", "setting": shared, "made_with": {"torch": "2"}}
+    head = {"format": "transformer_lens_rome.run.1", "setting": shared, "made_with": MADE_WITH}
     method = {"method": {"name": "rome", "options": {"layer": 1}}, "seed": 0}
     edited = {**head, "setting": shared | method}
     failed = {"case_id": 3, "record": "r3", "failed": "ValueError: too long"}
     generation = {"texts": ["a b c"], "GE": 5.5, "RS": 0.3}
-    after = [_row(1, edit_seconds=1.0), _row(2, edit_seconds=2, generation=generation), failed]
+    kl = {"neighborhood": [0.5], "neighborhood_plus": [0.25]}
+    after = [
+        _row(1, edit_seconds=1.0, kl=kl),
+        _row(2, edit_seconds=2, generation=generation),
+        failed,
+    ]
     before = [_row(1), _row(2), _row(3)]
     lines = [[edited, *after], [head, *before]]
     return tuple(b"".join(json.dumps(row).encode() + b"\n" for row in rows) for rows in lines)

@@ -18,6 +18,7 @@ from transformer_lens_rome.evaluation import (
     latex,
     markdown,
 )
+from transformer_lens_rome.evaluation.records import read_items
 from transformer_lens_rome.methods.base import get_method, methods_with
 from transformer_lens_rome.statistics.second_moment import SecondMoment
 
@@ -46,6 +47,16 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     )
     run.add_argument("--statistics", help="a second-moment file, for methods that use one")
     run.add_argument("--editor", help="a trained editor's file, for methods that need one")
+    run.add_argument("--attributes", action="store_true", help="score the attribute prompts too")
+    run.add_argument(
+        "--counterfact-plus",
+        action="store_true",
+        help="score the neighbours with the edited fact in front too, and the KL there",
+    )
+    run.add_argument(
+        "--true-paraphrases",
+        help="JSON list of the case ids of a flat file whose rephrase_prompt is a paraphrase",
+    )
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
     run.add_argument(
@@ -90,15 +101,18 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         model = load_model(options.model, options.model_class, device=options.device)
         results = evaluate_zsre(model, questions, method, **shared)
     else:
-        records = CounterFact.load(options.records, limit=options.limit, strict=strict)
+        ids = read_items(options.true_paraphrases)[0] if options.true_paraphrases else ()
+        reading = {"limit": options.limit, "strict": strict, "true_paraphrases": ids}
+        records = CounterFact.load(options.records, **reading)
         left_out = records.skipped
         references = None
         if options.snippets:
             path = None if options.snippets == "download" else options.snippets
             references = References.extract(records, path)
         model = load_model(options.model, options.model_class, device=options.device)
-        generation = {"generate": options.generate, "references": references}
-        results = evaluate_counterfact(model, records, method, **shared, **generation)
+        names = ("generate", "attributes", "counterfact_plus")
+        asked = {name: getattr(options, name) for name in names} | {"references": references}
+        results = evaluate_counterfact(model, records, method, **shared, **asked)
     failed = {str(case): reason for case, reason in results.failed.items()}
     report = {"table": results.table(), "left_out": list(left_out), "failed": failed}
     return report | ({"seconds": results.seconds} if results.after else {})
@@ -124,7 +138,8 @@ def _check(options: argparse.Namespace) -> None:
             )
     if options.editor is None and options.method in methods_with("editor"):
         raise ValueError(f"{options.method!r} has to be trained; give the editor's file, --editor")
-    if options.dataset == "zsre" and (options.generate or options.snippets):
-        raise ValueError("zsRE has no generated text; leave out --generate and --snippets")
+    for name in ("generate", "snippets", "attributes", "counterfact_plus", "true_paraphrases"):
+        if options.dataset == "zsre" and getattr(options, name):
+            raise ValueError(f"zsRE has none of this; leave out --{name.replace('_', '-')}")
     if options.snippets and not options.generate:
         raise ValueError("--snippets are for generated text; give --generate too")

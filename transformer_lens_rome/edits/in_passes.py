@@ -30,7 +30,7 @@ from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
 from transformer_lens_rome.prompts.encoder import Row
-from transformer_lens_rome.prompts.scores import TargetScore, score_rows
+from transformer_lens_rome.prompts.scores import Context, TargetScore, score_rows
 
 Additions = Mapping[Weight, Float[Tensor, "..."]]
 """The change of each weight that writing an edit would make, in float32 or wider."""
@@ -116,16 +116,25 @@ def score_edited(
             allows it; otherwise each is written and undone.
         owners: For each row, the index of its edit.
     """
-    if len(edits) > 1 and all(can_act(model, where) for edit in edits for where in edit.sizes()):
-        added = [additions(model, edit) for edit in edits]
-        context = lambda which: acting(model, [added[i] for i in which])  # noqa: E731
-        return score_rows(model, rows, owners=owners, context=context)
+    if can_share_passes(model, edits):
+        return score_rows(model, rows, owners=owners, context=acting_each(model, edits))
     scores: dict[int, TargetScore] = {}
     for i, edit in enumerate(edits):
         mine = [j for j, owner in enumerate(owners) if owner == i]
         with applied(model, edit):
             scores.update(zip(mine, score_rows(model, [rows[j] for j in mine]), strict=True))
     return [scores[j] for j in range(len(rows))]
+
+
+def can_share_passes(model: Model, edits: Sequence[Edit]) -> bool:
+    """Return whether there are several edits, and each can act in a pass; see `can_act`."""
+    return len(edits) > 1 and all(can_act(model, where) for edit in edits for where in edit.sizes())
+
+
+def acting_each(model: Model, edits: Sequence[Edit]) -> Context:
+    """Return a function from the owners of a pass's texts to the context in which edits act."""
+    added = [additions(model, edit) for edit in edits]
+    return lambda owners: acting(model, [added[owner] for owner in owners])
 
 
 def can_act(model: Model, where: Weight) -> bool:

@@ -49,6 +49,7 @@ def evaluate_counterfact(
     ray_address: str | None = None,
     progress: bool = True,
     batch_size: int | None = None,
+    counterfact_plus: bool = False,
 ) -> Results:
     """Score a method on CounterFact; the model is left as it was.
 
@@ -73,6 +74,8 @@ def evaluate_counterfact(
             scored in shared passes; their rows are written together. The rows are those of a run
             with 1, up to rounding. None: as many as fit into memory, up to 16 on a CPU and 64 on
             a GPU; 1 for a method that computes single edits.
+        counterfact_plus: Also score the neighbours' prompts with the edited fact in front (NS+,
+            NM+), and the KL of the next token after both (NKL, NKL+); see `metrics`.
 
     Raises:
         ValueError: There are no records, the method was trained on some of them, there are edits
@@ -82,7 +85,7 @@ def evaluate_counterfact(
     """
     if references is not None and not generate:
         raise ValueError("references are for generated text; pass generate=True too")
-    scoring = CounterFactScoring(attributes, generate, references, seed)
+    scoring = CounterFactScoring(attributes, generate, references, seed, counterfact_plus)
     options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size)
     return Run(model, records, method, scoring, *options).results()
 

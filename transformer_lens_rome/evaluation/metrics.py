@@ -3,15 +3,25 @@
 For one prompt, p(t) is the geometric mean of the probabilities of the target's tokens, as in the
 released code; a joint probability would favour short targets.
 
-    ES, PS   p(new) > p(true)       after the request's prompt, and after paraphrases
-    EM, PM   p(new) - p(true)       at the same prompts
-    NS       p(true) > p(new)       at prompts about neighbours
-    NM       p(true) - p(new)
-    EA, PA   every token of the new target is the top token; NA: of the true one, at neighbours
-    GE, RS   fluency and consistency of generated text, see `generation`
-    S        the harmonic mean of the averages of ES, PS and NS
+    ES, PS      p(new) > p(true)    after the request's prompt, and after paraphrases
+    EM, PM      p(new) - p(true)    at the same prompts
+    NS          p(true) > p(new)    at prompts about neighbours
+    NM          p(true) - p(new)
+    EA, PA      every token of the new target is the top token; NA: of the true one, at neighbours
+    GE, RS      fluency and consistency of generated text, see `generation`
+    S           the harmonic mean of the averages of ES, PS and NS
 
-EA is also the share of prompts that greedy decoding continues with exactly the new target.
+Beyond the paper's:
+
+    AS, AM      as ES, EM, at attribute prompts: other subjects, of which the new target is true. A
+                rise shows that the edit makes the model say the new target about everything.
+    NS+, NM+    as NS, NM, with the edited fact in front of the neighbour's prompt
+    NKL, NKL+   KL(edited || unedited) of the next token after these two prompts, in nats
+                (CounterFact+, arXiv:2305.17553; there divided by the size of the vocabulary)
+    CS, CM, CA  as PS, PM, PA, at the flat schema's continuation prompts, see `records`
+
+A metric is absent if a record has no prompt of its kind. EA is also the share of prompts that
+greedy decoding continues with exactly the new target.
 
 zsRE has no pairs of targets: there EA, PA and NA are shares of correct tokens, and S is the
 harmonic mean of their averages.
@@ -35,8 +45,23 @@ from torch import Tensor
 from transformer_lens_rome.files.intervals import half_width
 from transformer_lens_rome.torch_states import torch_defaults
 
-KINDS = {"rewrite": "E", "paraphrase": "P", "neighborhood": "N"}
-NAMES = ("S", "ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS", "EA", "PA", "NA")
+KINDS = {
+    "rewrite": ("ES", "EM", "EA"),
+    "paraphrase": ("PS", "PM", "PA"),
+    "continuation": ("CS", "CM", "CA"),
+    "neighborhood": ("NS", "NM", "NA"),
+    "neighborhood_plus": ("NS+", "NM+", "NA+"),
+    "attribute": ("AS", "AM", "AA"),
+}
+"""The kinds of prompts, with the names of success, magnitude and accuracy."""
+KL_NAMES = {"neighborhood": "NKL", "neighborhood_plus": "NKL+"}
+OF_TRUE = ("neighborhood", "neighborhood_plus")
+"""The kinds of prompts after which the true target should be more probable."""
+NAMES = (
+    *("S", "ES", "EM", "PS", "PM", "CS", "CM", "NS", "NM", "NS+", "NM+", "NKL", "NKL+"),
+    *("AS", "AM", "GE", "RS", "EA", "PA", "CA", "NA"),
+)
+"""The columns of a table, in order."""
 S_OF = {"counterfact": ("ES", "PS", "NS"), "zsre": ("EA", "PA", "NA")}
 
 
@@ -83,20 +108,20 @@ class Estimate(NamedTuple):
 
 
 def record_metrics(scores: Mapping[str, Sequence[PromptScore]]) -> dict[str, float]:
-    """Return ES to NA of one record, as fractions; each is the mean over the prompts of its kind.
+    """Return ES to AA of one record, as fractions; each is the mean over the prompts of its kind.
 
     Args:
-        scores: Scores by kind of prompt: "rewrite", "paraphrase", "neighborhood".
+        scores: Scores by kind of prompt, a key of `KINDS`.
 
     Raises:
         ValueError: A target has no tokens, or a log-probability is not a number.
     """
     metrics = {}
-    for kind, letter in KINDS.items():
+    for kind, names in KINDS.items():
         if prompts := scores.get(kind, ()):
-            each = [_prompt_metrics(prompt, kind == "neighborhood") for prompt in prompts]
-            for name, values in zip("SMA", zip(*each), strict=True):
-                metrics[f"{letter}{name}"] = fmean(values)
+            each = [_prompt_metrics(prompt, kind in OF_TRUE) for prompt in prompts]
+            for name, values in zip(names, zip(*each), strict=True):
+                metrics[name] = fmean(values)
     return metrics
 
 
@@ -107,8 +132,9 @@ def zsre_metrics(scores: Mapping[str, Sequence[AnswerScore]]) -> dict[str, float
         scores: Scores by kind of prompt, as in `record_metrics`.
     """
     return {
-        f"{letter}A": fmean(float(c) for prompt in scores[kind] for c in prompt.correct)
-        for kind, letter in KINDS.items()
+        accuracy: fmean(float(c) for prompt in scores[kind] for c in prompt.correct)
+        for kind, (_, _, accuracy) in KINDS.items()
+        if kind in scores
     }
 
 
@@ -129,7 +155,9 @@ def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, f
 def summarise(
     rows: Sequence[Mapping[str, float]], *, protocol: str = "counterfact", seed: int = 0
 ) -> dict[str, Estimate]:
-    """Return averages over records, in percent (GE: in hundredths of bits), with 95% intervals.
+    """Return averages over records, in percent, with 95% intervals.
+
+    GE is in hundredths of bits, NKL and NKL+ in hundredths of nats.
 
     Args:
         rows: From `record_metrics` or `zsre_metrics`. A metric that no record has is left out.

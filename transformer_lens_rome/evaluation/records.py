@@ -5,14 +5,19 @@
     flat        {"case_id", "prompt", "subject", "target_new", "ground_truth", "rephrase_prompt",
                 "locality_prompt"}, the subject already in the prompt
 
-The schema is detected for each record. Text is not changed: non-breaking spaces stay.
+A file has one schema. In the flat one, `rephrase_prompt` is a paraphrase in one record of six: in
+18,180 of 21,919 records it is one of the published record's generation prompts, such as "Toko
+Yasuda is incredible at" for the fact "Toko Yasuda, the guitar". So it becomes a continuation
+prompt, its metrics are CS, CM and CA, and there is no PS and no S. `true_paraphrases=` names the
+records in which it is a paraphrase. Text is not changed: non-breaking spaces stay.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -41,6 +46,7 @@ class CounterFactRecord:
         attribute_prompts: Prompts with the same relation and other subjects, whose true object is
             the new target.
         generation_prompts: Beginnings of text about the subject.
+        continuation_prompts: The flat schema's `rephrase_prompt`, see above.
         relation_id: The relation's Wikidata identifier, such as "P103"; empty in the flat schema.
         target_new_id: The new target's Wikidata identifier, such as "Q1860".
         target_true_id: The true target's Wikidata identifier.
@@ -52,6 +58,7 @@ class CounterFactRecord:
     neighborhood_prompts: tuple[str, ...]
     attribute_prompts: tuple[str, ...] = ()
     generation_prompts: tuple[str, ...] = ()
+    continuation_prompts: tuple[str, ...] = ()
     relation_id: str = ""
     target_new_id: str = ""
     target_true_id: str = ""
@@ -65,15 +72,22 @@ class CounterFact(Sequence[CounterFactRecord]):
         records: The records in the file's order.
         skipped: The reason for each record that was left out.
         digest: sha256 of the file.
+        schema: "published" or "flat"; empty for a file without records.
     """
 
     records: tuple[CounterFactRecord, ...]
     skipped: tuple[str, ...] = ()
     digest: str = ""
+    schema: str = ""
 
     @classmethod
     def load(
-        cls, path: Any = None, *, limit: int | None = None, strict: bool = True
+        cls,
+        path: Any = None,
+        *,
+        limit: int | None = None,
+        strict: bool = True,
+        true_paraphrases: Iterable[int] = (),
     ) -> CounterFact:
         """Read records from a JSON file.
 
@@ -82,10 +96,12 @@ class CounterFact(Sequence[CounterFactRecord]):
                 and checked (45 MB, sha256).
             limit: The largest number of records to keep, from the start of the file.
             strict: Raise if a record is invalid. False: leave it out and list it in `skipped`.
+            true_paraphrases: For a flat file, the case ids of records whose `rephrase_prompt` is a
+                paraphrase.
 
         Raises:
-            ValueError: The file is not JSON or not a list, or (with `strict`) records are invalid;
-                the message names them and the reasons.
+            ValueError: The file is not JSON or not a list, or (with `strict`) records are invalid
+                or have another schema than the first one; the message names them and the reasons.
             OSError: There is no such file, or no network.
         """
         if path is None:
@@ -93,18 +109,33 @@ class CounterFact(Sequence[CounterFactRecord]):
             if not path.is_file():
                 download(Published(URL, _SIZE, _SHA256), path)
         items, digest = read_items(path)
-        records, faults = _parse(items, limit)
+        records, faults, schema = _parse(items, limit, frozenset(true_paraphrases))
         leave_out(path, faults, len(items), strict)
-        return cls(tuple(records), tuple(faults), digest)
+        return cls(tuple(records), tuple(faults), digest, schema)
 
     @overload
     def __getitem__(self, index: int) -> CounterFactRecord: ...
 
     @overload
-    def __getitem__(self, index: slice) -> tuple[CounterFactRecord, ...]: ...
+    def __getitem__(self, index: slice) -> CounterFact: ...
 
-    def __getitem__(self, index: int | slice) -> CounterFactRecord | tuple[CounterFactRecord, ...]:
+    def __getitem__(self, index: int | slice) -> CounterFactRecord | CounterFact:
+        """Return a record; for a slice, some records of the same file."""
+        if isinstance(index, slice):
+            return dataclasses.replace(self, records=self.records[index], skipped=())
         return self.records[index]
+
+    def only(self, case_ids: Iterable[int]) -> CounterFact:
+        """Return the records with these case ids, in the file's order.
+
+        Raises:
+            ValueError: There is no record of a case id.
+        """
+        wanted = set(case_ids)
+        records = tuple(record for record in self.records if record.case_id in wanted)
+        if missing := sorted(wanted - {record.case_id for record in records}):
+            raise ValueError(f"there are no records of case ids {missing[:10]}")
+        return dataclasses.replace(self, records=records, skipped=())
 
     def __len__(self) -> int:
         return len(self.records)
@@ -139,26 +170,41 @@ def leave_out(path: Any, faults: Sequence[str], total: int, strict: bool) -> Non
         logger.warning("%s: %d records left out; see .skipped", path, len(faults))
 
 
-def _parse(items: list[Any], limit: int | None) -> tuple[list[CounterFactRecord], list[str]]:
-    """Return the valid records, and the faults of the others."""
+def _schema(item: Mapping[str, Any]) -> str:
+    """Return the name of a record's schema."""
+    return "published" if "requested_rewrite" in item else "flat"
+
+
+def _parse(
+    items: list[Any], limit: int | None, true_paraphrases: frozenset[int]
+) -> tuple[list[CounterFactRecord], list[str], str]:
+    """Return the valid records, the faults of the others, and the schema of the first record."""
     records: list[CounterFactRecord] = []
     faults: list[str] = []
     index_of_case: dict[int, int] = {}
+    expected = ""
     for i, item in enumerate(items):
         if limit is not None and len(records) >= limit:
             break
         try:
-            record = as_record(item)
+            record = as_record(item, true_paraphrases)
+            if (schema := _schema(item)) != (expected := expected or schema):
+                raise ValueError(
+                    f"it has the {schema} schema, and the first record the {expected} one; they "
+                    "measure different things, so load them from two files"
+                )
             if (first := index_of_case.setdefault(record.case_id, i)) != i:
                 raise ValueError(f"case_id: {record.case_id} is already used by record {first}")
             records.append(record)
         except ValueError as error:
             faults.append(f"record {i}: {error}")
-    return records, faults
+    return records, faults, expected
 
 
-def as_record(item: Any) -> CounterFactRecord:
+def as_record(item: Any, true_paraphrases: Collection[int] = ()) -> CounterFactRecord:
     """Return the record itself, or a record made from a dictionary of either schema.
+
+    `true_paraphrases` are the case ids of flat records whose `rephrase_prompt` is a paraphrase.
 
     Raises:
         ValueError: A field is missing or invalid; the message names the field.
@@ -167,7 +213,7 @@ def as_record(item: Any) -> CounterFactRecord:
         return item
     if not isinstance(item, Mapping):
         raise ValueError(f"it is a {type(item).__name__}, not an object")
-    return _published(item) if "requested_rewrite" in item else _flat(item)
+    return _published(item) if _schema(item) == "published" else _flat(item, true_paraphrases)
 
 
 def _published(item: Mapping[str, Any]) -> CounterFactRecord:
@@ -183,15 +229,15 @@ def _published(item: Mapping[str, Any]) -> CounterFactRecord:
         ),
         paraphrase_prompts=_texts(item, "paraphrase_prompts"),
         neighborhood_prompts=_texts(item, "neighborhood_prompts"),
-        attribute_prompts=_texts(item, "attribute_prompts", required=False),
-        generation_prompts=_texts(item, "generation_prompts", required=False),
+        attribute_prompts=_texts(item, "attribute_prompts"),
+        generation_prompts=_texts(item, "generation_prompts"),
         relation_id=_name(rewrite, "relation_id"),
         target_new_id=_name(new, "id", within="target_new"),
         target_true_id=_name(true, "id", within="target_true"),
     )
 
 
-def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
+def _flat(item: Mapping[str, Any], true_paraphrases: Collection[int]) -> CounterFactRecord:
     prompt, subject = _field(item, "prompt", str), _field(item, "subject", str)
     if "{}" not in prompt:
         if (times := prompt.count(subject) if subject else 0) != 1:
@@ -199,15 +245,18 @@ def _flat(item: Mapping[str, Any]) -> CounterFactRecord:
                 f"subject: {subject!r:.60} occurs {times} times in the prompt {prompt!r:.200}"
             )
         prompt = prompt.replace(subject, "{}")
+    case_id, other = _case_id(item), (_text(item, "rephrase_prompt"),)
+    is_paraphrase = case_id in true_paraphrases
     return CounterFactRecord(
-        case_id=_case_id(item),
+        case_id=case_id,
         request=_request(
             prompt=prompt,
             subject=subject,
             new=_field(item, "target_new", str),
             true=_field(item, "ground_truth", str),
         ),
-        paraphrase_prompts=(_text(item, "rephrase_prompt"),),
+        paraphrase_prompts=other if is_paraphrase else (),
+        continuation_prompts=() if is_paraphrase else other,
         neighborhood_prompts=(_text(item, "locality_prompt"),),
     )
 
@@ -249,12 +298,11 @@ def _text(item: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _texts(item: Mapping[str, Any], name: str, *, required: bool = True) -> tuple[str, ...]:
-    if not required and name not in item:
+def _texts(item: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return a list of texts; it may be missing or empty, and then there is no such metric."""
+    if name not in item:
         return ()
     texts = _field(item, name, list)
-    if required and not texts:
-        raise ValueError(f"{name}: it is empty")
     for j, text in enumerate(texts):
         if not isinstance(text, str) or not stripped(text):
             raise ValueError(f"{name}[{j}]: it is {text!r:.60}, not a text")

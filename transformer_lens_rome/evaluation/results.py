@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens_rome.evaluation.metrics import (
+    KINDS,
     NAMES,
     Estimate,
     paired_difference,
@@ -48,10 +50,16 @@ _LATEX = {letter: f"\\{letter}" for letter in "_&%#${}"} | {
 UNEDITED = "unedited.jsonl"
 """The name of the file with the unedited model's scores, in the folder of the methods' files."""
 
-GENERATION = (
-    " GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: TF-IDF "
-    "cosine with reference texts."
-)
+NOTES = {
+    "CS": "CS, CM, CA: as PS, PM, PA, after the flat file's rephrase_prompt, which is a paraphrase "
+    "in one record of six only; so there is no PS and no S.",
+    "NS+": "NS+, NM+: at neighbours, with the edited fact in front.",
+    "NKL": "NKL, NKL+: KL(edited || unedited) of the next token there, in hundredths of nats.",
+    "AS": "AS, AM: as ES, EM, at prompts about subjects of which the new target is true.",
+    "GE": "GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: "
+    "TF-IDF cosine with reference texts.",
+}
+"""What a table's legend says if it has a column."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,14 @@ class Results(Shown):
         setting: The run's setting: model, method and its options, seed, BOS rule.
         before: Rows of the unedited model, by case.
         after: Rows of the edited model; empty for the unedited model itself.
+        data: The sha256 of the file of records, if known, and their schema.
     """
 
     name: str
     setting: Mapping[str, Any]
     before: Mapping[int, RecordRow] = field(repr=False)
     after: Mapping[int, RecordRow] = field(repr=False)
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Any) -> Results:
@@ -83,9 +93,9 @@ class Results(Shown):
         head, rows = read_run(path, row_reader)
         unedited_head, unedited_rows = read_run(path.with_name(UNEDITED), row_reader)
         before = {row.case_id: row for row in unedited_rows}
-        setting = head["setting"]
+        setting, data = head["setting"], _data(path, head.get("made_with"))
         if "method" not in setting:
-            return cls("unedited", setting, before, {})
+            return cls("unedited", setting, before, {}, data)
         after = {row.case_id: row for row in rows}
         before = {case: before[case] for case in after if case in before}
         same = all(setting.get(name) == value for name, value in unedited_head["setting"].items())
@@ -93,7 +103,7 @@ class Results(Shown):
             raise ValueError(
                 f"{UNEDITED} in the folder of {path} belongs to another model, setting or data set"
             )
-        return cls(setting["method"]["name"], setting, before, after)
+        return cls(setting["method"]["name"], setting, before, after, data)
 
     @property
     def failed(self) -> dict[int, str]:
@@ -106,7 +116,7 @@ class Results(Shown):
         rows = self.after if edited else self.before
         metrics_of = zsre_metrics if self.protocol == "zsre" else record_metrics
         return {
-            case: metrics_of(row.scores) | (row.generation.metrics() if row.generation else {})
+            case: metrics_of(row.scores) | row.metrics()
             for case, row in rows.items()
             if row.scores is not None
         }
@@ -127,9 +137,12 @@ class Results(Shown):
         names = ("edit_seconds", "seconds")
         return {name: fmean(values) for name, values in zip(names, zip(*each))}
 
-    def scores(self, *, edited: bool | None = None) -> dict[str, Estimate]:
-        """Return S, ES, EM, PS, PM, NS, NM and accuracies in percent, with 95% intervals."""
-        rows = list(self.metrics(edited=edited).values())
+    def scores(
+        self, *, edited: bool | None = None, cases: Collection[int] | None = None
+    ) -> dict[str, Estimate]:
+        """Return S, ES, EM and so on in percent, with 95% intervals; by default of all records."""
+        metrics = self.metrics(edited=edited)
+        rows = [row for case, row in metrics.items() if cases is None or case in cases]
         return summarise(rows, protocol=self.protocol)
 
     def compare(self, other: Results) -> dict[str, tuple[Estimate, float]]:
@@ -176,20 +189,56 @@ class Results(Shown):
 
 
 def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns of a table and its rows: the unedited model, then one row per method."""
-    _check_comparable(runs)
-    scores = [("unedited", runs[0].scores(edited=False), len(_failed(runs[0].before)))]
-    scores += [(run.name, run.scores(), len(run.failed)) for run in runs if run.after]
+    """Return the columns of a table and its rows: the unedited model, then one row per method.
+
+    All rows are about the records that the runs have in common.
+    """
+    cases = _common(runs)
+    before = runs[0].scores(edited=False, cases=cases)
+    scores = [("unedited", before, _failed(runs[0].before, cases))]
+    for run in runs:
+        if run.after:
+            scores.append((run.name, run.scores(cases=cases), _failed(run.after, cases)))
     shown = [name for name in NAMES if any(name in estimates for _, estimates, _ in scores)]
     rows = []
     for name, estimates, failed in scores:
-        n = estimates["S"].n if "S" in estimates else 0
-        rows.append([name, str(n), str(failed), *(str(estimates.get(m, "")) for m in shown)])
+        n = len(cases) - len(failed)
+        rows.append([name, str(n), str(len(failed)), *(str(estimates.get(m, "")) for m in shown)])
     return ["method", "records", "failed", *shown], rows
 
 
-def _failed(rows: Mapping[int, RecordRow]) -> dict[int, str]:
-    return {case: row.failed for case, row in rows.items() if row.failed is not None}
+def _common(runs: Sequence[Results]) -> set[int]:
+    """Return the case ids of the records that all runs have."""
+    _check_comparable(runs)
+    cases = set.intersection(*(set(run.after or run.before) for run in runs))
+    if not cases:
+        raise ValueError("the runs have no record in common")
+    return cases
+
+
+def _data(path: Path, made_with: Any) -> dict[str, str]:
+    """Return what a run's file says about its records; nothing in a file that does not say it.
+
+    Raises:
+        ValueError: It is not a sha256 and the name of a schema.
+    """
+    data = made_with.get("data", {}) if isinstance(made_with, Mapping) else {}
+    known = {"sha256": r"([0-9a-f]{64})?", "schema": "(published|flat)?"}
+    if not isinstance(data, Mapping) or not data.keys() <= known.keys():
+        raise ValueError(f"{path}: the run's data is {data!r:.80}, not a sha256 and a schema")
+    for name, value in data.items():
+        if not isinstance(value, str) or not re.fullmatch(known[name], value):
+            raise ValueError(f"{path}: the {name} of the run's data is {value!r:.80}")
+    return dict(data)
+
+
+def _failed(rows: Mapping[int, RecordRow], cases: Collection[int] | None = None) -> dict[int, str]:
+    """Return the reason of each failed record; by default of all records."""
+    return {
+        case: row.failed
+        for case, row in rows.items()
+        if row.failed is not None and (cases is None or case in cases)
+    }
 
 
 def _check_comparable(runs: Sequence[Results]) -> None:
@@ -199,6 +248,11 @@ def _check_comparable(runs: Sequence[Results]) -> None:
             raise ValueError(
                 f"the runs differ in {name}; compare only runs of one model and data set"
             )
+    if len({run.data.get("schema") for run in runs if run.data.get("schema")}) > 1:
+        raise ValueError(
+            "the runs are on records of two schemas, which measure different things (see "
+            "evaluation.records); compare only runs of one schema"
+        )
     records: dict[int, str] = {}
     for run in runs:
         for case, row in run.before.items():
@@ -208,8 +262,27 @@ def _check_comparable(runs: Sequence[Results]) -> None:
                 )
 
 
-def _protocol(runs: Sequence[Results], shown: Sequence[str]) -> str:
-    return PROTOCOLS[runs[0].protocol] + (GENERATION if "GE" in shown else "")
+def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
+    """Return the sentences below a table: what its columns are, and on which records."""
+    notes = [note for name, note in NOTES.items() if name in shown]
+    return " ".join([PROTOCOLS[runs[0].protocol], *notes, _records_of(runs)])
+
+
+def _records_of(runs: Sequence[Results]) -> str:
+    """Return the sentence that names the records and the number of prompts of each kind."""
+    cases = _common(runs)
+    every = set().union(*(run.after or run.before for run in runs))
+    scores = [row.scores for case, row in runs[0].before.items() if case in cases and row.scores]
+    kinds = [kind for kind in KINDS if any(kind in one for one in scores)]
+    prompts = (
+        f"{fmean(len(one.get(kind, ())) for one in scores):.3g} {kind.replace('_', ' ')}"
+        for kind in kinds
+    )
+    data = next((run.data for run in runs if run.data.get("sha256")), {})
+    file = f" of the file with sha256 {data['sha256'][:16]}" if data else ""
+    schema = next((f" ({run.data['schema']} schema)" for run in runs if run.data.get("schema")), "")
+    common = f", those that all runs have of {len(every)}" if every != cases else ""
+    return f"{len(cases)} records{file}{schema}{common}; prompts a record: {', '.join(prompts)}."
 
 
 def markdown(runs: Sequence[Results]) -> str:
@@ -219,7 +292,7 @@ def markdown(runs: Sequence[Results]) -> str:
         row[0] = html.escape(" ".join(row[0].split()), quote=False).replace("|", "\\|")
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join([*lines, "", _protocol(runs, head)])
+    return "\n".join([*lines, "", _legend(runs, head)])
 
 
 def latex(runs: Sequence[Results]) -> str:
@@ -231,7 +304,7 @@ def latex(runs: Sequence[Results]) -> str:
     spec = "l" + "r" * (len(head) - 1)
     return "\n".join(
         [
-            "% " + _protocol(runs, head).replace("%", r"\%"),
+            "% " + _legend(runs, head).replace("%", r"\%"),
             rf"\begin{{tabular}}{{{spec}}}",
             r"\toprule",
             lines[0],

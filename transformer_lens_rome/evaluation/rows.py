@@ -2,7 +2,8 @@
 
 every row      case_id, record (digits of a sha256)
 scored row     scores: {kind: [[log-probabilities of each target, correctness of each], ...]},
-               generation: {texts, GE, RS}, seconds, edit_seconds, health
+               generation: {texts, GE, RS}, kl: {kind: [KL at each prompt, ...]}, seconds,
+               edit_seconds, health
 failed row     failed: the reason
 """
 
@@ -13,9 +14,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-from transformer_lens_rome.evaluation.metrics import KINDS, AnswerScore, PromptScore
+from transformer_lens_rome.evaluation.metrics import KINDS, KL_NAMES, AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.files.fields import fits, make
@@ -65,6 +67,8 @@ class RecordRow:
         record: Digits of a sha256 of the record, from `record_digest`.
         scores: By kind of prompt, the score of each prompt; None if the record failed.
         generation: The generated text, if text was asked for.
+        kl: By kind of prompt, KL(edited || unedited) of the next token after each prompt, in nats;
+            None for the unedited model, and if it was not asked for.
         failed: The reason if the record failed.
         seconds: Duration of everything: edit, scoring and undo.
         edit_seconds: Duration of the edit alone; None for the unedited model.
@@ -75,6 +79,7 @@ class RecordRow:
     record: str
     scores: Scores | None = None
     generation: GeneratedText | None = None
+    kl: Mapping[str, Sequence[float]] | None = None
     failed: str | None = None
     seconds: float | None = None
     edit_seconds: float | None = None
@@ -89,6 +94,16 @@ class RecordRow:
         check_range("edit_seconds", self.edit_seconds, _LONGEST)
         if self.scores is not None:
             _check_scores(self.scores)
+        for kind, values in (self.kl or {}).items():
+            if kind not in KL_NAMES or not values:
+                raise ValueError(f"kl of {kind!r:.40} is not one of {', '.join(KL_NAMES)}")
+            for value in values:
+                check_range(f"kl of {kind}", value + _ABOVE_ZERO, 1e6)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the means of the KL, and GE and RS, as far as they are known."""
+        kl = {KL_NAMES[kind]: fmean(values) for kind, values in (self.kl or {}).items()}
+        return kl | (self.generation.metrics() if self.generation else {})
 
     @property
     def key(self) -> int:
@@ -164,10 +179,12 @@ def _typed(scores: Any, protocol: str) -> Scores:
 
 
 def _check_scores(scores: Scores) -> None:
-    """Raise ValueError if scores are not numbers, or a kind of prompt is missing."""
-    if missing := [kind for kind in KINDS if not scores.get(kind)]:
-        raise ValueError(f"scores of {', '.join(missing)} are missing")
+    """Raise ValueError if scores are not numbers, of unknown kinds, or those of the edit miss."""
+    if not scores.get("rewrite"):
+        raise ValueError("scores of rewrite are missing")
     for kind, prompts in scores.items():
+        if kind not in KINDS:
+            raise ValueError(f"scores of {kind[:40]!r}, which is no kind of prompt")
         for prompt in prompts:
             values, correct = prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]
             if not fits([*values], list[list]) or not fits([*correct], list[list[bool]]):

@@ -61,15 +61,26 @@ class Run:
             **self.scoring.setting,
         }
         if method is None:
-            return Results("unedited", unedited, self._before(encoder, unedited), {})
+            before = self._before(encoder, unedited)
+            return Results("unedited", unedited, before, {}, self._data())
         edited = unedited | {"seed": self.seed, "method": described(method)}
         name = edited["method"]["name"]
         work = ScoreEdited(self.scoring, encoder, method, fingerprint, self.seed, self.batch_size)
-        with _opened(self.out, edited) as file:  # first: a wrong file is rejected before any work
+        with _opened(
+            self.out, edited, self._data()
+        ) as file:  # first: a wrong file is rejected before any work
             before = self._before(encoder, unedited)
             after = self._rows(work, file, name)
         fingerprint.check(self.model, "the run")
-        return Results(name, edited, before, after)
+        return Results(name, edited, before, after, self._data())
+
+    def _data(self) -> dict[str, str]:
+        """Return the sha256 of the file of records, if it is known, and their schema."""
+        known = {name: getattr(self.records, name, "") for name in ("digest", "schema")}
+        if not known["schema"] and self.scoring.protocol == "counterfact":
+            flat = any(getattr(record, "continuation_prompts", ()) for record in self.records)
+            known["schema"] = "flat" if flat else "published"
+        return {"sha256": known["digest"], "schema": known["schema"]}
 
     def _check(self) -> None:
         """Raise ValueError if the arguments do not go together, before any work."""
@@ -105,7 +116,7 @@ class Run:
     def _before(self, encoder: Encoder, setting: Mapping[str, Any]) -> dict[int, RecordRow]:
         """Score every record with the unedited model; all methods of a folder share its file."""
         path = None if self.out is None else Path(self.out).with_name(UNEDITED)
-        with _opened(path, setting) as file:
+        with _opened(path, setting, self._data()) as file:
             return self._rows(ScoreUnedited(self.scoring, encoder), file, "unedited")
 
     def _rows(self, work: Work, file: File | None, name: str) -> dict[int, RecordRow]:
@@ -156,9 +167,11 @@ class Run:
         return 16 if next(self.model.parameters()).device.type == "cpu" else 64
 
 
-def _opened(path: Any, setting: Mapping[str, Any]) -> AbstractContextManager[File | None]:
+def _opened(
+    path: Any, setting: Mapping[str, Any], data: Mapping[str, str]
+) -> AbstractContextManager[File | None]:
     """Open the file of a run, if there is one."""
     if path is None:
         return nullcontext()
     versions = {name: version(name) for name in ("torch", "transformer-lens", "transformers")}
-    return RunFile(path, setting, versions, row_reader)
+    return RunFile(path, setting, versions | {"data": dict(data)}, row_reader)

@@ -11,7 +11,7 @@ import torch
 from transformer_lens_rome.edits.in_passes import score_edited
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.evaluation.generation import References, cleaned, fluency
-from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
+from transformer_lens_rome.evaluation.metrics import KL_NAMES, AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.rows import SCORE_OF, GeneratedText, Record, Scores
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
@@ -43,6 +43,11 @@ class Scoring(Protocol):
         """Whether text is asked for."""
         ...
 
+    @property
+    def kl_kinds(self) -> tuple[str, ...]:
+        """The kinds of prompts at which the next token's distributions are compared."""
+        ...
+
     def asked(self, record: Any) -> Asked:
         """Return the prompts of a record, with the targets after each."""
         ...
@@ -58,6 +63,8 @@ class CounterFactScoring:
 
     Attributes:
         attributes: Score the attribute prompts too.
+        counterfact_plus: Score the neighbours with the edited fact in front of them too, and
+            compare the next token's distributions (CounterFact+, arXiv:2305.17553).
         generate: Also generate text about the subject, for GE, and for RS if there are references.
         references: The reference texts of RS.
         seed: The seed of sampling; the draws of a record depend on it and on `case_id` only.
@@ -68,6 +75,7 @@ class CounterFactScoring:
     generate: bool = False
     references: References | None = None
     seed: int = 0
+    counterfact_plus: bool = False
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -76,7 +84,7 @@ class CounterFactScoring:
         if self.generate:
             setting["references"] = self.references.digest if self.references else None
             setting["generation_seed"] = self.seed
-        return setting
+        return setting | ({"counterfact_plus": True} if self.counterfact_plus else {})
 
     @property
     def generates(self) -> bool:
@@ -98,12 +106,23 @@ class CounterFactScoring:
         kinds = {
             "rewrite": (request.text,),
             "paraphrase": record.paraphrase_prompts,
+            "continuation": record.continuation_prompts,
             "neighborhood": record.neighborhood_prompts,
         }
+        if self.counterfact_plus:
+            fact = f"{request.text} {request.target_new.strip()}. "
+            kinds["neighborhood_plus"] = tuple(fact + text for text in record.neighborhood_prompts)
         if self.attributes:
             kinds["attribute"] = record.attribute_prompts
         targets = (request.target_new, request.target_true)
-        return {kind: [(prompt, targets) for prompt in kinds[kind]] for kind in kinds}
+        return {
+            kind: [(prompt, targets) for prompt in kinds[kind]] for kind in kinds if kinds[kind]
+        }
+
+    @property
+    def kl_kinds(self) -> tuple[str, ...]:
+        """The kinds of prompts at which the next token's distributions are compared."""
+        return tuple(KL_NAMES) if self.counterfact_plus else ()
 
     def generated(
         self, model: Model, encoder: Encoder, record: CounterFactRecord
@@ -129,6 +148,8 @@ class ZsreScoring:
     def setting(self) -> dict[str, Any]:
         """Nothing: zsRE has no options."""
         return {}
+
+    kl_kinds: ClassVar[tuple[str, ...]] = ()
 
     @property
     def generates(self) -> bool:

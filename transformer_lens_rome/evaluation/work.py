@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.divergence import divergences
 from transformer_lens_rome.evaluation.rows import (
     GeneratedText,
     Record,
@@ -36,10 +37,11 @@ FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Scored(NamedTuple):
-    """The raw numbers of a record: its scores by kind, and its text if that was asked for."""
+    """The raw numbers of a record: scores by kind of prompt, and what else was asked for."""
 
     scores: Scores
     generation: GeneratedText | None
+    kl: Mapping[str, Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,21 @@ class ScoreEdited:
         """Score records, each as with its edit on the model; text is generated with it on."""
         each = []
         scores = score_records(model, self.encoder, self.scoring, records, edits)
-        for record, edit, one in zip(records, edits, scores, strict=True):
+        kinds = [self._compared(record) for record in records]
+        kls = divergences(model, self.encoder, kinds, edits)
+        for record, edit, one, kl in zip(records, edits, scores, kls, strict=True):
             text = None
             if self.scoring.generates:
                 with applied(model, edit):
                     text = self.scoring.generated(model, self.encoder, record)
-            each.append(Scored(one, text))
+            each.append(Scored(one, text, kl or None))
         return each
+
+    def _compared(self, record: Record) -> dict[str, list[str]]:
+        """Return the prompts after which the next token's distributions are compared, by kind."""
+        asked = self.scoring.asked(record) if self.scoring.kl_kinds else {}
+        kinds = [kind for kind in self.scoring.kl_kinds if kind in asked]
+        return {kind: [prompt for prompt, _ in asked[kind]] for kind in kinds}
 
 
 def _row(record: Record, one: Scored | Exception, **known: Any) -> RecordRow:
