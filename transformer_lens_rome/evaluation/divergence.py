@@ -51,6 +51,11 @@ def divergences(
     ]
 
 
+def _written(model: Model, edit: Edit) -> Context:
+    """Return a function whose context has the edit written into the model."""
+    return lambda _owners: applied(model, edit)
+
+
 def _divergences(model: Model, owned: Sequence[tuple[Row, int]], edited: Context) -> list[float]:
     """Return the KL after each row; `edited` makes the context of a pass from its rows' owners."""
     found: dict[int, float] = {}
