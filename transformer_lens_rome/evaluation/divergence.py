@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes
 from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row, pad
