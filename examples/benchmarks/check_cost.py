@@ -10,7 +10,7 @@ import sys
 import time
 
 from transformer_lens_rome import CounterFact, evaluate_counterfact, get_method
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.model.fingerprint import Fingerprint
 
 model = load_demo_model()

@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from transformer_lens_rome import CounterFact, collect_second_moment, compute_rome_edit
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.edits.measure import measured
 from transformer_lens_rome.prompts.encoder import Encoder
 

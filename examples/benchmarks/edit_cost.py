@@ -14,7 +14,7 @@ from measure import Measured
 from paper_methods import paper_method
 
 from transformer_lens_rome import CounterFact
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 
 
 def main(records_file: str, text: str, editors: str, name: str, n: str = "8") -> None:

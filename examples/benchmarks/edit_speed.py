@@ -24,7 +24,7 @@ from plain import PlainForward
 from shapes import SHAPES, random_model
 
 from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.methods import v_star
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import w_out

@@ -18,7 +18,7 @@ import torch
 from measure import Measured
 
 from transformer_lens_rome import CounterFact, applied, evaluate_counterfact, get_method
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation.metrics import PromptScore, record_metrics
 from transformer_lens_rome.prompts.encoder import Encoder
 

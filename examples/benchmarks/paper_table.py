@@ -18,7 +18,7 @@ import sys
 from paper_methods import NAMES, RESULTS, paper_method
 
 from transformer_lens_rome import CounterFact, evaluate_counterfact
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import References, Results, comparison, markdown
 
 FOLDER = RESULTS / "counterfact"

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from transformer_lens_rome import CounterFact, evaluate_counterfact, get_method
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.distributed import on_workers
 from transformer_lens_rome.evaluation import Results
 

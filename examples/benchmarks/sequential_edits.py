@@ -24,7 +24,7 @@ from transformer_lens_rome import (
     collect_second_moment,
     get_method,
 )
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import CounterFactRecord
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows

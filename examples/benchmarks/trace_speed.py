@@ -19,7 +19,7 @@ from measure import Measured
 from plain import PlainForward
 from shapes import SHAPES, random_model
 
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.tracing import runs as restoring
 from transformer_lens_rome.tracing.causal_trace import causal_trace
 

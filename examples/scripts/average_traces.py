@@ -9,7 +9,7 @@ Traces are kept in FOLDER as they are made; run it again after a stop. The avera
 import sys
 from pathlib import Path
 
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.tracing.averages import average_severed, average_traces
 from transformer_lens_rome.tracing.fact_traces import facts_known_to, sever_facts, trace_facts
 from transformer_lens_rome.tracing.known_facts import load_known_facts

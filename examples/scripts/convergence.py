@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from transformer_lens_rome import CounterFact, SecondMoment, collect_second_moment
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.passes import read
 from transformer_lens_rome.prompts.encoder import Encoder, pad

@@ -9,7 +9,7 @@ made here, on the demo model.
 from pathlib import Path
 
 from transformer_lens_rome import causal_trace, compute_rome_edit, show_edit, viz
-from transformer_lens_rome.demo.gemma import ASK, REQUEST, load_demo_model
+from transformer_lens_rome.demo import ASK, REQUEST, load_demo_model
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from transformer_lens_rome import CounterFact, RomeConfig, collect_second_moment, sweep_layers
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 
 RESULTS = Path(__file__).parents[1] / "results"
 SETTINGS = {"default": (0, RomeConfig()), "released": (5, RomeConfig.released(ridge=1e-6))}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import transformer_lens_rome
 from transformer_lens_rome import sampled_texts
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.model.adapter import short_name
 from transformer_lens_rome.statistics.sources import key_norms

@@ -21,7 +21,7 @@ from transformer_lens_rome import (
     collect_second_moment,
     sweep_layers,
 )
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 RESULTS = Path(__file__).parents[1] / "results" / "sweep"

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from transformer_lens_rome import CounterFact, get_method
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.prompts.sampling import sampled_texts
 
 RESULTS = Path(__file__).parents[1] / "results" / "editors"

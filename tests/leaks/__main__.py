@@ -39,7 +39,7 @@ from leaks.cycles import KINDS, REQUEST, Setting, tiny_setting
 from leaks.footprint import footprint, grown, run, slope
 
 from transformer_lens_rome import causal_trace, collect_second_moment, compute_rome_edit, rome_edit
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 DEFAULTS = {

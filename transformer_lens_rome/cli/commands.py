@@ -15,7 +15,7 @@ from typing import Any
 
 from transformer_lens_rome.cli.evaluate import add_parsers
 from transformer_lens_rome.cli.load_model import load_model
-from transformer_lens_rome.demo.gemma import ASK, REQUEST, load_demo_model
+from transformer_lens_rome.demo import ASK, REQUEST, load_demo_model
 from transformer_lens_rome.edits.export_hf import export_hf
 from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
 from transformer_lens_rome.edits.ledger import applied
@@ -125,7 +125,7 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
         file=sys.stderr,
     )
     started = time.perf_counter()
-    model = load_demo_model(options.model_class, device=options.device)
+    model = load_demo_model(model_class=options.model_class, device=options.device)
     loaded = time.perf_counter()
     layer = default_layer(model) if options.layer is None else options.layer
     moment = sampled_second_moment(model, layer, progress=not options.json)

@@ -6,16 +6,20 @@ from typing import Any
 
 import torch
 
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.model.load import ModelClass, wrap
 from transformer_lens_rome.torch_states import torch_defaults
 
 
 @torch_defaults()
 def load_model(name: str, model_class: ModelClass | None = None, *, device: Any = "cpu") -> Any:
-    """Load a checkpoint from a hub name or a folder, unprocessed; `"demo"`: the bundled model."""
-    if name == "demo":
-        return load_demo_model(model_class, device=device)
+    """Load a checkpoint from a hub name or a folder, unprocessed.
+
+    "demo" is Gemma-3-270M, "demo:smollm2" SmolLM2-135M, see `load_demo_model`.
+    """
+    if name == "demo" or name.startswith("demo:"):
+        which: Any = name.removeprefix("demo").removeprefix(":") or "gemma"
+        return load_demo_model(which, model_class=model_class, device=device)
     import transformers
 
     with torch.random.fork_rng(devices=[]):

@@ -1,20 +1,25 @@
-"""The demo model's tokenizer, built from its model file.
+"""The tokenizers of the demo models, built from their model files.
 
-transformers 4 (used by TransformerLens 2) builds it without its merges, so words are split into
-letters. transformers 5 builds the same tokenizer as this module, again at each load. Like
+Gemma: transformers 4 (used by TransformerLens 2) builds it without its merges, so words are split
+into letters. transformers 5 builds the same tokenizer as this module, again at each load. Like
 SentencePiece, the file contains pieces and their scores. BPE needs merges: all pairs of pieces that
 join to a piece, in order of decreasing score.
+
+SmolLM2: the file contains byte-level pieces and merges, as GPT-2's files do. The digits of a number
+are separate tokens. The converters of transformers give the same tokens, but the one of transformers
+4 another end-of-text token and no padding token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _CONTROL, _USER_DEFINED = 3, 4  # kinds of pieces in the file
 
 
-def gguf_tokenizer(path: Path) -> Any:
+def gemma_tokenizer(path: Path) -> Any:
     """Build the tokenizer of a Gemma model file."""
     from transformers import PreTrainedTokenizerFast
 
@@ -32,16 +37,47 @@ def gguf_tokenizer(path: Path) -> Any:
 
 def _read(path: Path) -> tuple[list[str], list[float], list[int]]:
     """Read the pieces, scores and kinds of the vocabulary."""
+    values = _fields(path)
+    pieces = [bytes(piece).decode("utf-8") for piece in values("tokens")]
+    return pieces, [s.item() for s in values("scores")], [k.item() for k in values("token_type")]
+
+
+def _fields(path: Path) -> Callable[[str], list[Any]]:
+    """Return a function from the name of a field of the tokenizer to its values."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
 
-    def values(name: str) -> list:
+    def values(name: str) -> list[Any]:
         field = fields[f"tokenizer.ggml.{name}"]
         return [field.parts[i] for i in field.data]
 
+    return values
+
+
+def smollm2_tokenizer(path: Path) -> Any:
+    """Build the tokenizer of a SmolLM2 model file."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    values = _fields(path)
     pieces = [bytes(piece).decode("utf-8") for piece in values("tokens")]
-    return pieces, [s.item() for s in values("scores")], [k.item() for k in values("token_type")]
+    kinds = [kind.item() for kind in values("token_type")]
+    pairs = [tuple(bytes(merge).decode("utf-8").split(" ")) for merge in values("merges")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs)
+    tokenizer = Tokenizer(model)
+    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
+    tokenizer.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+    )
 
 
 def merges(pieces: list[str], scores: list[float]) -> list[tuple[str, str]]:
