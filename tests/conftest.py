@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,14 @@ once_a_class = pytest.mark.skipif(
 
 
 def make_model(model_class: str, shape: str, tokenizer, **options):
-    """A tiny model of either class; equal seeds give equal weights."""
+    """A fresh tiny model of either class; equal seeds give equal weights."""
+    first = _first_model(model_class, shape, tokenizer, **options)
+    return copy.deepcopy(first, {id(tokenizer): tokenizer})
+
+
+@cache
+def _first_model(model_class: str, shape: str, tokenizer, **options):
+    """One of a kind, which no test sees: a copy takes a quarter of the time that a model takes."""
     make = tiny_models.tiny_bridge if model_class == "bridge" else tiny_models.tiny_hooked
     return make(shape, tokenizer, **options)
 
@@ -50,10 +60,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tests neither read nor write the user's cache folder; processes of one run share theirs."""
+    """Tests neither read nor write the user's cache folder; processes of one run share theirs.
+
+    With `DEMO_CACHE`, runs share the demo model in that folder, and nothing else.
+    """
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    patch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(folder / "cache"))
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    patch.setenv("TRANSFORMER_LENS_ROME_CACHE", str(folder))
+    if shared := os.environ.get("DEMO_CACHE"):
+        for one in (folder, Path(shared)):
+            one.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another process of this run was first
+            (folder / "gemma-3-270m").symlink_to(Path(shared).resolve(), target_is_directory=True)
     yield
     patch.undo()
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, once_a_class
 from helpers.matrices import FOUR, matrices, same, weights
 from helpers.rome_setting import LAYER, REQUEST, factored_edit, random_edit
 
@@ -35,6 +35,7 @@ def test_apply_adds_the_products_and_revert_restores_the_bytes(model_class, shap
     assert not any(hasattr(p, "_rome_ledger") for p in model.parameters())
 
 
+@once_a_class
 @pytest.mark.parametrize("order", itertools.permutations(range(4)))
 def test_nested_with_other_kinds_and_undone_in_any_order(gpt2, order):
     """After each undo every weight is its base plus the edits that are left, in their order."""

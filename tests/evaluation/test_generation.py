@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import once_a_class
 from helpers.evaluation_setting import RECORDS, RandomEdits, evaluate, referred, seconds_apart
 
 from transformer_lens_rome.evaluation import References, TfIdf
@@ -157,6 +158,7 @@ def test_weights_of_another_vocabulary_are_refused(published):
 # ---------------------------------------------------------------- in an evaluation
 
 
+@once_a_class
 @pytest.mark.slow
 def test_generation_is_part_of_a_run_if_asked_for(gpt2, tmp_path):
     pytest.importorskip("nltk", reason="the generation extra is not installed")

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, once_a_class
 from helpers import tiny_models
 from helpers.rome_setting import LAYER, REQUEST
 
@@ -54,6 +54,7 @@ def by_hand(model, request, *, lr, steps, eps=None, teacher_forced=False, bias=T
     return losses, [after - before for after, before in zip(new, old)]
 
 
+@once_a_class
 @pytest.mark.parametrize("options", ({}, {"eps": 2e-3}, {"objective": "teacher_forced"}), ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_adam_on_the_models_own_weights(model_class, shape, options, tokenizer):
