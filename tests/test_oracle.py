@@ -166,3 +166,28 @@ def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):
         progress=False,
     )
     check(edit, wanted["losses"], factors[f"u{case}"], factors[f"right{case}"], record_property)
+
+
+# ---------------------------------------------------------------- SmolLM2-135M
+
+
+@once_a_class
+@pytest.mark.real_model
+@pytest.mark.parametrize("case", range(4))
+def test_released_edits_of_smollm2(smollm2, shared, case, record_property):
+    """A model without a norm after the MLP and without BOS; C is inverted without a ridge."""
+    folder = shared / "oracle"
+    record = json.loads((folder / "smollm2_dev.json").read_text())
+    meta, wanted = record["meta"], record["cases"][case]
+    factors = np.load(folder / "smollm2_dev.npz")
+    C = torch.from_numpy(np.load(folder / "smollm2_C10.npz")["mom2"])
+    edit = compute_rome_edit(
+        smollm2,
+        EditRequest(wanted["prompt"], wanted["subject"], wanted["target_new"]),
+        layer=meta["layer"],
+        second_moment=SecondMoment.from_moment(C, meta["n_tokens"]),
+        prefixes=bare_prefixes(meta),
+        config=RomeConfig.released(),
+        progress=False,
+    )
+    check(edit, wanted["losses"], factors[f"u{case}"], factors[f"right{case}"], record_property)

@@ -6,8 +6,8 @@ SentencePiece, the file contains pieces and their scores. BPE needs merges: all 
 join to a piece, in order of decreasing score.
 
 SmolLM2: the file contains byte-level pieces and merges, as GPT-2's files do. The digits of a number
-are separate tokens. The converters of transformers give the same tokens, but the one of transformers
-4 another end-of-text token and no padding token.
+are separate tokens. The converters of transformers give the same tokens, but that of transformers 4
+gives another end-of-text token and no padding token.
 """
 
 from __future__ import annotations

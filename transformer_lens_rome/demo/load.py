@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 
 from transformer_lens_rome.demo.gemma import GEMMA
-from transformer_lens_rome.demo.smollm2 import SMOLLM2, hooked_smollm2
+from transformer_lens_rome.demo.smollm2 import SMOLLM2
 from transformer_lens_rome.demo.unpack import unpacked
-from transformer_lens_rome.model.load import ModelClass, default_class, wrap
+from transformer_lens_rome.model.load import ModelClass, default_class, hooked_llama, wrap
 from transformer_lens_rome.torch_states import torch_defaults
 
 DemoName = Literal["gemma", "smollm2"]
@@ -37,7 +37,7 @@ def load_demo_model(
     hf, tokenizer = load_demo_hf(name)
     with torch.random.fork_rng(devices=[]):  # loaders draw random weights first
         if name == "smollm2" and (model_class or default_class()) == "hooked":
-            return hooked_smollm2(hf, tokenizer, device)
+            return hooked_llama(SMOLLM2.name, hf, tokenizer, device)
         return wrap(_MODELS[name].name, hf, tokenizer, model_class, device)
 
 

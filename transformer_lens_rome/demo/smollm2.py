@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from transformer_lens_rome.demo.gguf_tokenizer import smollm2_tokenizer
 from transformer_lens_rome.demo.unpack import DemoModel
@@ -48,52 +45,3 @@ SMOLLM2 = DemoModel(
     tokenizer=smollm2_tokenizer,
     unpacked="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
 )
-
-
-def hooked_smollm2(hf: Any, tokenizer: Any, device: Any) -> Any:
-    """Return the model as a HookedTransformer, whose own list of checkpoints does not have it."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.loading_from_pretrained import convert_llama_weights
-
-    config = hf.config
-    cfg = HookedTransformerConfig(
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-        n_heads=config.num_attention_heads,
-        n_key_value_heads=config.num_key_value_heads,
-        d_head=config.hidden_size // config.num_attention_heads,
-        d_mlp=config.intermediate_size,
-        d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
-        eps=config.rms_norm_eps,
-        act_fn=config.hidden_act,
-        normalization_type="RMS",
-        final_rms=True,
-        gated_mlp=True,
-        positional_embedding_type="rotary",
-        rotary_base=int(_rope_theta(config)),
-        rotary_dim=config.hidden_size // config.num_attention_heads,
-        original_architecture="LlamaForCausalLM",
-        model_name=NAME.split("/")[1],
-        tokenizer_name=NAME,
-        default_prepend_bos=False,
-        dtype=torch.float32,
-        init_weights=False,
-        device=str(device),
-    )
-    with torch.no_grad():
-        model = HookedTransformer(cfg, tokenizer=tokenizer, default_padding_side="right")
-        model.load_and_process_state_dict(
-            convert_llama_weights(hf, cfg),
-            fold_ln=False,
-            center_writing_weights=False,
-            center_unembed=False,
-            fold_value_biases=False,
-        )
-    return model.to(device, print_details=False).eval()
-
-
-def _rope_theta(config: Any) -> float:
-    """Return the base of the rotations; transformers 5 keeps it among the rope's parameters."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return parameters.get("rope_theta") or config.rope_theta
