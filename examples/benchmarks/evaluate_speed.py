@@ -1,24 +1,27 @@
-"""Scoring CounterFact records by the evaluator and the plain way: records an hour, equality.
+"""Scoring CounterFact records, one at a time, in batches and the plain way: speed and equality.
 
-    python examples/benchmarks/evaluate_speed.py RECORDS.json [--records 10] [--neighbours 10]
+    python examples/benchmarks/evaluate_speed.py RECORDS.json [--records 10] [--batches 1 5 10]
 
-The plain way does what the released code does short of batching: each prompt with each target is a
-pass of its own, with logits at every position, before and after the edit. Both ways take the same
-edits, made before the clock starts, and verify nothing but what they always do. Each record gets
-the neighbourhood prompts of others too, as many as the published file has. Prints a Markdown table.
+RECORDS is in the published schema. The plain way does what the released code does short of
+batching: each prompt with each target is a pass of its own, with logits at every position, before
+and after the edit. All ways take the same edits, made before the clock starts, and verify nothing
+but what they always do. Prints a Markdown table, with counted operations and what the machine
+reaches in products of like shapes.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from measure import Measured
+from measure import Measured, count_flops, matmul_flops_per_second
 
 from transformer_lens_rome import CounterFact, applied, evaluate_counterfact, get_method
 from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.evaluation.metrics import PromptScore, record_metrics
 from transformer_lens_rome.prompts.encoder import Encoder
 
@@ -59,48 +62,79 @@ def plain_scores(model: Any, encoder: Encoder, record: Any) -> dict[str, list[Pr
     return scores
 
 
+def apart(found: Results, by_hand: list[Any], records: Any) -> float:
+    """Return the largest difference of a metric of a record."""
+    pairs = [(found.before[r.case_id].scores, found.after[r.case_id].scores) for r in records]
+    differences = [
+        abs(mine - theirs)
+        for pair, other in zip(pairs, by_hand, strict=True)
+        for scores, plain in zip(pair, other, strict=True)
+        for mine, theirs in zip(
+            record_metrics(scores).values(), record_metrics(plain).values(), strict=True
+        )
+    ]
+    return max(differences)
+
+
 def main() -> None:
-    """Read the options, run both ways, print."""
+    """Read the options, run all ways, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", help="CounterFact records")
     parser.add_argument("--records", type=int, default=10)
-    parser.add_argument("--neighbours", type=int, default=10)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 5, 10])
     args = parser.parse_args()
-    every = sorted(CounterFact.load(args.file), key=lambda record: record.case_id)
-    prompts = [record.neighborhood_prompts[0] for record in every]
-    records = [
-        dataclasses.replace(
-            record, neighborhood_prompts=tuple(prompts[i * args.neighbours :][: args.neighbours])
-        )
-        for i, record in enumerate(every[: args.records])
-    ]
-    model = load_demo_model()
+    records = CounterFact.load(args.file, limit=args.records)
+    model, cpu = load_demo_model(), torch.device("cpu")
     encoder, method = Encoder.of(model), get_method("ft", steps=5)
     edits = {record.request.text: method.compute(model, record.request) for record in records}
+    evaluate_counterfact(model, records[:2], Made(edits), progress=False, batch_size=2)  # trials
 
-    with Measured(torch.device("cpu")) as plain:
-        by_hand = []
+    by_hand: list[Any] = []
+
+    def plain() -> None:
+        by_hand.clear()
         for record in records:
             with applied(model, edits[record.request.text]):
                 after = plain_scores(model, encoder, record)
             by_hand.append((plain_scores(model, encoder, record), after))
-    with Measured(torch.device("cpu")) as ours:
-        found = evaluate_counterfact(model, records, Made(edits), progress=False)
 
-    rows = [(found.before[r.case_id], found.after[r.case_id]) for r in records]
-    apart = max(
-        abs(mine - theirs)
-        for pair, other in zip(rows, by_hand, strict=True)
-        for row, scores in zip(pair, other, strict=True)
-        for mine, theirs in zip(
-            record_metrics(row.scores).values(), record_metrics(scores).values(), strict=True
+    print("| way | records an hour | ratio | GFLOP a record | GFLOP/s | peak MB | difference |")
+    print("|---|---|---|---|---|---|---|")
+    base = row("plain", plain, records, cpu)
+    for size in args.batches:
+        found: list[Results] = []
+        run = partial(evaluate_counterfact, model, records, Made(edits), progress=False)
+        row(
+            f"batches of {size}",
+            lambda run=run, size=size, found=found: found.append(run(batch_size=size)),
+            records,
+            cpu,
+            base,
+            lambda found=found: apart(found[0], by_hand, records),
         )
-    )
-    print("| way | seconds | records an hour | peak MB above the model |\n|---|---|---|---|")
-    for name, run in (("plain", plain), ("evaluator", ours)):
-        rate = 3600 * len(records) / run.seconds
-        print(f"| {name} | {run.seconds:.1f} | {rate:.0f} | {run.peak_mb:.0f} |")
-    print(f"\nratio {plain.seconds / ours.seconds:.2f}; metrics differ by {apart:.1e} at most")
+    width = model.cfg.d_model
+    for tokens in (64, 256):
+        speed = matmul_flops_per_second(tokens, width, 4 * width, cpu, torch.float32) / 1e9
+        print(f"\n[{tokens}, {width}] @ [{width}, {4 * width}]: {speed:.0f} GFLOP/s")
+
+
+def row(
+    name: str,
+    run: Callable[[], Any],
+    records: Any,
+    device: torch.device,
+    base: float | None = None,
+    difference: Callable[[], float] = lambda: 0.0,
+) -> float:
+    """Time a way, count its operations in a second run, print its row; return its seconds."""
+    with Measured(device) as measured:
+        run()
+    gflop = count_flops(run) / 1e9
+    rate, ratio = 3600 * len(records) / measured.seconds, (base or measured.seconds)
+    cells = f"{rate:.0f} | {ratio / measured.seconds:.2f} | {gflop / len(records):.0f} | "
+    cells += f"{gflop / measured.seconds:.0f} | {measured.peak_mb:.0f} | {difference():.1e}"
+    print(f"| {name} | {cells} |", flush=True)
+    return measured.seconds
 
 
 if __name__ == "__main__":
