@@ -178,7 +178,7 @@ def bridge_with(monkeypatch, tokenizer):
     def make(shape, fields):
         kind, known = tiny_models._HF[shape]
         monkeypatch.setitem(tiny_models._HF, shape, (kind, known | fields))
-        return tiny_models.tiny_bridge(shape, tokenizer)
+        return make_model("bridge", shape, tokenizer)
 
     return make
 

@@ -39,7 +39,7 @@ def longrope(monkeypatch, tokenizer):
     }
     own = {"rope_scaling": rope, "original_max_position_embeddings": LIMIT}
     monkeypatch.setitem(tiny_models._HF, "phi3", (kind, fields | own))
-    model = tiny_models.tiny_bridge("phi3", tokenizer)
+    model = make_model("bridge", "phi3", tokenizer)
     assert rotation_limit(model) == LIMIT
     return model
 
