@@ -28,6 +28,11 @@ class RomeConfig:
         weight_decay: Factor of ||delta|| / ||v||² in the objective.
         kl_factor: Factor of the KL term; a larger one preserves more of the subject's other facts.
         stop_loss: Stop as soon as the objective is below this.
+        stop: "top" also stops as soon as every token of the target is the model's most probable one
+            after every prefix. "loss" does not, as the published code.
+        prefixes_a_step: The number of prefixes that the objective is computed on at each step. The
+            prefixes take turns in groups of this size or less, and both stops look at the last step
+            of every group. None: all prefixes at each step.
         ridge: Added to C's diagonal, in units of the diagonal's mean; 0 adds nothing.
         key: "mean" uses one k*, the mean over prefixes, in u and in Λ. "released" uses it in u only
             and the bare prompt's key and value in Λ, as the published code does.
@@ -40,6 +45,8 @@ class RomeConfig:
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     stop_loss: float = 5e-2
+    stop: Literal["loss", "top"] = "loss"
+    prefixes_a_step: int | None = None
     ridge: float = 0.0
     key: Literal["mean", "released"] = "mean"
     prefix_lengths: tuple[tuple[int, int], ...] = PREFIX_LENGTHS
@@ -47,7 +54,9 @@ class RomeConfig:
     def __post_init__(self) -> None:
         if self.key not in ("mean", "released"):
             raise ValueError(f"key must be 'mean' or 'released', got {self.key!r}")
-        for name in ("steps", "lr", "clamp"):
+        if self.stop not in ("loss", "top"):
+            raise ValueError(f"stop must be 'loss' or 'top', got {self.stop!r}")
+        for name in ("steps", "lr", "clamp", "prefixes_a_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
