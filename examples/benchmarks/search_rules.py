@@ -8,10 +8,10 @@ examples/results/choosing_records.json are used, in the file's order: those that
 chosen on. `--choose` writes that list: of RECORDS, those whose case ids are among the first 1,420
 of TRAIN, and the first of the others, until there are 100.
 
-Each rule named edits the records on the demo model with the default layer, clamp and prefixes, four
-requests at a time, and all their prompts are scored before and after. Rows go to OUT as they come,
-and a run that was stopped goes on where it was. Then prints a Markdown table of all rules that OUT
-has.
+Each rule named edits the records on the demo model with the default layer, clamp and prefixes, and
+all their prompts are scored before and after. Rows go to OUT as they come, and a run that was
+stopped goes on where it was. Then prints a Markdown table of all rules that OUT has. Operations are
+those of edits one by one: in a batch, short prompts are padded.
 """
 
 from __future__ import annotations
@@ -37,48 +37,31 @@ from transformer_lens_rome.methods.rome import Rome
 
 CHOSEN = Path(__file__).parents[1] / "results" / "choosing_records.json"
 RULES = {"loss": RomeConfig()}
-BATCH = 4
 
 
-class InBatches:
-    """ROME with one rule; an edit that is asked for is made together with the next three.
+class Counted:
+    """ROME with one rule; what each edit costs is written down.
 
     Attributes:
         name: The rule's name.
         options: What identifies the run; of the constants, those that are not the released ones.
     """
 
-    def __init__(self, name: str, rome: Rome, requests: Sequence[Any], costs: Path) -> None:
-        self.name, self._rome, self._requests, self._costs = name, rome, list(requests), costs
+    def __init__(self, name: str, rome: Rome, costs: Path) -> None:
+        self.name, self._rome, self._costs = name, rome, costs
         constants = dataclasses.asdict(rome.config)
         same = dataclasses.asdict(RomeConfig.released())
         changed = {k: v for k, v in constants.items() if v != same[k]}
         self.options = described(rome)["options"] | {"config": changed}
-        self._edits: dict[Any, Any] = {}
 
     def compute(self, model: Any, request: Any, *, seed: int = 0) -> Any:
-        """Return the edit of a request."""
-        if request not in self._edits:
-            self._make(model, request, seed)
-        edit = self._edits[request]
-        if isinstance(edit, ValueError):
-            raise edit
-        return edit
-
-    def _make(self, model: Any, request: Any, seed: int) -> None:
-        """Make the edits of a request and of those after it, and write down what each cost."""
-        at = self._requests.index(request)
-        some = self._requests[at : at + BATCH]
-        made: list[Any] = []
-        flops = count_flops(
-            lambda: made.extend(self._rome.compute_each(model, some, seed=seed, batch_size=BATCH))
-        )
-        self._edits = dict(zip(some, made, strict=True))
+        """Return the edit of a request, and count its operations."""
+        edits: list[Any] = []
+        flops = count_flops(lambda: edits.append(self._rome.compute(model, request, seed=seed)))
+        row = {"request": request.text, "steps": len(edits[0].health.losses), "gflop": flops / 1e9}
         with self._costs.open("a", encoding="utf-8") as file:
-            for one, edit in self._edits.items():
-                steps = None if isinstance(edit, ValueError) else len(edit.health.losses)
-                row = {"request": one.text, "steps": steps, "gflop": flops / len(some) / 1e9}
-                file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
+        return edits[0]
 
 
 def choose(records: CounterFact, train: str) -> None:
@@ -95,11 +78,10 @@ def choose(records: CounterFact, train: str) -> None:
 def run(records: Sequence[CounterFactRecord], out: Path, names: Sequence[str]) -> None:
     """Edit and score the records with each rule."""
     model = load_demo_model()
-    requests = [record.request for record in records]
     prepared = Rome().prepared(model)
     for name in names:
         rome = dataclasses.replace(prepared, config=RULES[name]).prepared(model)
-        method = InBatches(name, rome, requests, out / f"{name}_costs.jsonl")
+        method = Counted(name, rome, out / f"{name}_costs.jsonl")
         evaluate_counterfact(model, records, method, out=out / f"{name}.jsonl", progress=False)
 
 
@@ -108,8 +90,7 @@ def costs(path: Path, records: Sequence[CounterFactRecord]) -> tuple[float, floa
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     by_request = {row["request"]: row for row in rows}
     found = [by_request[record.request.text] for record in records]
-    steps = [row["steps"] for row in found if row["steps"] is not None]
-    return fmean(steps), fmean(row["gflop"] for row in found)
+    return fmean(row["steps"] for row in found), fmean(row["gflop"] for row in found)
 
 
 def difference_of_S(one: Results, other: Results, times: int = 10_000) -> tuple[float, float]:
