@@ -35,8 +35,14 @@ from transformer_lens_rome.files.strict_json import parse
 from transformer_lens_rome.methods.base import described
 from transformer_lens_rome.methods.rome import Rome
 
+SHOWN = ("ES", "PS", "NS", "S", "EM", "PM", "EA")
 CHOSEN = Path(__file__).parents[1] / "results" / "choosing_records.json"
-RULES = {"loss": RomeConfig()}
+RULES = {
+    "loss": RomeConfig(stop="loss", prefixes_a_step=None),
+    "top": RomeConfig(stop="top", prefixes_a_step=None),
+    "top-11": RomeConfig(stop="top", prefixes_a_step=11),
+    "top-7": RomeConfig(stop="top", prefixes_a_step=7),
+}
 
 
 class Counted:
@@ -118,13 +124,13 @@ def show(records: Sequence[CounterFactRecord], out: Path, names: Sequence[str]) 
         loaded = Results.load(out / f"{name}.jsonl")
         after = {case: row for case, row in loaded.after.items() if case in cases}
         runs[name] = dataclasses.replace(loaded, after=after)
-    print("| rule | records | steps | GFLOP an edit | ES | PS | NS | S | S less that of `loss` |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    head = ["rule", "records", "steps", "GFLOP an edit", *SHOWN, "S less that of `loss`"]
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name, results in runs.items():
         done = [record for record in records if record.case_id in results.after]
         steps, gflop = costs(out / f"{name}_costs.jsonl", done)
         scores = results.scores()
-        cells = " | ".join(str(scores[m]) for m in ("ES", "PS", "NS", "S"))
+        cells = " | ".join(str(scores[m]) for m in SHOWN)
         less, half = difference_of_S(results, runs["loss"])
         less = f"{less:+.1f} ({half:.1f})" if results is not runs["loss"] else ""
         print(f"| `{name}` | {len(done)} | {steps:.1f} | {gflop:.0f} | {cells} | {less} |")
