@@ -40,7 +40,8 @@ def edit(model: Any, layer: int, steps: int) -> int:
     """Operations of one edit with 21 prefixes: the bare prompt, ten of 5 tokens, ten of 10."""
     request = EditRequest(text(4) + " {} is" + WORD, "Ada Love", "London")
     prefixes = ["", *[text(4) + "."] * 10, *[text(9) + "."] * 10]
-    config = replace(RomeConfig(stop_loss=0.0, lr=1e-3), steps=steps)
+    every = RomeConfig(stop="loss", stop_loss=0.0, prefixes_a_step=None, lr=1e-3)
+    config = replace(every, steps=steps)
     options = {"layer": layer, "prefixes": prefixes, "config": config, "progress": False}
     options["second_moment"] = SecondMoment.identity(len(w_out(model, layer)))
     return count_flops(lambda: compute_rome_edit(model, request, **options))

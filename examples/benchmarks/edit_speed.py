@@ -148,7 +148,8 @@ def main() -> None:
         model = random_model(args.random, args.tokenizer, args.device, dtype)
     else:
         model = load_demo_model().to(args.device).to(dtype)
-    config = RomeConfig(steps=args.steps, clamp=4.0, stop_loss=0.0)
+    every = {"stop": "loss", "stop_loss": 0.0, "prefixes_a_step": None}  # all steps, all prefixes
+    config = RomeConfig(steps=args.steps, clamp=4.0, **every)
     options = {"layer": args.layer, "config": config, "progress": False}
     options["second_moment"] = SecondMoment.identity(len(w_out(model, args.layer)))
     options["prefixes"], options["requests"] = prefixes(args.prefixes), REQUESTS[: args.requests]

@@ -22,7 +22,7 @@ from transformer_lens_rome.methods.rome_health import _suspicions
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 
-STRONG = RomeConfig(steps=20, lr=0.5, clamp=20.0)
+STRONG = RomeConfig(steps=20, lr=0.5, clamp=20.0, stop="loss")
 
 
 @pytest.fixture(params=["gpt2", "gemma3"])

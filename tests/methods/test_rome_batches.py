@@ -22,6 +22,7 @@ REQUESTS = [
     EditRequest("{} is in", "The Space Needle", "Paris"),
 ]
 """They differ in everything, but for the last, which is the first again."""
+IN_TURN = dataclasses.replace(CONFIG, stop="top", prefixes_a_step=2)
 RELEASED = dataclasses.replace(RomeConfig.released(), steps=4, lr=0.2)
 
 
@@ -37,7 +38,9 @@ def apart(one, other):
 
 
 @pytest.mark.parametrize("batch_size", (None, 1, 2))
-@pytest.mark.parametrize("config", (CONFIG, RELEASED), ids=("default", "released"))
+@pytest.mark.parametrize(
+    "config", (CONFIG, RELEASED, IN_TURN), ids=("default", "released", "in turn")
+)
 @pytest.mark.parametrize("shape", ("gpt2", "gptj", "gemma3"))
 def test_a_batch_gives_the_edits_of_one_by_one(
     model_class, shape, config, batch_size, tokenizer_of, monkeypatch
@@ -91,7 +94,7 @@ def test_a_search_that_has_ended_leaves_the_batch(gpt2, monkeypatch):
     assert [len(edit.health.losses) for edit in together] == steps
     for one, other in zip(together, alone, strict=True):  # some stop before their first step
         assert (one.delta() - other.delta()).norm() <= 1e-4 * other.delta().norm()
-    assert sizes and max(sizes) < 5
+    assert sizes[0] == 5 and len(sizes) > 1 and max(sizes[1:]) < 5
 
 
 # ---------------------------------------------------------------- failures

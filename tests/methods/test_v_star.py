@@ -49,8 +49,8 @@ def search(model, **changed):
     rows, kl_row, v = setting(model)
     config = dataclasses.replace(CONSTANTS, **changed)
     batch = Batch.of(rows, kl_row)
-    one = Search(batch, v, config)
-    optimise(stacked(model, LAYER, [batch]), LAYER, [one], progress=False)
+    one = Search([batch], v, config)
+    optimise([stacked(model, LAYER, [batch])], LAYER, [one], progress=False)
     return one.found
 
 

@@ -14,7 +14,8 @@ Where paper, released code and this module differ:
     clamp ||delta||          none             4 (3 for GPT-2 M)        the same; 0.75 behind a norm
     prefixes                 50 of 2-10       1 + 10 of 5 + 10 of 10   1 + 10 of 5 + 10 of 10
     weight decay, KL factor  1.5e-3, 1e2      0.5, 0.0625              0.5, 0.0625
-    stop at loss             5e-2             5e-2                     5e-2
+    stop                     at loss 5e-2     at loss 5e-2             the same, or target on top
+    prefixes a step          all              all                      7, in turn
     steps                    20               20 losses, 19 updates    20 losses, 19 updates
 
 `RomeConfig()` is the last column, `RomeConfig.released()` the one before it. If u and Λ use one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from transformer_lens_rome.model.adapter import short_name
 from transformer_lens_rome.model.calls import model_call
@@ -28,6 +28,11 @@ class RomeConfig:
         weight_decay: Factor of ||delta|| / ||v||² in the objective.
         kl_factor: Factor of the KL term; a larger one preserves more of the subject's other facts.
         stop_loss: Stop as soon as the objective is below this.
+        stop: "top" also stops as soon as every token of the target is the model's most probable one
+            after every prefix. "loss" does not, as the published code.
+        prefixes_a_step: The largest number of prefixes on which a step computes the objective. The
+            prefixes take turns in groups of like size, and both stops look at the last step of
+            every group. None: all prefixes at each step, as the published code.
         ridge: Added to C's diagonal, in units of the diagonal's mean; 0 adds nothing.
         key: "mean" uses one k*, the mean over prefixes, in u and in Λ. "released" uses it in u only
             and the bare prompt's key and value in Λ, as the published code does.
@@ -40,6 +45,8 @@ class RomeConfig:
     weight_decay: float = 0.5
     kl_factor: float = 0.0625
     stop_loss: float = 5e-2
+    stop: Literal["loss", "top"] = "top"
+    prefixes_a_step: int | None = 7
     ridge: float = 0.0
     key: Literal["mean", "released"] = "mean"
     prefix_lengths: tuple[tuple[int, int], ...] = PREFIX_LENGTHS
@@ -47,7 +54,9 @@ class RomeConfig:
     def __post_init__(self) -> None:
         if self.key not in ("mean", "released"):
             raise ValueError(f"key must be 'mean' or 'released', got {self.key!r}")
-        for name in ("steps", "lr", "clamp"):
+        if self.stop not in ("loss", "top"):
+            raise ValueError(f"stop must be 'loss' or 'top', got {self.stop!r}")
+        for name in ("steps", "lr", "clamp", "prefixes_a_step"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -58,7 +67,8 @@ class RomeConfig:
     @classmethod
     def released(cls, *, clamp: float | None = None, ridge: float = 0.0) -> RomeConfig:
         """Return the constants of the published code; `clamp=None` is 4, but 3 for GPT-2 medium."""
-        return cls(clamp=clamp, ridge=ridge, key="released")
+        search: dict[str, Any] = {"stop": "loss", "prefixes_a_step": None}
+        return cls(clamp=clamp, ridge=ridge, key="released", **search)
 
 
 CLAMPS = {"gpt2-medium": 3.0}

@@ -20,11 +20,10 @@ from transformer_lens_rome.methods.batches import in_batches
 from transformer_lens_rome.methods.rank_one import solve_rank_one
 from transformer_lens_rome.methods.rome_config import RomeConfig, default_clamp, released_clamp
 from transformer_lens_rome.methods.rome_health import measure_health
-from transformer_lens_rome.methods.v_star import Batch, Search, optimise, stacked
+from transformer_lens_rome.methods.v_star import Batch, Search, keys_and_values, optimise, passes_of
 from transformer_lens_rome.model import adapter, refusals
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.default_layer import default_layer
-from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sample_prefixes
@@ -76,7 +75,7 @@ class Rome:
         method = self._prepared(model, encoder, seed)
 
         def rows(request: EditRequest) -> list[tuple[int, ...]]:
-            return method._batch(encoder, request).rows
+            return [ids for group in method._groups(encoder, request) for ids in group.rows]
 
         def compute(some: Sequence[EditRequest]) -> list[RankOneEdit | Exception]:
             return method._compute(model, encoder, some, seed)
@@ -128,41 +127,43 @@ class Rome:
             self, layer=layer, second_moment=moment, prefixes=tuple(prefixes), config=config
         )
 
-    def _batch(self, encoder: Encoder, request: EditRequest) -> Batch:
-        """Return the rows of a request's search: one for each prefix, and perhaps the KL row."""
+    def _groups(self, encoder: Encoder, request: EditRequest) -> list[Batch]:
+        """Return the rows of a request's search, in groups that take turns.
+
+        Each group has a row for each of its prefixes, and perhaps the KL row. The bare prompt is in
+        the first group.
+        """
         assert self.prefixes is not None  # see `_prepared`
         rows = [
             encoder.templated_row(request.prompt, request.subject, prefix, request.target_new)
             for prefix in self.prefixes
         ]
-        return Batch.of(rows, encoder.templated_row("{} is a", request.subject))
+        kl_row = encoder.templated_row("{} is a", request.subject)
+        n_groups = -(-len(rows) // (self.config.prefixes_a_step or len(rows)))
+        return [Batch.of(rows[i::n_groups], kl_row) for i in range(n_groups)]
 
     def _compute(
         self, model: Model, encoder: Encoder, requests: Sequence[EditRequest], seed: int
     ) -> list[RankOneEdit | Exception]:
         """Compute edits whose searches share passes; a search that fails gives its error."""
-        layer, prefixes, released = self.layer, self.prefixes, self.config.key == "released"
-        assert layer is not None and prefixes is not None  # see `_prepared`
-        batches = [self._batch(encoder, request) for request in requests]
-        forward = stacked(model, layer, batches)
-        lengths = [len(batch.rows) for batch in batches]
-        keys, values = (
-            [part[: len(prefixes)] for part in read.split(lengths)]
-            for read in read_keys_and_values(forward, layer)
-        )
+        layer, released = self.layer, self.config.key == "released"
+        assert layer is not None  # see `_prepared`
+        groups = [self._groups(encoder, request) for request in requests]
+        forwards = passes_of(model, layer, groups)
+        pairs = list(keys_and_values(forwards, layer, groups))
         searches = [
-            Search(batch, value[0] if released else value.mean(0), self.config)
-            for batch, value in zip(batches, values, strict=True)
+            Search(some, values[0] if released else values.mean(0), self.config)
+            for some, (_, values) in zip(groups, pairs, strict=True)
         ]
-        optimise(forward, layer, searches, progress=self.progress)
+        optimise(forwards, layer, searches, progress=self.progress)
         made = self._made(model, encoder, seed)
         each: list[RankOneEdit | Exception] = []
-        for request, k, v, search in zip(requests, keys, values, searches, strict=True):
+        for request, (k, v), search in zip(requests, pairs, searches, strict=True):
             try:
                 each.append(self._edit(request, k, v, search, made))
             except ValueError as error:
                 each.append(error)
-        k_means = [key.mean(0) for key in keys]
+        k_means = [key.mean(0) for key, _ in pairs]
         return self._with_health(model, encoder, each, k_means, searches)
 
     def _made(self, model: Model, encoder: Encoder, seed: int) -> dict[str, Any]:

@@ -4,6 +4,9 @@
            + kl_factor · KL(P(· | subject) || P before(· | subject)), in the text "{subject} is a"
            + weight_decay · ||delta|| / ||v||²
 
+The prefixes may be split into groups. Then each step takes the next group in turn, and the mean is
+over its prefixes; the stop looks at the last step of every group.
+
 Searches for several requests share their passes: each has its own delta, optimiser and stop, so the
 results are those of one search after another, up to the rounding of larger products.
 
@@ -15,13 +18,13 @@ released code does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -30,6 +33,7 @@ from transformer_lens_rome.methods.rome_config import RomeConfig
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
+from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Row
@@ -51,7 +55,7 @@ class Optimised(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows of one optimisation, and the positions that the objective scores.
+    """The rows of one step, and the positions that the objective scores.
 
     Attributes:
         rows: Token ids up to the last one that is needed.
@@ -68,6 +72,11 @@ class Batch(NamedTuple):
     at: Int[Tensor, "scored"]
     labels: Int[Tensor, "n"]
     weights: Float[Tensor, "n"]
+
+    @property
+    def n_prefixes(self) -> int:
+        """Return the number of rows with a target; the KL row is one of them, or the last row."""
+        return int(self.where[:-1].max()) + 1
 
     @classmethod
     def of(cls, rows: Sequence[Row], kl_row: Row) -> Batch:
@@ -90,7 +99,7 @@ class Search:
     """The search for one v*: its rows, its delta and its optimiser.
 
     Attributes:
-        batch: The rows of the request.
+        groups: The rows of the request, in the groups that take turns.
         v: The value before the edit, `[d_model]`.
         config: The constants.
         losses: The objective at every step, before that step's update.
@@ -98,10 +107,13 @@ class Search:
         error: The reason why the search failed; empty if it did not.
     """
 
-    def __init__(self, batch: Batch, v: Float[Tensor, "d_model"], config: RomeConfig) -> None:
+    def __init__(
+        self, groups: Sequence[Batch], v: Float[Tensor, "d_model"], config: RomeConfig
+    ) -> None:
         assert config.clamp is not None  # None stands for a default, which the caller has chosen
-        self.batch, self.v, self.config = batch, v, config
+        self.groups, self.v, self.config = groups, v, config
         self.losses: list[float] = []
+        self._all_top: list[bool] = []
         self.clamp_hits, self.error = 0, ""
         self._limit = config.clamp * v.norm()
         self._delta = torch.zeros_like(v)
@@ -120,10 +132,23 @@ class Search:
         return Optimised(self._delta.detach(), tuple(self.losses), self.clamp_hits)
 
     @property
+    def batch(self) -> Batch:
+        """Return the rows of the next step."""
+        return self.groups[len(self.losses) % len(self.groups)]
+
+    @property
     def goes_on(self) -> bool:
         """Return whether the search needs another step."""
-        ended = bool(self.losses) and self.losses[-1] < self.config.stop_loss
-        return not (self.error or ended or len(self.losses) == self.config.steps)
+        return not (self.error or self._ended or len(self.losses) == self.config.steps)
+
+    @property
+    def _ended(self) -> bool:
+        """Return whether the last step of every group says that the target is reached."""
+        n = len(self.groups)
+        if len(self.losses) < n:
+            return False
+        reached = self.config.stop == "top" and all(self._all_top[-n:])
+        return reached or fmean(self.losses[-n:]) < self.config.stop_loss
 
     def change(self, layer: int, first: int) -> Change:
         """Return the change that adds delta to the values; the rows start at row `first`."""
@@ -134,16 +159,31 @@ class Search:
 
     def objective(self, logits: Float[Tensor, "scored d_vocab"]) -> Float[Tensor, ""]:
         """Compute L from the logits at the scored positions, and note it."""
-        config, batch, delta = self.config, self.batch, self._delta
-        scored, kl_logits = logits.to(delta.device).float().split([len(batch.labels), 1])
-        each = cross_entropy(scored, batch.labels.to(scored.device), reduction="none")
-        nll = (batch.weights.to(each) * each).sum()
+        labels = self.batch.labels.to(self._delta.device)
+        scored, kl_logits = logits.to(labels.device).float().split([len(labels), 1])
+        nll = cross_entropy(scored, labels, reduction="none")
         log_p = kl_logits[0].log_softmax(-1)
         if self._log_p_init is None:
             self._log_p_init = log_p.detach()
         kl = (log_p.exp() * (log_p - self._log_p_init)).sum()  # KL(current || initial)
-        loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / self.v.norm() ** 2
+        return self._noted(nll, scored.argmax(-1) == labels, kl)
+
+    def _noted(
+        self, nll: Float[Tensor, "n"], top: Bool[Tensor, "n"], kl: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """Return L, and note it.
+
+        Args:
+            nll: -log P of each target token of each row.
+            top: Whether that token is the most probable one.
+            kl: The KL term.
+        """
+        config, delta = self.config, self._delta
+        mean_nll = (self.batch.weights.to(nll) * nll).sum()
+        decay = delta.norm() / self.v.norm() ** 2
+        loss = mean_nll + config.kl_factor * kl + config.weight_decay * decay
         self.losses.append(loss.item())
+        self._all_top.append(bool(top.all()))
         if not math.isfinite(self.losses[-1]):
             self.error = (
                 f"the objective is {self.losses[-1]} at step {len(self.losses) - 1}, in float16 by "
@@ -158,6 +198,11 @@ class Search:
         self.clamp_hits += _clamp_(self._delta, self._limit)
 
 
+def passes_of(model: Model, layer: int, each: Sequence[Sequence[Batch]]) -> list[PartialForward]:
+    """Return the passes of each group, for the rows of several requests one after another."""
+    return [stacked(model, layer, group) for group in zip(*each, strict=True)]
+
+
 def stacked(model: Model, layer: int, batches: Sequence[Batch]) -> PartialForward:
     """Return the passes of the rows of several batches, one after another."""
     rows = [ids for batch in batches for ids in batch.rows]
@@ -165,22 +210,42 @@ def stacked(model: Model, layer: int, batches: Sequence[Batch]) -> PartialForwar
     return PartialForward(model, layer, rows, lookup.tolist())
 
 
+def keys_and_values(
+    forwards: Sequence[PartialForward], layer: int, each: Sequence[Sequence[Batch]]
+) -> Iterator[tuple[Float[Tensor, "prefix d_mlp"], Float[Tensor, "prefix d_model"]]]:
+    """Yield the keys and values of each request, one row for each prefix, in the groups' order."""
+    parts = []
+    for forward, group in zip(forwards, zip(*each, strict=True), strict=True):
+        sizes = [len(batch.rows) for batch in group]
+        keys, values = (read.split(sizes) for read in read_keys_and_values(forward, layer))
+        n = [batch.n_prefixes for batch in group]
+        parts.append([(k[:m], v[:m]) for k, v, m in zip(keys, values, n, strict=True)])
+    for of_request in zip(*parts, strict=True):
+        keys, values = (torch.cat(some) for some in zip(*of_request, strict=True))
+        yield keys, values
+
+
 def optimise(
-    forward: PartialForward, layer: int, searches: Sequence[Search], *, progress: bool = True
+    forwards: Sequence[PartialForward],
+    layer: int,
+    searches: Sequence[Search],
+    *,
+    progress: bool = True,
 ) -> None:
     """Run searches to their ends, each with at most `steps` losses and `steps - 1` updates.
 
-    `forward` runs the rows of all searches, see `stacked`. Searches that have ended leave the batch
-    as soon as they are half of its rows.
+    `forwards` run the rows of all searches, see `passes_of`. Searches that have ended leave the
+    batch as soon as they are half of its rows.
     """
-    bar = tqdm(total=searches[0].config.steps, desc="v*", disable=not progress)
+    model, steps = forwards[0].model, searches[0].config.steps
     held = live = list(searches)
-    with adapter.gradients_for(forward.model), bar:
+    with adapter.gradients_for(model), tqdm(total=steps, desc="v*", disable=not progress) as bar:
         while live:
             if 2 * _n_rows(live) <= _n_rows(held):
                 held = live
-                forward = stacked(forward.model, layer, [search.batch for search in held])
-            losses = _step(forward, layer, held)
+                forwards = passes_of(model, layer, [search.groups for search in held])
+            turn = len(live[0].losses) % len(forwards)
+            losses = _step(forwards[turn], layer, held, turn)
             live = [search for search in live if search.goes_on]
             bar.set_postfix(loss=f"{fmean(search.losses[-1] for search in losses):.3f}")
             bar.update()
@@ -192,19 +257,20 @@ def optimise(
 
 
 def _n_rows(searches: Sequence[Search]) -> int:
-    return sum(len(search.batch.rows) for search in searches)
+    return sum(len(group.rows) for search in searches for group in search.groups)
 
 
 def _step(
-    forward: PartialForward, layer: int, held: Sequence[Search]
+    forward: PartialForward, layer: int, held: Sequence[Search], turn: int
 ) -> dict[Search, Float[Tensor, ""]]:
-    """Return the objectives of the searches that go on, from one pass of all rows."""
-    firsts = [0, *accumulate(len(search.batch.rows) for search in held)]
+    """Return the objectives of the searches that go on, from one pass of a group's rows."""
+    firsts = [0, *accumulate(len(search.groups[turn].rows) for search in held)]
     live = [(search, first) for search, first in zip(held, firsts) if search.goes_on]
+    batches = [search.groups[turn] for search, _ in live]
     changes = [search.change(layer, first) for search, first in live]
-    where = torch.cat([first + search.batch.where for search, first in live])
-    logits = forward.logits(changes, where, torch.cat([search.batch.at for search, _ in live]))
-    parts = logits.split([len(search.batch.at) for search, _ in live])
+    where = torch.cat([first + batch.where for (_, first), batch in zip(live, batches)])
+    logits = forward.logits(changes, where, torch.cat([batch.at for batch in batches]))
+    parts = logits.split([len(batch.at) for batch in batches])
     return {search: search.objective(part) for (search, _), part in zip(live, parts, strict=True)}
 
 
