@@ -18,7 +18,7 @@ from helpers.rome_setting import (
 )
 
 from transformer_lens_rome import RomeConfig, applied, get_method, rome_edit, target_log_probs
-from transformer_lens_rome.edits import measure as health
+from transformer_lens_rome.edits import in_passes
 from transformer_lens_rome.methods.rome_config import default_clamp
 from transformer_lens_rome.methods.v_star import Batch, Search, optimise, stacked
 from transformer_lens_rome.model import adapter
@@ -189,20 +189,20 @@ def fingerprint(model):
 def test_the_model_is_left_as_it_was(model, monkeypatch, where):
     model(torch.arange(1, 9)[None])  # a bridge adds hooks of its own in its first pass
     next(model.parameters()).requires_grad_(False)
-    before, score = fingerprint(model), health.score_rows
+    before, score = fingerprint(model), in_passes.score_rows
 
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    def fail_when_edited(model, *rest):
+    def fail_when_edited(model, *rest, **options):
         if weight_hash(w_out(model, LAYER)) != before["weights"][LAYER]:
             fail()
-        return score(model, *rest)
+        return score(model, *rest, **options)
 
     if where == "optimiser":
         monkeypatch.setattr(torch.optim.Adam, "step", fail)
     elif where == "health":
-        monkeypatch.setattr(health, "score_rows", fail_when_edited)
+        monkeypatch.setattr(in_passes, "score_rows", fail_when_edited)
     elif where == "solve":
         monkeypatch.setattr("transformer_lens_rome.methods.rome_method.solve_rank_one", fail)
     if where is None:
