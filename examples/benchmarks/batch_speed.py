@@ -1,45 +1,132 @@
-"""Independent edits searched one by one and in batches: edits an hour, and how far they are apart.
+"""ROME on CounterFact records, one at a time and in batches, by both rules of the search.
 
-    python examples/benchmarks/batch_speed.py RECORDS [BATCH_SIZE ...]
+    python examples/benchmarks/batch_speed.py RECORDS [--records 8] [--batches 1 4 8] [--flops]
+    python examples/benchmarks/batch_speed.py RECORDS --random gpt2-xl --tokenizer FOLDER --steps 2
 
-RECORDS: a CounterFact file; the first requests of it, as many as the largest batch (default sizes:
-4 8), are edited on the demo model with its default settings. Every way makes the same edits in one
-process. Prints a Markdown table with the counted operations of an edit.
+Each way edits the same records and scores them after it: a run of `evaluate_counterfact` in one
+process, with the unedited model scored once before. "difference" is the largest difference of a
+log-probability to the same rule one at a time. With --steps, the search has that many losses and no
+stop. Prints a Markdown table; --flops counts the operations of each way in a second run.
 """
 
-import sys
-from functools import partial
+import argparse
+import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from measure import Measured, count_flops
+import torch
+from measure import Measured, count_flops, matmul_flops_per_second
+from shapes import SHAPES, random_model
 
-from transformer_lens_rome import CounterFact, compute_rome_edits
+from transformer_lens_rome import CounterFact, RomeConfig, SecondMoment, evaluate_counterfact
 from transformer_lens_rome.demo import load_demo_model
+from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
 
-sizes = [1, *map(int, sys.argv[2:] or (4, 8))]
-requests = [r.request for r in CounterFact.load(sys.argv[1], limit=max(sizes))]
-model = load_demo_model()
-method = Rome().prepared(model)
-known = {
-    "layer": method.layer,
-    "second_moment": method.second_moment,
-    "prefixes": method.prefixes,
-    "progress": False,
+RULES = {
+    "released": RomeConfig(stop="loss", prefixes_a_step=None),
+    "default": RomeConfig(),
 }
-device = w_out(model, method.layer).device
-compute_rome_edits(model, requests[:1], **known)  # self-checks run once
-print("| batch | edits an hour | ratio | GFLOP an edit | peak memory, MB | largest difference |")
-print("|---|---|---|---|---|---|")
-alone = None
-for size in sizes:
-    run = partial(compute_rome_edits, model, requests, batch_size=size, **known)
-    with Measured(device) as measured:
-        edits = run()
-    flops = count_flops(run) / len(edits) / 1e9
-    rate = 3600 * len(edits) / measured.seconds
-    alone = alone or (rate, edits)
-    pairs = zip(edits, alone[1], strict=True)
-    apart = max(((a.delta() - b.delta()).norm() / b.delta().norm()).item() for a, b in pairs)
-    cells = f"{rate:.0f} | {rate / alone[0]:.2f} | {flops:.0f} | {measured.peak_mb:.0f}"
-    print(f"| {size} | {cells} | {apart:.1e} |", flush=True)
+
+
+def difference(one: Results, other: Results) -> float:
+    """Return the largest difference of a log-probability between the rows of two runs."""
+    largest = 0.0
+    for case, row in one.after.items():
+        for kind, prompts in (row.scores or {}).items():
+            for mine, theirs in zip(prompts, other.after[case].scores[kind], strict=True):
+                pairs = zip([*mine.new, *mine.true], [*theirs.new, *theirs.true], strict=True)
+                largest = max(largest, *(abs(a - b) for a, b in pairs))
+    return largest
+
+
+def method_of(model: Any, config: RomeConfig, args: argparse.Namespace) -> Rome:
+    """Return ROME with all that its edits share; a random model gets C = I."""
+    known: dict[str, Any] = {"config": config}
+    if args.random:
+        layer = args.layer or model.cfg.n_layers // 3
+        identity = SecondMoment.identity(len(w_out(model, layer)))
+        known |= {"layer": layer, "second_moment": identity}
+    return Rome(**known).prepared(model)
+
+
+def options() -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", help="CounterFact records")
+    parser.add_argument("--records", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--demo", default="gemma", choices=("gemma", "smollm2"))
+    parser.add_argument("--random", choices=SHAPES, help="random weights of a known shape")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer for --random")
+    parser.add_argument("--layer", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--flops", action="store_true")
+    return parser.parse_args()
+
+
+def measure(model: Any, method: Rome, records: CounterFact, size: int, args: Any) -> dict[str, Any]:
+    """Run one way, and count its operations in a second run; all numbers but the rows an edit."""
+    device = w_out(model, 0).device
+    with TemporaryDirectory() as folder:
+        evaluate_counterfact(model, records, None, out=Path(folder) / "unedited.jsonl")
+
+        def run(name: str) -> Results:
+            known = {"out": Path(folder) / name, "batch_size": size, "progress": False}
+            return evaluate_counterfact(model, records, method, **known)
+
+        with Measured(device) as measured:
+            found = run("timed.jsonl")
+        flops = count_flops(lambda: run("counted.jsonl")) if args.flops else 0
+    edit = found.seconds["edit_seconds"]
+    return {
+        "seconds": measured.seconds / len(records),
+        "edit": edit,
+        "score": found.seconds["seconds"] - edit,
+        "gflop": flops / 1e9 / len(records),
+        "peak_mb": measured.peak_mb,
+        "found": found,
+    }
+
+
+def main() -> None:
+    """Run all ways and print a table."""
+    args = options()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.random:
+        model = random_model(args.random, args.tokenizer, args.device, dtype)
+    else:
+        model = load_demo_model(args.demo, device=device).to(dtype)
+    records = CounterFact.load(args.file, limit=args.records)
+    head = "rule|batch|records an hour|ratio|seconds: edit|score|GFLOP|GFLOP/s|peak MB|difference"
+    print(f"| {head.replace('|', ' | ')} |\n{'|---' * 10}|")
+    base = None
+    for rule in args.rules:
+        config, alone = RULES[rule], None
+        if args.steps:
+            changed = {"steps": args.steps, "stop_loss": 0.0, "stop": "loss"}
+            config = dataclasses.replace(config, **changed)
+        method = method_of(model, config, args)
+        evaluate_counterfact(model, records[:1], method, progress=False)  # self-checks run once
+        for size in args.batches:
+            way = measure(model, method, records, size, args)
+            base, alone = base or way, alone or way
+            cells = [rule, str(size), f"{3600 / way['seconds']:.0f}"]
+            cells += [f"{base['seconds'] / way['seconds']:.2f}", f"{way['edit']:.1f}"]
+            cells += [f"{way['score']:.1f}", f"{way['gflop']:.0f}"]
+            cells += [f"{way['gflop'] / way['seconds']:.0f}", f"{way['peak_mb']:.0f}"]
+            cells.append(f"{difference(way['found'], alone['found']):.1e}")
+            print(f"| {' | '.join(cells)} |", flush=True)
+    width = model.cfg.d_model
+    for tokens in (32, 256):
+        speed = matmul_flops_per_second(tokens, width, 4 * width, device, dtype) / 1e9
+        print(f"\n[{tokens}, {width}] @ [{width}, {4 * width}]: {speed:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
