@@ -44,13 +44,17 @@ def ways(model, rows: int) -> dict:
     def descend(found) -> None:
         torch.autograd.grad(found.nll.sum() + found.kl.sum(), x)
 
+    def product() -> None:
+        logits = torch.addmm(model.b_U, x, model.W_U)
+        descend(vocabulary.losses_of_logits(logits, labels, log_q))
+
     def stored() -> None:
         descend(vocabulary.losses_of_logits(passes.unembed(model, x), labels, log_q))
 
     def sliced(tokens: int) -> None:
         descend(vocabulary.losses(x, unembedding, labels, log_q, tokens=tokens))
 
-    return {"stored": stored} | {t: lambda t=t: sliced(t) for t in SLICES}
+    return {"product": product, "stored": stored} | {t: lambda t=t: sliced(t) for t in SLICES}
 
 
 def main(d_vocab: int = 262_144, d_model: int = 640, threads: int | None = None) -> None:
@@ -58,14 +62,9 @@ def main(d_vocab: int = 262_144, d_model: int = 640, threads: int | None = None)
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(0)
     weight, square = torch.randn(d_vocab, d_model) / d_model**0.5, torch.randn(2048, 2048)
-    heads = [f"{name}, GB" for name in ("stored logits", "slices of 4,096")]
-    print(
-        "| rows | W_U | stored logits |",
-        *(f"{t:,} |" for t in SLICES),
-        *(f"{h} |" for h in heads),
-        "square |",
-    )
-    print("|---" * (len(SLICES) + 6) + "|")
+    heads = ["rows", "W_U", "one product", "in blocks", *(f"slices {t:,}" for t in SLICES)]
+    heads += ["GB in blocks", "GB slices 4,096", "square"]
+    print("|", " | ".join(heads), "|\n|" + "---|" * len(heads))
     for rows in ROWS:
         for layout, W_U in (("bridge", weight.T), ("hooked", weight.T.contiguous())):
             model = SimpleNamespace(ln_final=lambda x: x, W_U=W_U, b_U=torch.zeros(d_vocab))
