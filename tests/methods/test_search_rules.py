@@ -13,6 +13,7 @@ from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit, co
 from transformer_lens_rome.methods.v_star import Batch, Search
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.model.vocabulary import losses_of_logits
 from transformer_lens_rome.prompts.encoder import Encoder
 
 FREE = RomeConfig(steps=40, lr=0.5, clamp=20.0, stop_loss=0.0, kl_factor=0.0, weight_decay=0.0)
@@ -86,7 +87,7 @@ def test_the_top_stop_asks_for_every_token_of_every_row(gpt2, stop):
         if worse is not None:
             some[worse, (batch.labels[worse] + 1) % d_vocab] = 2.0
         search = Search([batch], torch.ones(32), dataclasses.replace(FREE, stop=stop))
-        search.objective(some)
+        search.objective(losses_of_logits(some, batch.labels))
         assert search.goes_on == (stop == "loss" or worse is not None)
 
 
@@ -161,13 +162,13 @@ def test_the_top_stop_of_groups(gpt2):
 
 
 def test_a_step_with_fewer_prefixes_runs_fewer_rows(gpt2, monkeypatch):
-    ran, real = [], PartialForward.logits
+    ran, real = [], PartialForward.losses
 
-    def counted(self, changes, where, at):
+    def counted(self, *arguments):
         ran.append(len(self.tokens))
-        return real(self, changes, where, at)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(PartialForward, "logits", counted)
+    monkeypatch.setattr(PartialForward, "losses", counted)
     searched(gpt2, steps=4)
     searched(gpt2, steps=4, prefixes_a_step=1)
     assert ran[-8:-4] == [3] * 4  # the KL row is the start of the bare prompt's

@@ -63,7 +63,8 @@ def smollm2_tokenizer(path: Path) -> Any:
     values = _fields(path)
     pieces = [bytes(piece).decode("utf-8") for piece in values("tokens")]
     kinds = [kind.item() for kind in values("token_type")]
-    pairs = [tuple(bytes(merge).decode("utf-8").split(" ")) for merge in values("merges")]
+    halves = (bytes(merge).decode("utf-8").partition(" ") for merge in values("merges"))
+    pairs = [(left, right) for left, _, right in halves]
     model = models.BPE({piece: i for i, piece in enumerate(pieces)}, pairs)
     tokenizer = Tokenizer(model)
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]

@@ -24,9 +24,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.methods.rome_config import RomeConfig
@@ -36,6 +35,7 @@ from transformer_lens_rome.model.changes import Change
 from transformer_lens_rome.model.keys import read_keys_and_values
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.model.vocabulary import Losses
 from transformer_lens_rome.prompts.encoder import Row
 from transformer_lens_rome.prompts.scores import target_index
 
@@ -105,6 +105,8 @@ class Search:
         losses: The objective at every step, before that step's update.
         clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
         error: The reason why the search failed; empty if it did not.
+        log_q: The log-probabilities of the KL term before any change, `[1, d_vocab]`; None before
+            the first step.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Search:
         self._limit = config.clamp * v.norm()
         self._delta = torch.zeros_like(v)
         self._adam = torch.optim.Adam([self._delta], lr=config.lr)
-        self._log_p_init: Tensor | None = None
+        self.log_q: Tensor | None = None
 
     @property
     def found(self) -> Optimised:
@@ -157,33 +159,17 @@ class Search:
         add = lambda value: value + delta.to(value)  # noqa: E731
         return Change(Point("value", layer), rows, self.batch.lookup, add)
 
-    def objective(self, logits: Float[Tensor, "scored d_vocab"]) -> Float[Tensor, ""]:
-        """Compute L from the logits at the scored positions, and note it."""
-        labels = self.batch.labels.to(self._delta.device)
-        scored, kl_logits = logits.to(labels.device).float().split([len(labels), 1])
-        nll = cross_entropy(scored, labels, reduction="none")
-        log_p = kl_logits[0].log_softmax(-1)
-        if self._log_p_init is None:
-            self._log_p_init = log_p.detach()
-        kl = (log_p.exp() * (log_p - self._log_p_init)).sum()  # KL(current || initial)
-        return self._noted(nll, scored.argmax(-1) == labels, kl)
-
-    def _noted(
-        self, nll: Float[Tensor, "n"], top: Bool[Tensor, "n"], kl: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]:
-        """Return L, and note it.
-
-        Args:
-            nll: -log P of each target token of each row.
-            top: Whether that token is the most probable one.
-            kl: The KL term.
-        """
+    def objective(self, found: Losses) -> Float[Tensor, ""]:
+        """Compute L from the losses at the scored positions, and note it."""
         config, delta = self.config, self._delta
+        if self.log_q is None:
+            self.log_q = found.log_q
+        nll, kl = found.nll.to(delta.device), found.kl.to(delta.device).sum()
         mean_nll = (self.batch.weights.to(nll) * nll).sum()
         decay = delta.norm() / self.v.norm() ** 2
         loss = mean_nll + config.kl_factor * kl + config.weight_decay * decay
         self.losses.append(loss.item())
-        self._all_top.append(bool(top.all()))
+        self._all_top.append(bool(found.is_top.all()))
         if not math.isfinite(self.losses[-1]):
             self.error = (
                 f"the objective is {self.losses[-1]} at step {len(self.losses) - 1}, in float16 by "
@@ -268,10 +254,21 @@ def _step(
     live = [(search, first) for search, first in zip(held, firsts) if search.goes_on]
     batches = [search.groups[turn] for search, _ in live]
     changes = [search.change(layer, first) for search, first in live]
-    where = torch.cat([first + batch.where for (_, first), batch in zip(live, batches)])
-    logits = forward.logits(changes, where, torch.cat([batch.at for batch in batches]))
-    parts = logits.split([len(batch.at) for batch in batches])
+    log_q = [search.log_q for search, _ in live if search.log_q is not None]
+    found = forward.losses(
+        changes,
+        _last_last([first + batch.where for batch, (_, first) in zip(batches, live, strict=True)]),
+        _last_last([batch.at for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat(log_q) if log_q else None,
+    )
+    parts = found.split([len(batch.labels) for batch in batches])
     return {search: search.objective(part) for (search, _), part in zip(live, parts, strict=True)}
+
+
+def _last_last(parts: Sequence[Tensor]) -> Tensor:
+    """Return all entries but the last of each part, then the last ones, the KL terms'."""
+    return torch.cat([*(part[:-1] for part in parts), *(part[-1:] for part in parts)])
 
 
 @torch.no_grad()

@@ -37,12 +37,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_rome.model import adapter, passes
+from transformer_lens_rome.model import adapter, passes, vocabulary
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.block_calls import Recording, record
 from transformer_lens_rome.model.changes import Change, Noise, embedded, replace
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
+from transformer_lens_rome.model.vocabulary import Losses
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,25 @@ class PartialForward:
         every = labels.repeat(len(variants), 1).to(final.device)
         flat = passes.log_probs(self.model, final.flatten(0, 1), every)
         return flat.unflatten(0, final.shape[:2])
+
+    def losses(
+        self,
+        changes: Sequence[Change],
+        rows: Int[Tensor, "n_plus_k"],
+        positions: Int[Tensor, "n_plus_k"],
+        labels: Int[Tensor, "n"],
+        log_q: Float[Tensor, "k d_vocab"] | None = None,
+    ) -> Losses:
+        """Return -log P of n labels at the first n pairs, and KL(P || Q) at the other k.
+
+        The result is differentiable as logits are. See `vocabulary.losses`; whole passes store
+        their logits.
+        """
+        if self.recording is None:
+            whole = self._whole(changes, rows, positions)
+            return vocabulary.losses_of_logits(whole, labels, log_q)
+        (final,) = self.finals([changes], rows, positions)
+        return passes.losses(self.model, final, labels, log_q)
 
     def finals(
         self,

@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_rome.model import adapter
+from transformer_lens_rome.model import adapter, vocabulary
 from transformer_lens_rome.model.adapter import Hook, Point, architecture, model_class
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.model.vocabulary import Losses, Unembedding
 
 NO_ROW = torch.zeros(0, dtype=torch.long)  # no logits are needed, only the hooks
 
@@ -117,7 +118,11 @@ def apart(model: Model, lengths: Sequence[int]) -> list[list[int]]:
 
 def unembed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Compute logits from residuals after the last block: final norm, unembedding, soft cap."""
-    parts = [part.transpose(0, 1).flatten(1) for part in _logits(model, residual)]
+    weight, bias, cap = _unembedding(model)
+    parts = []
+    for part in products(_normed(model, residual), weight, bias):
+        part = cap * torch.tanh(part / cap) if cap else part
+        parts.append(part.transpose(0, 1).flatten(1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -126,32 +131,31 @@ def log_probs(
 ) -> Float[Tensor, "n k"]:
     """Compute log-probabilities of some tokens from residuals after the last block, in float32.
 
-    The logits' log-sum-exp is computed in place, so this is for passes without gradients.
+    No logits are stored, and there are no gradients.
     """
-    start, sums = 0, []
-    chosen: Tensor | float = 0.0
-    for part in _logits(model, residual, together=16):
-        part, (blocks, _, width) = part.float(), part.shape
-        at = labels - start  # [n, k], index in this part if inside
-        inside = (at >= 0) & (at < blocks * width)
-        at = at.clamp(0, blocks * width - 1)
-        rows = torch.arange(len(at), device=at.device)[:, None]
-        chosen = chosen + inside * part[at // width, rows, at % width]
-        top = part.amax(-1, keepdim=True)
-        exponents = part.sub_(top).exp_().sum(-1)
-        sums.append(exponents.log() + top[..., 0])
-        start += blocks * width
-    return chosen - torch.cat(sums).logsumexp(0)[:, None]
+    residual = _normed(model, residual)
+    return vocabulary.log_probs(residual, _unembedding(model), labels).float()
 
 
-def _logits(
-    model: Model, residual: Float[Tensor, "n d_model"], **options: int
-) -> Iterator[Float[Tensor, "block n tokens"]]:
-    """Yield logits in parts, each a stack of blocks of the vocabulary."""
-    final = model.ln_final(residual[:, None])[:, 0]
+def losses(
+    model: Model,
+    residual: Float[Tensor, "n_plus_k d_model"],
+    labels: Int[Tensor, "n"],
+    log_q: Float[Tensor, "k d_vocab"] | None = None,
+) -> Losses:
+    """Compute losses from residuals after the last block, with gradients; see `vocabulary`."""
+    return vocabulary.losses(_normed(model, residual), _unembedding(model), labels, log_q)
+
+
+def _normed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    """Apply the final norm."""
+    return model.ln_final(residual[:, None])[:, 0]
+
+
+def _unembedding(model: Model) -> Unembedding:
+    """Return what follows the final norm."""
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
-    for part in products(final, model.W_U, model.b_U, **options):
-        yield cap * torch.tanh(part / cap) if cap > 0 else part
+    return Unembedding(model.W_U, model.b_U, max(cap, 0.0))  # TransformerLens: -1 means none
 
 
 def products(
@@ -160,23 +164,20 @@ def products(
     b_U: Float[Tensor, "d_vocab"],
     *,
     block: int = 2048,
-    together: int | None = None,
 ) -> Iterator[Float[Tensor, "block n tokens"]]:
-    """Yield `x @ W_U + b_U` in parts; on a CPU, each part but the last is a stack of blocks.
+    """Yield `x @ W_U + b_U`; on a CPU, a stack of blocks, then what is left.
 
     CPU libraries are slow at one product of a few rows with a wide matrix: for 12 rows and
     262,144 tokens, forward and backward, the blocks were 1.6 times as fast on two cores
     (`examples/benchmarks/unembedding.py`).
 
-    `block` is the number of tokens in a block, `together` the largest number of blocks in a part.
+    `block` is the number of tokens in a block.
     """
     whole = W_U.shape[1] // block * block if x.device.type == "cpu" else 0
     if whole:
-        together = together or whole // block
-        blocks = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1).split(together)
-        biases = b_U[:whole].unflatten(0, (-1, 1, block)).split(together)
-        for weights, bias in zip(blocks, biases, strict=True):
-            yield torch.baddbmm(bias, x.expand(len(weights), -1, -1), weights)
+        weights = W_U[:, :whole].unflatten(1, (-1, block)).transpose(0, 1)
+        biases = b_U[:whole].unflatten(0, (-1, 1, block))
+        yield torch.baddbmm(biases, x.expand(len(weights), -1, -1), weights)
     if whole < W_U.shape[1]:
         yield torch.addmm(b_U[whole:], x, W_U[:, whole:])[None]
 
