@@ -10,8 +10,9 @@ of TRAIN, and the first of the others, until there are 100.
 
 Each rule named edits the records on the demo model with the default layer, clamp and prefixes, and
 all their prompts are scored before and after. Rows go to OUT as they come, and a run that was
-stopped goes on where it was. Then prints a Markdown table of all rules that OUT has. Operations are
-those of edits one by one: in a batch, short prompts are padded.
+stopped goes on where it was. Then steps and operations of the first --count records are counted,
+one edit after another (in a batch, short prompts are padded), and a Markdown table of all rules
+that OUT has is printed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ import torch
 from measure import count_flops
 
 from transformer_lens_rome import CounterFact, RomeConfig, evaluate_counterfact
-from transformer_lens_rome.demo.gemma import load_demo_model
+from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import CounterFactRecord, Results
 from transformer_lens_rome.evaluation.metrics import score
 from transformer_lens_rome.files.strict_json import parse
-from transformer_lens_rome.methods.base import described
 from transformer_lens_rome.methods.rome import Rome
 
 SHOWN = ("ES", "PS", "NS", "S", "EM", "PM", "EA")
@@ -43,31 +43,6 @@ RULES = {
     "top-11": RomeConfig(stop="top", prefixes_a_step=11),
     "top-7": RomeConfig(stop="top", prefixes_a_step=7),
 }
-
-
-class Counted:
-    """ROME with one rule; what each edit costs is written down.
-
-    Attributes:
-        name: The rule's name.
-        options: What identifies the run; of the constants, those that are not the released ones.
-    """
-
-    def __init__(self, name: str, rome: Rome, costs: Path) -> None:
-        self.name, self._rome, self._costs = name, rome, costs
-        constants = dataclasses.asdict(rome.config)
-        same = dataclasses.asdict(RomeConfig.released())
-        changed = {k: v for k, v in constants.items() if v != same[k]}
-        self.options = described(rome)["options"] | {"config": changed}
-
-    def compute(self, model: Any, request: Any, *, seed: int = 0) -> Any:
-        """Return the edit of a request, and count its operations."""
-        edits: list[Any] = []
-        flops = count_flops(lambda: edits.append(self._rome.compute(model, request, seed=seed)))
-        row = {"request": request.text, "steps": len(edits[0].health.losses), "gflop": flops / 1e9}
-        with self._costs.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        return edits[0]
 
 
 def choose(records: CounterFact, train: str) -> None:
@@ -81,22 +56,38 @@ def choose(records: CounterFact, train: str) -> None:
     CHOSEN.write_text(json.dumps(sorted(old + new, key=cases.index)) + "\n", encoding="utf-8")
 
 
-def run(records: Sequence[CounterFactRecord], out: Path, names: Sequence[str]) -> None:
-    """Edit and score the records with each rule."""
+def run(records: Sequence[CounterFactRecord], out: Path, names: Sequence[str], n: int) -> None:
+    """Edit and score the records with each rule; count what the edits of the first n cost."""
     model = load_demo_model()
     prepared = Rome().prepared(model)
     for name in names:
         rome = dataclasses.replace(prepared, config=RULES[name]).prepared(model)
-        method = Counted(name, rome, out / f"{name}_costs.jsonl")
-        evaluate_counterfact(model, records, method, out=out / f"{name}.jsonl", progress=False)
+        path = out / f"{name}.jsonl"
+        evaluate_counterfact(model, records, rome, out=path, progress=False, batch_size=4)
+    for name in names:
+        rome = dataclasses.replace(prepared, config=RULES[name]).prepared(model)
+        with (out / f"{name}_costs.jsonl").open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            done = {json.loads(line)["case_id"] for line in file}
+            for record in records[:n]:
+                if record.case_id not in done:
+                    file.write(json.dumps(cost(model, rome, record)) + "\n")
+                    file.flush()
 
 
-def costs(path: Path, records: Sequence[CounterFactRecord]) -> tuple[float, float]:
-    """Return the mean steps and GFLOP of an edit; of a request made twice, the last counts."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    by_request = {row["request"]: row for row in rows}
-    found = [by_request[record.request.text] for record in records]
-    return fmean(row["steps"] for row in found), fmean(row["gflop"] for row in found)
+def cost(model: Any, rome: Rome, record: CounterFactRecord) -> dict[str, Any]:
+    """Return the steps and the operations of a record's edit."""
+    edits: list[Any] = []
+    flops = count_flops(lambda: edits.append(rome.compute(model, record.request)))
+    steps = len(edits[0].health.losses)
+    return {"case_id": record.case_id, "steps": steps, "gflop": flops / 1e9}
+
+
+def costs(path: Path) -> tuple[int, float, float]:
+    """Return the number of edits that were counted, their mean steps and their mean GFLOP."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines] or [{"steps": 0, "gflop": 0}]
+    return len(lines), fmean(row["steps"] for row in rows), fmean(row["gflop"] for row in rows)
 
 
 def difference_of_S(one: Results, other: Results, times: int = 10_000) -> tuple[float, float]:
@@ -124,16 +115,16 @@ def show(records: Sequence[CounterFactRecord], out: Path, names: Sequence[str]) 
         loaded = Results.load(out / f"{name}.jsonl")
         after = {case: row for case, row in loaded.after.items() if case in cases}
         runs[name] = dataclasses.replace(loaded, after=after)
-    head = ["rule", "records", "steps", "GFLOP an edit", *SHOWN, "S less that of `loss`"]
+    head = ["rule", "records", "counted", "steps", "GFLOP an edit", *SHOWN, "S less that of `loss`"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name, results in runs.items():
-        done = [record for record in records if record.case_id in results.after]
-        steps, gflop = costs(out / f"{name}_costs.jsonl", done)
+        counted, steps, gflop = costs(out / f"{name}_costs.jsonl")
+        n = len(results.after)
         scores = results.scores()
         cells = " | ".join(str(scores[m]) for m in SHOWN)
         less, half = difference_of_S(results, runs["loss"])
         less = f"{less:+.1f} ({half:.1f})" if results is not runs["loss"] else ""
-        print(f"| `{name}` | {len(done)} | {steps:.1f} | {gflop:.0f} | {cells} | {less} |")
+        print(f"| `{name}` | {n} | {counted} | {steps:.1f} | {gflop:.0f} | {cells} | {less} |")
 
 
 def main() -> None:
@@ -143,16 +134,17 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the folder of the rows")
     parser.add_argument("rules", nargs="*", metavar="RULE", help=f"of {', '.join(RULES)}")
     parser.add_argument("--first", type=int, default=100, help="the number of records")
+    parser.add_argument("--count", type=int, default=25, help="edits whose operations are counted")
     parser.add_argument("--choose", metavar="TRAIN", help="write the list of records and stop")
     args = parser.parse_args()
     every = CounterFact.load(args.records)
     if args.choose:
         return choose(every, args.choose)
     cases = json.loads(CHOSEN.read_text(encoding="utf-8"))[: args.first]
-    records = [record for record in every if record.case_id in set(cases)]
+    records = every.only(cases)
     if args.rules:
         args.out.mkdir(parents=True, exist_ok=True)
-        run(records, args.out, args.rules)
+        run(records, args.out, args.rules, args.count)
     names = [name for name in RULES if (args.out / f"{name}.jsonl").exists()]
     show(records, args.out, names)
 
