@@ -40,7 +40,6 @@ CHOSEN = Path(__file__).parents[1] / "results" / "choosing_records.json"
 RULES = {
     "loss": RomeConfig(stop="loss", prefixes_a_step=None),
     "top": RomeConfig(stop="top", prefixes_a_step=None),
-    "top-11": RomeConfig(stop="top", prefixes_a_step=11),
     "top-7": RomeConfig(stop="top", prefixes_a_step=7),
 }
 
