@@ -175,12 +175,12 @@ def test_batches_are_of_like_lengths_and_of_the_size_that_memory_allows(gpt2, mo
             seen.append(items)
             return list(items)
 
-        rows = {i: [[0] * (1 + i % 3)] * 2 for i in range(9)}
-        found = batches.in_batches(gpt2, range(9), rows.get, work, batch_size=batch_size)
+        shapes = {i: batches.Shape(2, 9 - i, 1 + i % 3) for i in range(9)}
+        found = batches.in_batches(gpt2, range(9), shapes.get, work, batch_size=batch_size)
         assert found == list(range(9))
         return seen
 
-    assert sizes(3) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert sizes(3) == [[6, 3, 0], [7, 4, 1], [8, 5, 2]]  # by what is run again, then by length
     assert [len(batch) for batch in sizes()] == [9]
     monkeypatch.setattr(batches, "_free_memory", lambda model: 0.0)
     assert [len(batch) for batch in sizes()] == [1] * 9

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -25,10 +25,24 @@ _MOST = 64
 """Largest batch that is chosen by itself."""
 
 
+class Shape(NamedTuple):
+    """The size of an item's passes.
+
+    Attributes:
+        rows: The number of rows.
+        longest: The number of tokens of the longest row.
+        recomputed: The largest number of tokens of a row that each pass runs again.
+    """
+
+    rows: int
+    longest: int
+    recomputed: int
+
+
 def in_batches(
     model: Model,
     items: Sequence[T],
-    rows: Callable[[T], Sequence[Sequence[int]]],
+    shape: Callable[[T], Shape],
     work: Callable[[Sequence[T]], Sequence[R]],
     *,
     batch_size: int | None = None,
@@ -38,7 +52,7 @@ def in_batches(
     Args:
         model: The model, for its size and memory.
         items: The items.
-        rows: A function from an item to its token ids, by which items of like lengths are batched.
+        shape: A function from an item to its shape, by which items of like lengths are batched.
         work: A function from some items to their results.
         batch_size: The largest number of items in a batch. None: as many as fit into memory.
 
@@ -48,11 +62,10 @@ def in_batches(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     each: dict[int, R | Exception] = {}
-    shapes: dict[int, tuple[int, int]] = {}  # number of rows, and length of the longest
+    shapes: dict[int, Shape] = {}
     for i, item in enumerate(items):
         try:
-            ids = rows(item)
-            shapes[i] = len(ids), max(map(len, ids))
+            shapes[i] = shape(item)
         except ValueError as error:
             each[i] = error
     for batch in _batches(model, shapes, batch_size):
@@ -88,17 +101,14 @@ def tried(
     return [result for piece in pieces for result in tried(work, piece, failures)]
 
 
-def _batches(
-    model: Model, shapes: dict[int, tuple[int, int]], batch_size: int | None
-) -> Iterator[list[int]]:
+def _batches(model: Model, shapes: dict[int, Shape], batch_size: int | None) -> Iterator[list[int]]:
     """Yield batches of items of like lengths that may share a pass."""
-    order = sorted(shapes, key=lambda i: shapes[i][1])
+    order = sorted(shapes, key=lambda i: (shapes[i].recomputed, shapes[i].longest))
     room = _free_memory(model) / 4
-    for group in passes.apart(model, [shapes[i][1] for i in order]):
+    for group in passes.apart(model, [shapes[i].longest for i in order]):
         batch: list[int] = []
         for i in (order[at] for at in group):
-            n_rows = sum(shapes[j][0] for j in (*batch, i))
-            fits = _bytes(model, n_rows, shapes[i][1]) < room and len(batch) < _MOST
+            fits = len(batch) < _MOST and _bytes(model, [shapes[j] for j in (*batch, i)]) < room
             if batch and (not fits if batch_size is None else len(batch) == batch_size):
                 yield batch
                 batch = []
@@ -107,11 +117,14 @@ def _batches(
             yield batch
 
 
-def _bytes(model: Model, n_rows: int, length: int) -> float:
-    """Estimate the memory of a pass with gradients: activations of all blocks, and logits."""
-    cfg = model.cfg
-    block = 12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model) + 3 * cfg.n_heads * length
-    return 4.0 * n_rows * (length * cfg.n_layers * block + 4 * cfg.d_vocab)
+def _bytes(model: Model, shapes: Sequence[Shape]) -> float:
+    """Estimate the memory of a pass with gradients: activations, kept keys and values, two P."""
+    cfg, n_rows = model.cfg, sum(shape.rows for shape in shapes)
+    longest = max(shape.longest for shape in shapes)
+    recomputed = max(shape.recomputed for shape in shapes)
+    token = 12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model) + 3 * cfg.n_heads * longest
+    row = cfg.n_layers * (recomputed * token + 2 * longest * cfg.d_model)
+    return 4.0 * (n_rows * row + 2 * len(shapes) * cfg.d_vocab)
 
 
 def _free_memory(model: Model) -> float:

@@ -16,7 +16,7 @@ from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.files.strict_json import check_text
 from transformer_lens_rome.methods.base import provenance, register_method
-from transformer_lens_rome.methods.batches import in_batches
+from transformer_lens_rome.methods.batches import Shape, in_batches
 from transformer_lens_rome.methods.rank_one import solve_rank_one
 from transformer_lens_rome.methods.rome_config import RomeConfig, default_clamp, released_clamp
 from transformer_lens_rome.methods.rome_health import measure_health
@@ -74,14 +74,17 @@ class Rome:
         encoder = Encoder.of(model, self.prepend_bos)
         method = self._prepared(model, encoder, seed)
 
-        def rows(request: EditRequest) -> list[tuple[int, ...]]:
-            return [ids for group in method._groups(encoder, request) for ids in group.rows]
+        def shape(request: EditRequest) -> Shape:
+            groups = method._groups(encoder, request)
+            pairs = [(len(ids), at) for one in groups for ids, at in zip(one.rows, one.lookup)]
+            tails = [length - int(at) for length, at in pairs]
+            return Shape(max(len(one.rows) for one in groups), max(pairs)[0], max(tails))
 
         def compute(some: Sequence[EditRequest]) -> list[RankOneEdit | Exception]:
             return method._compute(model, encoder, some, seed)
 
         parsed = [EditRequest.of(request) for request in requests]
-        return in_batches(model, parsed, rows, compute, batch_size=batch_size)
+        return in_batches(model, parsed, shape, compute, batch_size=batch_size)
 
     @model_call
     def in_order(
