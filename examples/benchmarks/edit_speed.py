@@ -45,8 +45,8 @@ class TimedForward(PartialForward):
         with watch.part("capture"):
             super().__init__(*args)
 
-    def logits(self, changes: Any, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """As in the engine."""
+    def losses(self, changes: Any, rows: Any, positions: Any, labels: Any, log_q: Any) -> Any:
+        """As in the engine; the gradient is a part of the forward pass of the unembedding."""
         watch, marks = self._watch, {}
 
         def arrived(name: str, since: str) -> Any:
@@ -67,11 +67,11 @@ class TimedForward(PartialForward):
             final = self.recording.replay({self.recording.layer: 1})
         chosen = final[rows, positions - self.first[rows]]
         chosen.register_hook(arrived("blocks", "unembedding"))
-        with watch.part("unembedding, forward"):
-            logits = passes.unembed(self.model, chosen)
-        marks["logits"] = watch.now()
-        logits.register_hook(arrived("unembedding", "logits"))
-        return logits
+        with watch.part("unembedding"):
+            found = passes.losses(self.model, chosen, labels, log_q)
+        marks["losses"] = watch.now()
+        found.nll.register_hook(arrived("unembedding", "losses"))
+        return found
 
 
 def edit_all(model: Any, forward: Any, requests: Any, **options: Any) -> list[torch.Tensor]:

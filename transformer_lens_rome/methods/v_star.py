@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.methods.rome_config import RomeConfig
@@ -32,6 +31,7 @@ from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.model.vocabulary import Losses
 from transformer_lens_rome.prompts.encoder import Row
 from transformer_lens_rome.prompts.scores import target_index
 
@@ -96,6 +96,8 @@ class Search:
         losses: The objective at every step, before that step's update.
         clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
         error: The reason why the search failed; empty if it did not.
+        log_q: The log-probabilities of the KL term before any change, `[1, d_vocab]`; None before
+            the first step.
     """
 
     def __init__(self, batch: Batch, v: Float[Tensor, "d_model"], config: RomeConfig) -> None:
@@ -106,7 +108,7 @@ class Search:
         self._limit = config.clamp * v.norm()
         self._delta = torch.zeros_like(v)
         self._adam = torch.optim.Adam([self._delta], lr=config.lr)
-        self._log_p_init: Tensor | None = None
+        self.log_q: Tensor | None = None
 
     @property
     def found(self) -> Optimised:
@@ -132,16 +134,13 @@ class Search:
         add = lambda value: value + delta.to(value)  # noqa: E731
         return Change(Point("value", layer), rows, self.batch.lookup, add)
 
-    def objective(self, logits: Float[Tensor, "scored d_vocab"]) -> Float[Tensor, ""]:
-        """Compute L from the logits at the scored positions, and note it."""
-        config, batch, delta = self.config, self.batch, self._delta
-        scored, kl_logits = logits.to(delta.device).float().split([len(batch.labels), 1])
-        each = cross_entropy(scored, batch.labels.to(scored.device), reduction="none")
-        nll = (batch.weights.to(each) * each).sum()
-        log_p = kl_logits[0].log_softmax(-1)
-        if self._log_p_init is None:
-            self._log_p_init = log_p.detach()
-        kl = (log_p.exp() * (log_p - self._log_p_init)).sum()  # KL(current || initial)
+    def objective(self, found: Losses) -> Float[Tensor, ""]:
+        """Compute L from the losses at the scored positions, and note it."""
+        config, delta = self.config, self._delta
+        if self.log_q is None:
+            self.log_q = found.log_q
+        nll, kl = found.nll.to(delta.device), found.kl.to(delta.device).sum()
+        nll = (self.batch.weights.to(nll) * nll).sum()
         loss = nll + config.kl_factor * kl + config.weight_decay * delta.norm() / self.v.norm() ** 2
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
@@ -202,10 +201,22 @@ def _step(
     firsts = [0, *accumulate(len(search.batch.rows) for search in held)]
     live = [(search, first) for search, first in zip(held, firsts) if search.goes_on]
     changes = [search.change(layer, first) for search, first in live]
-    where = torch.cat([first + search.batch.where for search, first in live])
-    logits = forward.logits(changes, where, torch.cat([search.batch.at for search, _ in live]))
-    parts = logits.split([len(search.batch.at) for search, _ in live])
+    batches = [search.batch for search, _ in live]
+    log_q = [search.log_q for search, _ in live if search.log_q is not None]
+    found = forward.losses(
+        changes,
+        _last_last([first + batch.where for batch, (_, first) in zip(batches, live, strict=True)]),
+        _last_last([batch.at for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat(log_q) if log_q else None,
+    )
+    parts = found.split([len(batch.labels) for batch in batches])
     return {search: search.objective(part) for (search, _), part in zip(live, parts, strict=True)}
+
+
+def _last_last(parts: Sequence[Tensor]) -> Tensor:
+    """Return all entries but the last of each part, then the last ones, the KL terms'."""
+    return torch.cat([*(part[:-1] for part in parts), *(part[-1:] for part in parts)])
 
 
 @torch.no_grad()
