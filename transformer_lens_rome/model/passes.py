@@ -168,7 +168,7 @@ def products(
     """Yield `x @ W_U + b_U`; on a CPU, a stack of blocks, then what is left.
 
     CPU libraries are slow at one product of a few rows with a wide matrix: for 12 rows and
-    262,144 tokens, forward and backward, the blocks were 1.6 times as fast on two cores
+    262,144 tokens, forward and backward, the blocks were 1.1 to 1.4 times as fast on one core
     (`examples/benchmarks/unembedding.py`).
 
     `block` is the number of tokens in a block.
