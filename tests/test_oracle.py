@@ -24,6 +24,19 @@ def bare_prefixes(meta: dict) -> list[str]:
     return [template.replace("{}", "") for template in meta["context_templates"]]
 
 
+def released_edit(model, meta: dict, wanted: dict, C: torch.Tensor):
+    """The edit of a case by `RomeConfig.released()`, with the released statistics and prefixes."""
+    return compute_rome_edit(
+        model,
+        EditRequest(wanted["prompt"], wanted["subject"], wanted["target_new"]),
+        layer=meta["layer"],
+        second_moment=SecondMoment.from_moment(C, meta["n_tokens"]),
+        prefixes=bare_prefixes(meta),
+        config=RomeConfig.released(),
+        progress=False,
+    )
+
+
 def check(edit, losses: list[float], u: np.ndarray, right: np.ndarray, record_property) -> None:
     """The released losses at every step, and the released update, whose factors have any scale."""
     mine = edit.delta().double()
@@ -102,15 +115,7 @@ def test_tiny_gpt2_knows_its_facts_without_bos(tiny_gpt2):
 def test_released_edits_of_tiny_gpt2(tiny_gpt2, gpt2_oracle, case, record_property):
     record, factors, C = gpt2_oracle
     meta, wanted = record["meta"], record["cases"][case]
-    edit = compute_rome_edit(
-        tiny_gpt2,
-        EditRequest(wanted["prompt"], wanted["subject"], wanted["target_new"]),
-        layer=meta["layer"],
-        second_moment=SecondMoment.from_moment(C, meta["n_tokens"]),
-        prefixes=bare_prefixes(meta),
-        config=RomeConfig.released(),
-        progress=False,
-    )
+    edit = released_edit(tiny_gpt2, meta, wanted, C)
     check(edit, wanted["losses"], factors[f"u{case}"], factors[f"right{case}"], record_property)
 
 
@@ -181,13 +186,5 @@ def test_released_edits_of_smollm2(smollm2, shared, case, record_property):
     meta, wanted = record["meta"], record["cases"][case]
     factors = np.load(folder / "smollm2_dev.npz")
     C = torch.from_numpy(np.load(folder / "smollm2_C10.npz")["mom2"])
-    edit = compute_rome_edit(
-        smollm2,
-        EditRequest(wanted["prompt"], wanted["subject"], wanted["target_new"]),
-        layer=meta["layer"],
-        second_moment=SecondMoment.from_moment(C, meta["n_tokens"]),
-        prefixes=bare_prefixes(meta),
-        config=RomeConfig.released(),
-        progress=False,
-    )
+    edit = released_edit(smollm2, meta, wanted, C)
     check(edit, wanted["losses"], factors[f"u{case}"], factors[f"right{case}"], record_property)

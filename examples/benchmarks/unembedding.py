@@ -34,7 +34,7 @@ def seconds(run, times: int = 5) -> float:
 
 
 def ways(model, rows: int) -> dict:
-    """What is compared: functions that compute losses and the gradient of their sum."""
+    """Return the functions to compare, which compute losses and the gradient of their sum."""
     d_model, d_vocab = model.W_U.shape
     n = rows - max(1, rows // 22)
     x = torch.randn(rows, d_model, requires_grad=True)

@@ -52,14 +52,14 @@ UNEDITED = "unedited.jsonl"
 
 NOTES = {
     "CS": "CS, CM, CA: as PS, PM, PA, after the flat file's rephrase_prompt, which is a paraphrase "
-    "in one record of six only; so there is no PS and no S.",
+    "in one record of six only; so it is not PS, and S does not count it.",
     "NS+": "NS+, NM+: at neighbours, with the edited fact in front.",
     "NKL": "NKL, NKL+: KL(edited || unedited) of the next token there, in hundredths of nats.",
     "AS": "AS, AM: as ES, EM, at prompts about subjects of which the new target is true.",
     "GE": "GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: "
     "TF-IDF cosine with reference texts.",
 }
-"""What a table's legend says if it has a column."""
+"""The sentences that a legend adds for a column, by the column's name."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _common(runs: Sequence[Results]) -> set[int]:
     _check_comparable(runs)
     cases = set.intersection(*(set(run.after or run.before) for run in runs))
     if not cases:
-        raise ValueError("the runs have no record in common")
+        raise ValueError("the runs have no record in common; is one of them still empty?")
     return cases
 
 

@@ -70,8 +70,8 @@ class RecordRow:
         kl: By kind of prompt, KL(edited || unedited) of the next token after each prompt, in nats;
             None for the unedited model, and if it was not asked for.
         failed: The reason if the record failed.
-        seconds: Duration of everything: edit, scoring and undo.
-        edit_seconds: Duration of the edit alone; None for the unedited model.
+        seconds: Duration of edit, scoring and undo; the mean over the records of a batch.
+        edit_seconds: Duration of the edit alone, likewise; None for the unedited model.
         health: The edit's health, without its losses; None for the unedited model.
     """
 

@@ -25,7 +25,7 @@ Asked = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
 
 
 class Scoring(Protocol):
-    """What is asked about the records of one data set.
+    """The questions about the records of one data set.
 
     Attributes:
         protocol: The data set's name; it selects the metrics of the results.
@@ -40,7 +40,7 @@ class Scoring(Protocol):
 
     @property
     def generates(self) -> bool:
-        """Whether text is asked for."""
+        """True if the model writes text about each record."""
         ...
 
     @property
@@ -88,7 +88,7 @@ class CounterFactScoring:
 
     @property
     def generates(self) -> bool:
-        """Whether text is asked for."""
+        """True if the model writes text about each record."""
         return self.generate
 
     def asked(self, record: CounterFactRecord) -> Asked:
@@ -153,7 +153,7 @@ class ZsreScoring:
 
     @property
     def generates(self) -> bool:
-        """No text is asked for."""
+        """False: zsRE has no generated text."""
         return False
 
     def asked(self, record: ZsreRecord) -> Asked:

@@ -45,11 +45,14 @@ def wrap(
 
 
 def hooked_llama(name: str, hf: Any, tokenizer: Any, device: Any = "cpu") -> Any:
-    """Return a Llama as a HookedTransformer, for checkpoints that TransformerLens does not list."""
+    """Return a Llama as a HookedTransformer, for checkpoints that TransformerLens does not list.
+
+    The context is at most 2,048 tokens, since each block stores a mask of its square.
+    """
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import convert_llama_weights
 
-    config = hf.config
+    config, bos = hf.config, tokenizer.bos_token_id
     cfg = HookedTransformerConfig(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -58,7 +61,7 @@ def hooked_llama(name: str, hf: Any, tokenizer: Any, device: Any = "cpu") -> Any
         d_head=config.hidden_size // config.num_attention_heads,
         d_mlp=config.intermediate_size,
         d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
+        n_ctx=min(config.max_position_embeddings, 2048),
         eps=config.rms_norm_eps,
         act_fn=config.hidden_act,
         normalization_type="RMS",
@@ -70,7 +73,7 @@ def hooked_llama(name: str, hf: Any, tokenizer: Any, device: Any = "cpu") -> Any
         original_architecture="LlamaForCausalLM",
         model_name=name.split("/")[-1],
         tokenizer_name=name,
-        default_prepend_bos=False,
+        default_prepend_bos=bos is not None and tokenizer("a").input_ids[:1] == [bos],
         dtype=torch.float32,
         init_weights=False,
         device=str(device),

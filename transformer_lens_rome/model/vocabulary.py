@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Unembedding(NamedTuple):
-    """What turns a normed residual x into logits: `l = x @ weight + bias`, `cap * tanh(l / cap)`.
+    """The map from a normed residual x to logits: `l = x @ weight + bias`, `cap * tanh(l / cap)`.
 
     Attributes:
         weight: W_U.
