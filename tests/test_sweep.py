@@ -1,4 +1,4 @@
-"""Sweeps: the scores are CounterFact's, the model stays, and a stopped sweep goes on."""
+"""Sweeps: a layer's scores are those of a run, the model stays, a stopped sweep goes on."""
 
 import dataclasses
 import json
@@ -7,15 +7,11 @@ import pytest
 import torch
 from helpers.rome_setting import CONFIG, PREFIXES, random_moment
 
-from transformer_lens_rome import (
-    CounterFact,
-    applied,
-    compute_rome_edit,
-    sweep,
-    sweep_layers,
-    target_log_probs,
-)
-from transformer_lens_rome.files.fields import make
+from transformer_lens_rome import CounterFact, evaluate_counterfact, sweep_layers
+from transformer_lens_rome.evaluation import Results
+from transformer_lens_rome.evaluation.records import as_record
+from transformer_lens_rome.evaluation.work import ScoreEdited
+from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out, weight_hash
 
 RECORDS = [
@@ -43,62 +39,48 @@ def run(model, records=RECORDS, layers=LAYERS, **options):
     return sweep_layers(model, records, layers, **(known | options))
 
 
-def saved(path):
-    """The rows of a sweep's file, without its first line."""
-    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+def cases(folder):
+    """The layers and records in a sweep's folder, in the order of the files' lines."""
+    lines = {
+        path.stem: [json.loads(line)["case_id"] for line in path.read_text().splitlines()[1:]]
+        for path in sorted(folder.glob("layer_*.jsonl"))
+    }
+    return [(int(name[6:]), case) for name, some in lines.items() for case in some]
 
 
-def test_hand_made_scores():
-    """[new, true] pairs: new must win in ES and PS, true in NS; a tie is a loss."""
-    rows = [
-        sweep.Means(ES=(-1.0, -2.0), PS=(-3.0, -2.0), NS=(-3.0, -2.0)),
-        sweep.Means(ES=(-1.0, -2.0), PS=(-1.0, -2.0), NS=(-1.0, -1.0)),
-        sweep.Means(ES=(-1.0, -1.0), PS=(-3.0, -2.0), NS=(-1.0, -2.0)),
-        sweep.Means(ES=(-0.1, -0.2), PS=(-1.0, -4.0), NS=(-5.0, -0.2)),
-    ]
-    found = sweep._percent(rows)
-    assert found == {"ES": 75, "PS": 50, "NS": 50, "S": pytest.approx(3 / (1 / 75 + 2 / 50))}
-    assert sweep._percent(rows[:1]) == {"ES": 100, "PS": 0, "NS": 100, "S": 0}
+def scores(swept):
+    """The metrics of a sweep, without its times."""
+    return [(score.layer, score.results.metrics(), score.ES, score.S) for score in swept]
 
 
-def test_scores_are_those_of_the_edits_made_one_by_one(gpt2, tmp_path):
+def test_a_layer_is_a_run_of_all_prompts(gpt2, tmp_path):
     hashes = [weight_hash(w_out(gpt2, layer)) for layer in range(3)]
-    scores = run(gpt2, out=tmp_path / "rows.jsonl")
+    swept = run(gpt2, out=tmp_path)
     assert [weight_hash(w_out(gpt2, layer)) for layer in range(3)] == hashes
-    rows = saved(tmp_path / "rows.jsonl")
-    assert [(r["layer"], r["case_id"]) for r in rows] == [(0, 7), (0, 8), (1, 7), (1, 8)]
-    assert [(score.layer, score.n) for score in scores] == [(0, 2), (1, 2)]
+    assert cases(tmp_path) == [(0, 7), (0, 8), (1, 7), (1, 8)]
+    for layer, one in zip(LAYERS, swept, strict=True):
+        rome = Rome(layer, MOMENTS[layer], PREFIXES, CONFIG)
+        parsed = [as_record(record) for record in RECORDS]
+        alone = evaluate_counterfact(gpt2, parsed, rome, progress=False)
+        assert one.layer == layer and one.results.metrics() == alone.metrics()
+        assert [one.ES, one.PS, one.NS, one.S] == [
+            alone.scores()[name].mean for name in ("ES", "PS", "NS", "S")
+        ]
+        assert f"layer {layer}: ES {alone.scores()['ES']}, PS" in str(one)
+        assert Results.load(tmp_path / f"layer_{layer}.jsonl").metrics() == alone.metrics()
+        prompts = one.results.after[7].scores
+        assert [len(prompts[kind]) for kind in ("paraphrase", "neighborhood")] == [2, 2]
 
-    def means(record, field):
-        rewrite = record["requested_rewrite"]
-        prompt = record[field][0] if field else rewrite["prompt"].format(rewrite["subject"])
-        goals = [rewrite["target_new"]["str"], rewrite["target_true"]["str"]]
-        found = target_log_probs(gpt2, [prompt] * 2, goals)
-        return pytest.approx([one.mean().item() for one in found], abs=1e-4)
 
-    fields = {"ES": "", "PS": "paraphrase_prompts", "NS": "neighborhood_prompts"}
-    for row in rows:
-        record, layer = RECORDS[row["case_id"] - 7], row["layer"]
-        edit = compute_rome_edit(
-            gpt2,
-            record["requested_rewrite"],
-            layer=layer,
-            second_moment=MOMENTS[layer],
-            prefixes=PREFIXES,
-            config=CONFIG,
-            progress=False,
-        )
-        assert row["before"] == {metric: means(record, name) for metric, name in fields.items()}
-        with applied(gpt2, edit):
-            assert row["after"] == {metric: means(record, name) for metric, name in fields.items()}
-        assert row["after"]["ES"] != row["before"]["ES"]
-        assert row["relative_norm"] == pytest.approx(edit.health.relative_norm)
-    for score in scores:
-        mine = [row for row in rows if row["layer"] == score.layer]
-        wins = [row["after"]["ES"][0] > row["after"]["ES"][1] for row in mine]
-        assert score.ES == 100 * sum(wins) / 2
-        assert score.before == sweep._percent([make(sweep.Means, row["before"]) for row in mine])
-        assert score.NS == sweep._percent([make(sweep.Means, row["after"]) for row in mine])["NS"]
+def test_a_layer_where_every_edit_fails_has_no_score(gpt2, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise ValueError("no v*")
+
+    monkeypatch.setattr(Rome, "_compute", fails)
+    (one,) = run(gpt2, layers=[1], out=tmp_path)
+    assert str(one) == "layer 1: , 2 failed"
+    with pytest.raises(ValueError, match=r"every edit at layer 1 failed.*no v\*"):
+        one.S
 
 
 def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
@@ -118,13 +100,12 @@ def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
     ]
     (tmp_path / "records.json").write_text(json.dumps(flat))
     loaded = CounterFact.load(tmp_path / "records.json", true_paraphrases=[7, 8])
-    run(gpt2, layers=[0], out=tmp_path / "rows.jsonl")
-    run(gpt2, loaded, layers=[0], out=tmp_path / "loaded.jsonl")
-    both = [saved(tmp_path / name) for name in ("rows.jsonl", "loaded.jsonl")]
-    for full, few in zip(*both, strict=True):
-        assert full.pop("record") != few.pop("record")  # more prompts
-        few["seconds"] = full["seconds"]
-        assert few == full
+    (full,), (few,) = run(gpt2, layers=[0]), run(gpt2, loaded, layers=[0])
+    for case, row in few.results.after.items():
+        for kind, (first, *more) in row.scores.items():
+            other = full.results.after[case].scores[kind]
+            assert not more and first.new == pytest.approx(other[0].new, abs=1e-4)
+    assert few.results.data["sha256"] == loaded.digest
     with pytest.raises(ValueError, match="record 7 has no paraphrase or no neighbour"):
         run(gpt2, flat)
     with pytest.raises(ValueError, match="rephrase_prompt: it is missing"):
@@ -132,86 +113,51 @@ def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
 
 
 def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch):
-    out = tmp_path / "new" / "rows.jsonl"
-    whole = run(gpt2, out=out)
-    lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:3]) + lines[3][:25])  # two done, the third torn
+    out = tmp_path / "new"
+    whole = run(gpt2, out=out, batch_size=1)
+    lines = (out / "layer_1.jsonl").read_text().splitlines(keepends=True)
+    (out / "layer_1.jsonl").write_text("".join(lines[:2]) + lines[2][:25])  # the second is torn
     made = []
-    compute = sweep.Rome.compute
+    edits = ScoreEdited._edits
 
-    def counted(method, model, request, **options):
-        made.append((method.layer, request.subject))
-        return compute(method, model, request, **options)
+    def counted(work, model, records):
+        made.extend((work.method.layer, record.case_id) for record in records)
+        return edits(work, model, records)
 
-    monkeypatch.setattr(sweep.Rome, "compute", counted)
-    assert run(gpt2, out=out) == whole
-    assert made == [(1, "The Space Needle"), (1, "The Tower")]
-    assert [(r["layer"], r["case_id"]) for r in saved(out)] == [(0, 7), (0, 8), (1, 7), (1, 8)]
+    monkeypatch.setattr(ScoreEdited, "_edits", counted)
+    assert scores(run(gpt2, out=out)) == scores(whole)
+    assert made == [(1, 8)] and cases(out) == [(0, 7), (0, 8), (1, 7), (1, 8)]
     made.clear()
-    assert run(gpt2, out=out) == whole and not made
-    assert run(gpt2) == whole and len(made) == 4  # control: without the file all is made again
+    assert scores(run(gpt2, out=out)) == scores(whole) and not made
 
 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
         ({"seed": 1}, "another seed"),
-        ({"prefixes": ("",)}, "another prefixes"),
-        ({"config": dataclasses.replace(CONFIG, lr=0.25)}, "another config"),
-        ({"second_moments": dict.fromkeys(LAYERS, MOMENTS[0])}, "other statistics"),
+        ({"prefixes": ("",)}, "another method"),
+        ({"config": dataclasses.replace(CONFIG, lr=0.25)}, "another method"),
+        ({"second_moments": dict.fromkeys(LAYERS, MOMENTS[0])}, "another method"),
+        ({"records": [r | {"paraphrase_prompts": ["In Cairo, the"]} for r in RECORDS]}, "record 7"),
     ],
 )
-def test_rows_of_another_setting_are_not_taken(gpt2, tmp_path, other, words):
-    run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
+def test_rows_of_another_sweep_are_not_taken(gpt2, tmp_path, other, words):
+    run(gpt2, out=tmp_path, layers=[1])
     with pytest.raises(ValueError, match=words):
-        run(gpt2, out=tmp_path / "rows.jsonl", layers=[1], **other)
+        run(gpt2, **({"out": tmp_path, "layers": [1]} | other))
 
 
-def test_rows_of_other_records_are_not_taken(gpt2, tmp_path):
-    run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
-    others = [record | {"paraphrase_prompts": ["In Cairo, the"]} for record in RECORDS]
-    with pytest.raises(ValueError, match="other records"):
-        run(gpt2, others, out=tmp_path / "rows.jsonl", layers=[1])
-
-
-def test_a_file_of_another_model_or_run_is_not_taken(gpt2, tmp_path):
-    run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
+def test_rows_of_another_model_are_not_taken(gpt2, tmp_path):
+    run(gpt2, out=tmp_path, layers=[1])
     with torch.no_grad():
         w_out(gpt2, 2).mul_(1.01)
     with pytest.raises(ValueError, match="another model_hash"):
-        run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
-    (tmp_path / "rows.jsonl").write_text('{"layer": 1, "case_id": 7}\n')
-    with pytest.raises(ValueError, match="is not the file of a run"):
-        run(gpt2, out=tmp_path / "rows.jsonl", layers=[1])
+        run(gpt2, out=tmp_path, layers=[1])
 
 
 def test_more_layers_and_records_are_added(gpt2, tmp_path):
-    out = tmp_path / "rows.jsonl"
-    run(gpt2, RECORDS[:1], layers=[1], out=out)
-    first = out.read_text()
-    assert run(gpt2, out=out) == run(gpt2)
-    assert out.read_text().startswith(first)
-    assert sorted((r["layer"], r["case_id"]) for r in saved(out)) == [
-        (0, 7),
-        (0, 8),
-        (1, 7),
-        (1, 8),
-    ]
-
-
-def test_an_error_in_the_middle_keeps_what_was_done_and_the_model(gpt2, tmp_path, monkeypatch):
-    out, before = tmp_path / "rows.jsonl", weight_hash(w_out(gpt2, 0))
-    score = sweep.Means.of
-    calls = []
-
-    def fails_on_the_second_edit(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return score(*args)
-
-    monkeypatch.setattr(sweep.Means, "of", fails_on_the_second_edit)
-    with pytest.raises(KeyboardInterrupt):
-        run(gpt2, layers=[0], out=out)
-    assert weight_hash(w_out(gpt2, 0)) == before
-    assert [row["case_id"] for row in saved(out)] == [7]
+    run(gpt2, RECORDS[:1], layers=[1], out=tmp_path)
+    first = (tmp_path / "layer_1.jsonl").read_text()
+    run(gpt2, out=tmp_path)
+    assert (tmp_path / "layer_1.jsonl").read_text().startswith(first)
+    assert cases(tmp_path) == [(0, 7), (0, 8), (1, 7), (1, 8)]

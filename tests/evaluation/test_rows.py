@@ -9,12 +9,15 @@ import pytest
 
 from transformer_lens_rome.evaluation import GeneratedText, PromptScore, RecordRow
 from transformer_lens_rome.evaluation.rows import row_reader
-from transformer_lens_rome.files.fields import as_read, make
-from transformer_lens_rome.sweep import SweepRow
+from transformer_lens_rome.files.fields import as_read
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
-RUNS = sorted(RESULTS.glob("counterfact/**/*.jsonl"))
-SWEEPS = sorted([*RESULTS.glob("sweep/*.jsonl"), *RESULTS.glob("held_out_*.jsonl")])
+RUNS = sorted(
+    path
+    for folder in ("counterfact", "settings", "search_rules")
+    for path in RESULTS.glob(f"{folder}/**/*.jsonl")
+    if not path.stem.endswith("_costs")
+)
 PROMPT = PromptScore([-1.0, -2.0], [-3.0], [True, False], [True])
 SCORES = {"rewrite": [PROMPT], "paraphrase": [PROMPT] * 2, "neighborhood": [PROMPT]}
 ROW = RecordRow(
@@ -29,19 +32,17 @@ ROW = RecordRow(
 READ = row_reader({"setting": {"protocol": "counterfact"}})
 
 
-@pytest.mark.parametrize(
-    "path", [*RUNS, *SWEEPS], ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_each_committed_line_is_written_again_to_the_letter(path):
     first, *lines = path.read_text(encoding="utf-8").splitlines()
-    read = row_reader(json.loads(first)) if path in RUNS else lambda line: make(SweepRow, line)
+    read = row_reader(json.loads(first))
     assert lines
     for line in lines:
         assert json.dumps(read(json.loads(line)).to_json(), ensure_ascii=False) == line
 
 
 def test_there_are_committed_runs():
-    assert len(RUNS) >= 18 and len(SWEEPS) >= 14
+    assert len(RUNS) >= 18
 
 
 def test_a_row_has_no_field_for_what_is_not_known():

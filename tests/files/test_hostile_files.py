@@ -37,12 +37,12 @@ from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.files.strict_json import MAX_DATA, MAX_DEPTH, parse, read_json
 from transformer_lens_rome.files.tensors import read_tensors, write_tensors
 from transformer_lens_rome.methods.hypernetworks import knowledge_editor
-from transformer_lens_rome.sweep import sweep_file
+from transformer_lens_rome.sequential.steps import steps_file
 from transformer_lens_rome.tracing.known_facts import load_known_facts
 from transformer_lens_rome.tracing.results import CausalTrace
 
 NAMES = """rank_one dense factored statistics npz editor training published counterfact zsre known
-snippets vocabulary idf run unedited sweep steps trace average request prefixes""".split()
+snippets vocabulary idf run unedited steps trace average request prefixes""".split()
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +318,8 @@ def test_a_file_of_any_size_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(MAX_DATA + 1)  # a hole: no disk is used
     tracemalloc.start()
-    sweep = partial(sweep_file, setting={})
-    for read in (read_json, CounterFact.load, load_known_facts, Results.load, sweep):
+    steps = partial(steps_file, setting={})
+    for read in (read_json, CounterFact.load, load_known_facts, Results.load, steps):
         with pytest.raises(ValueError, match="large.json is larger than"):
             read(path)
     assert tracemalloc.get_traced_memory()[1] < 2**20

@@ -26,7 +26,6 @@ FORMATS = {
         data_files.idf,
         result_files.run,
         result_files.unedited,
-        result_files.sweep,
         result_files.steps,
         result_files.trace,
         result_files.average,

@@ -1,4 +1,4 @@
-"""Runs, sweeps, sequences of edits and traces, to be fuzzed."""
+"""Runs, sequences of edits and traces, to be fuzzed."""
 
 import dataclasses
 import json
@@ -13,7 +13,6 @@ from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.evaluation.results import latex, markdown
 from transformer_lens_rome.sequential import Guard, Step
 from transformer_lens_rome.sequential.steps import steps_file
-from transformer_lens_rome.sweep import Means, SweepRow, _layer_score, sweep_file
 from transformer_lens_rome.tracing.averages import AverageTrace, average_traces
 from transformer_lens_rome.tracing.results import CausalTrace
 
@@ -74,22 +73,6 @@ def unedited() -> Format:
         return Results.load(path.with_name("rome.jsonl"))
 
     return Format([before], LINES, read, _use_run)
-
-
-def sweep() -> Format:
-    """A sweep over layers."""
-    means = Means((-1.0, -2.0), (-1.0, -2.0), (-3.0, -2.0))
-    rows = [SweepRow(0, i, f"r{i}", "0" * 64, means, means, 1.5, 0.9, 0.1) for i in (1, 2)]
-    setting = {"protocol": "sweep", "model": "tiny", "seed": 0, "prefixes": [""]}
-    first = {"format": "transformer_lens_rome.run.1", "setting": setting, "made_with": {}}
-    lines = [first, *(row.to_json() for row in rows)]
-    seed = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-
-    def read(path: Path) -> list[SweepRow]:
-        with sweep_file(path, setting) as file:
-            return list(file.rows.values())
-
-    return Format([seed], LINES, read, lambda rows: rows and _layer_score(0, rows))
 
 
 def steps() -> Format:
