@@ -1,15 +1,16 @@
 """The paper's qualitative comparison: how the model goes on after each method's edit of one fact.
 
-    python examples/benchmarks/after_each_edit.py TEXT EDITORS
+    python examples/benchmarks/after_each_edit.py EDITORS
 
-TEXT and EDITORS as for `paper_table.py`. One prompt is the edited one, two are about the same
-subject, two about others: what is written there tells whether the edit bleeds over. Writes
+EDITORS is the folder that `train_editors.py` filled. One prompt is the edited one, two are about
+the same subject, two about others: what is written there tells whether the edit bleeds over. Writes
 examples/results/counterfact/after_each_edit.md.
 """
 
 import sys
+from pathlib import Path
 
-from paper_methods import NAMES, RESULTS, paper_method
+from paper_table import NAMES, RESULTS, paper_method
 
 from transformer_lens_rome import EditRequest
 from transformer_lens_rome.demo import load_demo_model
@@ -25,11 +26,11 @@ PROMPTS = (
 )
 
 
-def main(text: str, editors: str) -> None:
+def main(editors: str) -> None:
     """Make every edit, and let the model go on with the same draws after each."""
     model, edits = load_demo_model(), {}
     for name in NAMES:
-        edits[name] = paper_method(name, model, text, editors).compute(model, REQUEST)
+        edits[name] = paper_method(name, Path(editors)).compute(model, REQUEST)
         print(name, edits[name].health)
     found = compare_generations(model, PROMPTS, edits, length=30)
     asked = f"After the edit *{REQUEST.text}* -> *{REQUEST.target_new}* (top-k 5, seed 0):"

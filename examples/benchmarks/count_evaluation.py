@@ -5,7 +5,8 @@
 Operations are counted on models of the right width with random weights and two or three blocks,
 and scaled: the work is a sum of what each block below the edit costs, each block above it, and each
 token of the vocabulary, so three counts give all. TOKENIZER is a folder with any small tokenizer.
-One record is edited with 21 prefixes in 20 steps, and scored on 13 prompts of 12 tokens. Prints a
+One record is edited with 21 prefixes, by the released rule in 20 steps and by the default rule in
+13, the mean on Gemma-3-270M (`search_rules.py`), and scored on 13 prompts of 12 tokens. Prints a
 Markdown table.
 """
 
@@ -26,7 +27,8 @@ from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_r
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 
-STEPS, VOCABULARY = 20, {"gpt2-xl": 50257, "gpt-j-6b": 50400}
+RULES = {"all prefixes, 20 steps": (None, 20), "7 prefixes a step, 13 steps": (7, 13)}
+VOCABULARY = {"gpt2-xl": 50257, "gpt-j-6b": 50400}
 LAYERS = {"gpt2-xl": (48, 17), "gpt-j-6b": (28, 5)}
 WORD = " the"
 
@@ -36,12 +38,12 @@ def text(n: int) -> str:
     return ("The" + WORD * n)[: 4 * n - 1]
 
 
-def edit(model: Any, layer: int, steps: int) -> int:
+def edit(model: Any, layer: int, steps: int, prefixes_a_step: int | None) -> int:
     """Operations of one edit with 21 prefixes: the bare prompt, ten of 5 tokens, ten of 10."""
     request = EditRequest(text(4) + " {} is" + WORD, "Ada Love", "London")
     prefixes = ["", *[text(4) + "."] * 10, *[text(9) + "."] * 10]
-    every = RomeConfig(stop="loss", stop_loss=0.0, prefixes_a_step=None, lr=1e-3)
-    config = replace(every, steps=steps)
+    config = RomeConfig(stop="loss", stop_loss=0.0, lr=1e-3, steps=steps)
+    config = replace(config, prefixes_a_step=prefixes_a_step)
     options = {"layer": layer, "prefixes": prefixes, "config": config, "progress": False}
     options["second_moment"] = SecondMoment.identity(len(w_out(model, layer)))
     return count_flops(lambda: compute_rome_edit(model, request, **options))
@@ -78,14 +80,17 @@ def scaled(shape: str, tokenizer: str, count: Any) -> float:
 def main(tokenizer: str, *shapes: str) -> None:
     """Count and print."""
     logging.disable(logging.WARNING)  # random models do not learn facts
-    print("| model | edit, TFLOP | scoring before and after, TFLOP | a record, TFLOP |")
-    print("|---|---|---|---|")
+    print("| model | search | edit, TFLOP | scoring before and after, TFLOP | a record, TFLOP |")
+    print("|---|---|---|---|---|")
     for shape in shapes or tuple(LAYERS):
-        one, two = (scaled(shape, tokenizer, lambda m, at, n=n: edit(m, at, n)) for n in (2, 3))
-        edits = one + (STEPS - 2) * (two - one)
         scores = 2 * scaled(shape, tokenizer, lambda model, layer: score(model))
-        cells = " | ".join(f"{n / 1e12:.1f}" for n in (edits, scores, edits + scores))
-        print(f"| {shape} | {cells} |")
+        for rule, (few, steps) in RULES.items():
+            three, six = (
+                scaled(shape, tokenizer, lambda m, at, n=n: edit(m, at, n, few)) for n in (3, 6)
+            )
+            edits = three + (steps - 3) * (six - three) / 3
+            cells = " | ".join(f"{n / 1e12:.1f}" for n in (edits, scores, edits + scores))
+            print(f"| {shape} | {rule} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,36 @@
 """Seconds and memory of one method's edits, in a process of its own.
 
-    python examples/benchmarks/edit_cost.py RECORDS TEXT EDITORS NAME [N]
+    python examples/benchmarks/edit_cost.py MODEL RECORDS NAME [EDITORS]
 
-Makes, and does not score, the edits of the first N (8) records by case_id, one to warm up before
+Makes, and does not score, the edits of the first 8 of the table's records, one to warm up before
 them. Memory is the highest above what the model itself takes. Arguments as for `paper_table.py`.
 """
 
 import sys
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from measure import Measured
-from paper_methods import paper_method
+from paper_table import paper_method, table_records
 
-from transformer_lens_rome import CounterFact
 from transformer_lens_rome.demo import load_demo_model
 
+N = 8
 
-def main(records_file: str, text: str, editors: str, name: str, n: str = "8") -> None:
+
+def main(model_name: Any, records_file: str, name: str, editors: str = "") -> None:
     """Time the edits one by one."""
-    records = sorted(CounterFact.load(records_file), key=lambda record: record.case_id)
-    model = load_demo_model()
-    method = paper_method(name, model, text, editors)
+    records = table_records(records_file)
+    model = load_demo_model(model_name)
+    method = paper_method(name, Path(editors) if editors else None)
     with Measured(torch.device("cpu")) as whole:
-        method = method.prepared(model, seed=0)
-        method.compute(model, records[int(n)].request)
+        if prepared := getattr(method, "prepared", None):
+            method = prepared(model, seed=0)
+        method.compute(model, records[N].request)
         seconds = []
-        for record in records[: int(n)]:
+        for record in records[:N]:
             with Measured(torch.device("cpu")) as one:
                 method.compute(model, record.request)
             seconds.append(one.seconds)

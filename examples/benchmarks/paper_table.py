@@ -1,55 +1,71 @@
 """The paper's comparison on CounterFact: unedited, FT, FT+L, KN, KE, KE-CF, MEND, MEND-CF, ROME.
 
-    python examples/benchmarks/paper_table.py RECORDS TEXT EDITORS [NAME ...]
+    python examples/benchmarks/paper_table.py MODEL RECORDS [NAME ...] [--editors FOLDER]
 
-RECORDS are CounterFact records. By case_id, the first 200 are scored (KN: 50, it is slow), and text
-is generated for the first 10; settings were chosen on records 200 to 319, and KE-CF and MEND-CF
-were trained on records 320 to 1419 (`train_editors.py`, which fills the folder EDITORS). TEXT is
-where ROME's second moment comes from. SNIPPETS=FILE in the environment (attribute_snippets.json)
-adds RS.
+MODEL is gemma or smollm2. RECORDS is CounterFact in the published schema. The first 200 records
+that are not in examples/results/choosing_records.json are scored, with attribute prompts and with
+CounterFact+; for the first 50 of them, text is generated after their first three generation
+prompts. Each method has its defaults. FOLDER is where `train_editors.py` put KE and MEND.
 
-Runs the methods named, else all, and prints the table of all runs that there are. Rows go to
-examples/results/counterfact/ as they come; a run that was stopped goes on where it was.
+Rows of the methods that are named go to examples/results/counterfact/MODEL as they come; a run that
+was stopped goes on where it was. `examples/scripts/tables.py` makes the tables.
 """
 
-import os
-import sys
+from __future__ import annotations
 
-from paper_methods import NAMES, RESULTS, paper_method
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
-from transformer_lens_rome import CounterFact, evaluate_counterfact
+from transformer_lens_rome import CounterFact, evaluate_counterfact, get_method
 from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.evaluation import References, Results, comparison, markdown
+from transformer_lens_rome.evaluation import CounterFactRecord
 
-FOLDER = RESULTS / "counterfact"
-N, N_GENERATED = {"kn": 50}, 10
+NAMES = ("ft", "ft+l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome")
+RESULTS = Path(__file__).parents[1] / "results"
+N, N_GENERATED, N_TEXTS = 200, 50, 3
 
 
-def run(records_file: str, text: str, editors: str, *names: str) -> None:
+def table_records(path: str) -> CounterFact:
+    """Return the records of the tables: those on which no setting was chosen."""
+    records = CounterFact.load(path)
+    chosen = json.loads((RESULTS / "choosing_records.json").read_text(encoding="utf-8"))
+    return records.only([record.case_id for record in records if record.case_id not in chosen][:N])
+
+
+def paper_method(name: str, editors: Path | None) -> Any:
+    """Return a method with its defaults, or a trained editor from the folder `editors`."""
+    if not name.startswith(("ke", "mend")):
+        return get_method(name)
+    if editors is None:
+        raise SystemExit(f"{name} is a trained editor; pass --editors FOLDER")
+    return get_method(name, editor=editors / name)
+
+
+def with_few_texts(record: CounterFactRecord) -> CounterFactRecord:
+    """Return the record with its first generation prompts only."""
+    return dataclasses.replace(record, generation_prompts=record.generation_prompts[:N_TEXTS])
+
+
+def main() -> None:
     """Score the methods named, and generate text after their edits."""
-    records = sorted(CounterFact.load(records_file), key=lambda record: record.case_id)[:200]
-    some = records[:N_GENERATED]
-    snippets = os.environ.get("SNIPPETS")
-    references = References.extract(some, snippets) if snippets else None
-    model = load_demo_model()
-    for name in names or NAMES:
-        method, file = paper_method(name, model, text, editors), f"{name}.jsonl"
-        evaluate_counterfact(model, records[: N.get(name, 200)], method, out=FOLDER / file)
-        out = FOLDER / "generated" / file
-        evaluate_counterfact(model, some, method, out=out, generate=True, references=references)
-
-
-def show() -> None:
-    """Print both tables, and the paired tests of ROME against the others."""
-    for folder in (FOLDER, FOLDER / "generated"):
-        runs = [
-            Results.load(folder / f"{n}.jsonl") for n in NAMES if (folder / f"{n}.jsonl").exists()
-        ]
-        print(f"\n{folder.name}\n\n{markdown(runs)}\n")
-        for other in runs[:-1]:
-            print(f"\n{comparison(runs[-1], other)}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=("gemma", "smollm2"))
+    parser.add_argument("records", help="CounterFact, published schema")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--editors", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    records = table_records(args.records)
+    some = [with_few_texts(record) for record in records[:N_GENERATED]]
+    model, folder = load_demo_model(args.model), RESULTS / "counterfact" / args.model
+    for name in args.names:
+        method, file = paper_method(name, args.editors), f"{name}.jsonl"
+        columns: dict[str, Any] = {"attributes": True, "counterfact_plus": True}
+        evaluate_counterfact(model, records, method, out=folder / file, **columns)
+        evaluate_counterfact(model, some, method, out=folder / "generated" / file, generate=True)
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:])
-    show()
+    main()

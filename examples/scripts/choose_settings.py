@@ -34,19 +34,17 @@ RESULTS = Path(__file__).parents[1] / "results"
 SHOWN = ("ES", "PS", "NS", "S", "EM", "PM", "EA", "PA")
 COARSE = {
     "gemma": [
-        *(f"layer={n},clamp=0.75" for n in (0, 1, 2, 3, 5, 8)),
-        *(f"layer=0,clamp={c}" for c in (0.5, 1.0, 1.5, 4)),
-        *(f"layer=0,clamp=0.75,weight_decay={w}" for w in (0.05, 5)),
-        *(f"layer=0,clamp=0.75,kl_factor={k}" for k in (0, 1)),
-        "layer=0,clamp=0.75,prefixes=1",
+        *(f"layer={n},clamp=0.75" for n in (0, 1, 2, 3, 5)),
+        *(f"layer=0,clamp={c}" for c in (0.5, 1.5)),
+        "layer=0,clamp=0.75,weight_decay=5",
+        "layer=0,clamp=0.75,kl_factor=1",
         "layer=0,clamp=0.75,prefixes=6",
         "layer=0,clamp=0.75,C=identity",
         "layer=5,ridge=1e-6,released",
     ],
     "smollm2": [
-        *(f"layer={n},clamp=4" for n in (0, 1, 2, 4, 6, 8, 10, 12, 15)),
-        *(f"layer=4,clamp={c}" for c in (1, 2, 8)),
-        *(f"layer=8,clamp={c}" for c in (1, 2, 8)),
+        *(f"layer={n},clamp=4" for n in (1, 2, 4, 6, 8, 10, 12)),
+        *(f"layer=4,clamp={c}" for c in (1, 2)),
     ],
 }
 
