@@ -67,17 +67,23 @@ def rome(model: Any, prepared: Rome, setting: str) -> Rome:
     )
 
 
-def show(folder: Path, cases: Sequence[int]) -> None:
-    """Print the settings that have all of these records, best S first, and the unedited model."""
+def choosing_records() -> list[int]:
+    """Return the case ids of the records on which settings are chosen."""
+    return list(json.loads((RESULTS / "choosing_records.json").read_text(encoding="utf-8")))
+
+
+def table(folder: Path, cases: Sequence[int]) -> str:
+    """Return a Markdown table of the settings that have all of these records, best S first."""
     rows = {}
     for path in folder.glob("layer=*.jsonl"):
         results = Results.load(path)
         if set(cases) <= set(results.after):
-            rows[path.stem] = results.scores(cases=cases)
+            rows[path.stem.replace(",", ", ")] = results.scores(cases=cases)
             rows["unedited"] = results.scores(edited=False, cases=cases)
-    print("| setting | " + " | ".join(SHOWN) + " |\n" + "|---" * (len(SHOWN) + 1) + "|")
+    lines = ["| setting | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 1) + "|"]
     for name in sorted(rows, key=lambda name: -rows[name]["S"].mean):
-        print(f"| {name} | " + " | ".join(str(rows[name][shown]) for shown in SHOWN) + " |")
+        lines.append(f"| {name} | " + " | ".join(str(rows[name][shown]) for shown in SHOWN) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -89,7 +95,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=25, help="the number of records")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    cases = json.loads((RESULTS / "choosing_records.json").read_text(encoding="utf-8"))
+    cases = choosing_records()
     records = CounterFact.load(args.records).only(cases[: args.first])
     folder = RESULTS / "settings" / args.model
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +107,7 @@ def main() -> None:
             method = rome(model, prepared, setting)
             out = folder / f"{setting}.jsonl"
             evaluate_counterfact(model, records, method, out=out, progress=False, batch_size=4)
-    show(folder, cases[: args.first])
+    print(table(folder, cases[: args.first]))
 
 
 if __name__ == "__main__":
