@@ -7,6 +7,8 @@ import torch
 from conftest import make_model
 
 from transformer_lens_rome.model import passes
+from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts import sampling
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import (
     PREFIX_LENGTHS,
@@ -198,3 +200,20 @@ def test_a_users_hook_sees_every_position_of_a_text(gpt2):
     assert torch.equal(logits.argmax(-1), tokens[:, 1:])
     assert not torch.equal(plain, tokens)
     assert torch.equal(plain, sample_tokens(gpt2, 6, 20, top_k=1))
+
+
+def test_prefixes_are_sampled_once_for_a_model_as_it_is(gpt2, monkeypatch):
+    calls = []
+    made = sampling._sampled_prefixes
+    monkeypatch.setattr(
+        sampling, "_sampled_prefixes", lambda *args: calls.append(args) or made(*args)
+    )
+    first = sample_prefixes(gpt2)
+    first.append("the caller's own")
+    assert sample_prefixes(gpt2) == first[:-1] and len(calls) == 1
+    assert sample_prefixes(gpt2, seed=1) != first[:-1] and len(calls) == 2
+    assert sample_prefixes(gpt2, [(5, 2)], seed=1) != first[:-1] and len(calls) == 3
+    first = sample_prefixes(gpt2)
+    w_out(gpt2, 1).data[3] *= 4  # torch does not count this
+    assert sample_prefixes(gpt2) != first and len(calls) == 5
+    assert sample_prefixes(gpt2, encoder=Encoder.of(gpt2, prepend_bos=True)) and len(calls) == 6

@@ -68,6 +68,12 @@ class Fingerprint:
                 raise RuntimeError(f"{name} has changed after {after}")
 
 
+def weights_digest(model: Model) -> str:
+    """Return a digest of the content of all parameters and buffers, by their checksums."""
+    text = "".join(f"{name} {value}\n" for name, value in sorted(_checksums(model).items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _state(model: Model) -> dict[str, str]:
     """Describe the model's state, and list the modules with edits."""
     modules = adapter.every_module(model)

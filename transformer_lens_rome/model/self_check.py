@@ -42,10 +42,16 @@ A user's interrupt or timeout is not among them.
 
 def forget_other_states(model: Model) -> None:
     """Discard the results of self-checks if the model's state has changed since they ran."""
-    digest, trials = state_digest(model), vars(model).get("_rome_trials")
-    if trials and trials.get(_STATE) != digest:
+    digest, trials = state_digest(model), trials_of(model)
+    if trials.get(_STATE) != digest:
         trials.clear()
-    vars(model).setdefault("_rome_trials", {})[_STATE] = digest
+    trials[_STATE] = digest
+
+
+def trials_of(model: Model) -> dict[str, Any]:
+    """Return what was found out about a model in its present state; the model stores it."""
+    trials: dict[str, Any] = vars(model).setdefault("_rome_trials", {})
+    return trials
 
 
 _STATE = "state of the model"
@@ -62,7 +68,7 @@ def holds(model: Model, instead: str, error: Callable[[], float]) -> bool:
         instead: The alternative if the shortcut is not valid; also the key of the cached result.
         error: Function that returns the error of the shortcut; 0 if rounding explains it.
     """
-    trials: dict[str, Any] = model.__dict__.setdefault("_rome_trials", {})
+    trials = trials_of(model)
     if instead not in trials:
         try:
             with torch.no_grad():

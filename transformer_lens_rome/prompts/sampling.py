@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.fingerprint import weights_digest
 from transformer_lens_rome.model.protocol import Model
-from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
+from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds, trials_of
 from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
 
+_PREFIXES = "the last prefixes"
 PREFIX_LENGTHS = ((5, 10), (10, 10))
 """(Length in tokens, number of texts) of the released code; the length includes the start token."""
 
@@ -127,9 +129,20 @@ def sample_prefixes(
 
     Source: Meng et al. 2022, section 3.1 and appendix E.5 (ten texts of 5 tokens, ten of 10).
     White space is collapsed and braces become spaces, so that a text can be part of a template. A
-    text that is empty after this is left out.
+    text that is empty after this is left out. The last texts are kept on the model, and sampled
+    again if its weights or its state, the lengths, the seed or the BOS rule are others.
     """
     encoder = encoder or Encoder.of(model)
+    key = (weights_digest(model), tuple(lengths), seed, encoder.start_id, encoder.prepends_bos)
+    known = trials_of(model)
+    if known.get(_PREFIXES, ("", []))[0] != key:
+        known[_PREFIXES] = key, _sampled_prefixes(model, lengths, seed, encoder)
+    return list(known[_PREFIXES][1])
+
+
+def _sampled_prefixes(
+    model: Model, lengths: Sequence[tuple[int, int]], seed: int, encoder: Encoder
+) -> list[str]:
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]
     for length, n in lengths:
