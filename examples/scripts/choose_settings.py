@@ -1,13 +1,18 @@
-"""ROME's settings on the two demo models: layer, clamp, weight decay, KL, prefixes and C.
+"""ROME's settings on the two demo models: layer, clamp, weight decay, KL, prefixes, C, search.
 
     python examples/scripts/choose_settings.py MODEL RECORDS [SETTING ...] [--first 25]
+    python examples/scripts/choose_settings.py MODEL RECORDS --choose TRAIN
 
 MODEL is gemma or smollm2. RECORDS is CounterFact in the published schema. Only the records that are
-listed in examples/results/choosing_records.json are used, in the file's order: no table of results
-has them. Each setting named edits the first of them, and all their prompts are scored before and
-after; `coarse` stands for every setting of MODEL. A setting is written as its differences from
+listed in examples/results/choosing_records.json are used, in the file's order: no table of methods
+has them. `--choose` writes that list: of RECORDS, those whose case ids are among the first 1,420 of
+TRAIN, and the first of the others, until there are 100.
+
+Each setting named edits the first of them, and all their prompts are scored before and after;
+`coarse` stands for the settings that were tried first. A setting is written as its differences from
 `RomeConfig()`, for instance `layer=1,clamp=1.5`, or, with `,released` at its end, from
-`RomeConfig.released()`; `C=identity` drops the second moment.
+`RomeConfig.released()`; `prefixes=6` takes the first six prefixes, `C=identity` drops the second
+moment.
 
 Rows go to examples/results/settings/MODEL as they come, and a run that was stopped goes on where it
 was. Then a Markdown table of all settings with that many records is printed, best S first.
@@ -26,11 +31,13 @@ from typing import Any
 from transformer_lens_rome import CounterFact, RomeConfig, SecondMoment, evaluate_counterfact
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import Results
+from transformer_lens_rome.files.strict_json import parse
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.statistics.sources import default_second_moment
 
 RESULTS = Path(__file__).parents[1] / "results"
+CHOSEN = RESULTS / "choosing_records.json"
 SHOWN = ("ES", "PS", "NS", "S", "EM", "PM", "EA", "PA")
 COARSE = {
     "gemma": [
@@ -47,6 +54,23 @@ COARSE = {
         *(f"layer=4,clamp={c}" for c in (1, 2)),
     ],
 }
+WORDS = {"stop": str, "prefixes_a_step": int}
+"""The options of a configuration that are no plain numbers."""
+
+
+def choose(records: CounterFact, train: str) -> None:
+    """Write the case ids of the records that settings may be chosen on."""
+    seen = {item["case_id"] for item in parse(Path(train).read_bytes(), train)[:1420]}
+    cases = [record.case_id for record in records]
+    old = [case for case in cases if case in seen]
+    new = [case for case in cases if case not in seen][: 100 - len(old)]
+    print(f"{len(old)} of {len(records)} records were among the first 1,420 of {train}")
+    CHOSEN.write_text(json.dumps(sorted(old + new, key=cases.index)) + "\n", encoding="utf-8")
+
+
+def choosing_records() -> list[int]:
+    """Return the case ids of the records on which settings are chosen."""
+    return list(json.loads(CHOSEN.read_text(encoding="utf-8")))
 
 
 def rome(model: Any, prepared: Rome, setting: str) -> Rome:
@@ -55,8 +79,8 @@ def rome(model: Any, prepared: Rome, setting: str) -> Rome:
     options = dict(pair.split("=") for pair in setting.removesuffix(",released").split(","))
     layer, c = int(options.pop("layer")), options.pop("C", "")
     n_prefixes = int(options.pop("prefixes", len(prepared.prefixes or ())))
-    numbers = {name: float(value) for name, value in options.items()}
-    config = (RomeConfig.released if released else RomeConfig)(**numbers)
+    values: dict[str, Any] = {name: WORDS.get(name, float)(x) for name, x in options.items()}
+    config = (RomeConfig.released if released else RomeConfig)(**values)
     if c == "identity":
         moment = SecondMoment.identity(w_out(model, layer).shape[0])
     else:
@@ -65,11 +89,6 @@ def rome(model: Any, prepared: Rome, setting: str) -> Rome:
     return dataclasses.replace(
         prepared, layer=layer, second_moment=moment, prefixes=prefixes, config=config
     )
-
-
-def choosing_records() -> list[int]:
-    """Return the case ids of the records on which settings are chosen."""
-    return list(json.loads((RESULTS / "choosing_records.json").read_text(encoding="utf-8")))
 
 
 def table(folder: Path, cases: Sequence[int]) -> str:
@@ -93,12 +112,14 @@ def main() -> None:
     parser.add_argument("records", help="CounterFact, published schema")
     parser.add_argument("settings", nargs="*", metavar="SETTING")
     parser.add_argument("--first", type=int, default=25, help="the number of records")
+    parser.add_argument("--choose", metavar="TRAIN", help="write the list of records and stop")
     args = parser.parse_args()
+    if args.choose:
+        return choose(CounterFact.load(args.records), args.choose)
     logging.basicConfig(level=logging.INFO)
-    cases = choosing_records()
-    records = CounterFact.load(args.records).only(cases[: args.first])
+    cases = choosing_records()[: args.first]
+    records = CounterFact.load(args.records).only(cases)
     folder = RESULTS / "settings" / args.model
-    folder.mkdir(parents=True, exist_ok=True)
     named = COARSE[args.model] if args.settings == ["coarse"] else args.settings
     if named:
         model = load_demo_model(args.model)
@@ -107,7 +128,7 @@ def main() -> None:
             method = rome(model, prepared, setting)
             out = folder / f"{setting}.jsonl"
             evaluate_counterfact(model, records, method, out=out, progress=False, batch_size=4)
-    print(table(folder, cases[: args.first]))
+    print(table(folder, cases))
 
 
 if __name__ == "__main__":

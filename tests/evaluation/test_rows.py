@@ -14,9 +14,8 @@ from transformer_lens_rome.files.fields import as_read
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
 RUNS = sorted(
     path
-    for folder in ("counterfact", "settings", "search_rules")
+    for folder in ("counterfact", "settings")
     for path in RESULTS.glob(f"{folder}/**/*.jsonl")
-    if not path.stem.endswith("_costs")
 )
 PROMPT = PromptScore([-1.0, -2.0], [-3.0], [True, False], [True])
 SCORES = {"rewrite": [PROMPT], "paraphrase": [PROMPT] * 2, "neighborhood": [PROMPT]}
