@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import suppress
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,15 @@ once_a_class = pytest.mark.skipif(
     len(CLASSES) > 1, reason="TransformerLens 4 runs it on a bridge, 2 on a HookedTransformer"
 )
 """To save time: TransformerLens 3 has both classes, and runs all but a few tests on each."""
+newest = pytest.mark.skipif(
+    int(version("transformer-lens").split(".")[0]) < 4, reason="TransformerLens 4 runs it"
+)
+"""To save time: for what hardly depends on TransformerLens, and for more cases on real models."""
+
+
+def first_everywhere(*cases):
+    """Parameters of which the first runs on every version, and the others on the newest one."""
+    return [cases[0], *(pytest.param(case, marks=newest) for case in cases[1:])]
 
 
 def make_model(model_class: str, shape: str, tokenizer, **options):

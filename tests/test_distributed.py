@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
@@ -12,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, once_a_class
+from conftest import CLASSES, newest, once_a_class
 from helpers.evaluation_setting import RECORDS, assert_alike, evaluate, seconds_apart
 from helpers.rome_setting import LAYER
 
-from transformer_lens_rome import collect_second_moment, distributed, get_method
+from transformer_lens_rome import distributed, get_method
 from transformer_lens_rome.extras import needed
 
 METHOD = get_method("ft", layer=LAYER, steps=2)
@@ -57,7 +56,7 @@ def ray():
 @once_a_class
 @pytest.mark.slow
 def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
-    """Also when one of them dies on the way; when three die at one record, that is an error."""
+    """Also when one of them dies on the way."""
     deadly = Deadly("The tower", str(tmp_path / "marker"))
     found = evaluate(gpt2, deadly, out=tmp_path / "ray" / "deadly.jsonl", workers=2)
     assert (tmp_path / "marker").exists()  # and so this process is not killed
@@ -67,28 +66,18 @@ def test_two_workers_give_what_one_process_gives(gpt2, ray, tmp_path):
     assert list(found.after) == [record.case_id for record in RECORDS]
     assert found.setting == alone.setting
 
-    always = dataclasses.replace(deadly, always=True)
+
+@newest
+@pytest.mark.slow
+def test_a_record_at_which_three_workers_die_is_an_error(gpt2, ray, tmp_path):
+    always = Deadly("The tower", str(tmp_path / "marker"), always=True)
+    evaluate(gpt2, None, RECORDS[1:2], out=tmp_path / "unedited.jsonl")  # needs no workers
     with pytest.raises(RuntimeError, match="three workers died"):
-        evaluate(gpt2, always, RECORDS[1:2], out=tmp_path / "ray" / "always.jsonl", workers=2)
+        evaluate(gpt2, always, RECORDS[1:2], out=tmp_path / "always.jsonl", workers=2)
     assert ray.is_initialized()
 
 
-@once_a_class
-@pytest.mark.slow
-def test_statistics_of_two_workers_are_those_of_one(gpt2, ray):
-    texts = [f"The old man of Rome is the best of {n} times. " * (1 + n % 3) for n in range(60)]
-    known = {"max_tokens": 900, "batch_size": 4, "max_length": 16, "progress": False}
-    alone = collect_second_moment(gpt2, texts, [0, LAYER], **known)
-    found = collect_second_moment(gpt2, texts, [0, LAYER], workers=2, **known)
-    for layer, moment in alone.items():
-        other = found[layer]
-        assert other.n_tokens == moment.n_tokens == 900
-        torch.testing.assert_close(other.C, moment.C, rtol=1e-12, atol=1e-12)
-        assert other.summary() == moment.summary()
-        assert other.half_agreement == pytest.approx(moment.half_agreement, abs=1e-6)
-
-
-@once_a_class
+@newest
 @pytest.mark.slow
 def test_a_failing_work_ends_the_workers(gpt2, ray):
     with pytest.raises(ZeroDivisionError):

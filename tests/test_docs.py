@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, make_model
+from conftest import CLASSES, make_model, newest
 from helpers.rome_setting import LAYER, NEAR, REQUEST, keys_and_values, random_moment
 from helpers.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
@@ -235,6 +235,7 @@ def test_the_added_method_is_evaluated(several_keys, capsys):
     assert "| several keys | 1 | 0 |" in said and "| rome | 1 | 0 |" in said
 
 
+@newest
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings"):

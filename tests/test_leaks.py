@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import make_model, once_a_class
+from conftest import make_model, newest, once_a_class
 from leaks.__main__ import survivors, users
 from leaks.cycles import tiny_setting
 from leaks.footprint import InterruptAt, Interrupted, footprint, grown, run, slope
@@ -38,8 +38,8 @@ def left_by(setting, cycles):
 
 def test_nothing_grows_with_edits_and_traces(setting):
     run([*setting.edits(10), *setting.traces(3)], 1)
-    assert left_by(setting, setting.edits(60)) == []
-    assert left_by(setting, setting.traces(12)) == []
+    assert left_by(setting, setting.edits(30)) == []
+    assert left_by(setting, setting.traces(6)) == []
 
 
 def test_memory_does_not_grow(setting):
@@ -75,6 +75,7 @@ PLANTS = {
 }
 
 
+@newest
 def test_what_stays_is_seen(setting, monkeypatch):
     monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))
     kept, before = [], footprint(setting.model)
@@ -95,5 +96,6 @@ def test_a_model_goes_when_it_is_let_go(model_class, tokenizer, monkeypatch):
     assert survivors(make) == []
 
 
+@newest
 def test_a_model_that_is_kept_is_seen(setting):
     assert survivors(lambda: setting) == list(users(setting))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, once_a_class
+from conftest import CLASSES, first_everywhere, newest, once_a_class
 
 from transformer_lens_rome import (
     EditRequest,
@@ -142,7 +141,7 @@ def gemma_oracle(shared):
 
 
 @pytest.mark.real_model
-@pytest.mark.skipif(version("transformer-lens") < "4", reason="61,440 tokens, on one version")
+@newest
 def test_second_moment_of_gemma(gemma, gemma_oracle, shared):
     record, _, C = gemma_oracle
     text = (shared / "data" / "wikitext2_valid.txt").read_text()
@@ -157,7 +156,7 @@ def test_second_moment_of_gemma(gemma, gemma_oracle, shared):
 
 @once_a_class
 @pytest.mark.real_model
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", first_everywhere(*range(3)))
 def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):
     record, factors, C = gemma_oracle
     meta, wanted = record["meta"], record["cases"][case]
@@ -178,7 +177,7 @@ def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):
 
 @once_a_class
 @pytest.mark.real_model
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", first_everywhere(*range(4)))
 def test_released_edits_of_smollm2(smollm2, shared, case, record_property):
     """A model without a norm after the MLP and without BOS; C is inverted without a ridge."""
     folder = shared / "oracle"

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 from importlib.machinery import ModuleSpec
-from importlib.metadata import version
 
 import pytest
 import torch
 import transformers
-from conftest import once_a_class
+from conftest import newest, once_a_class
 
 from transformer_lens_rome import top_tokens
 from transformer_lens_rome.demo import load_demo_hf, smollm2, unpack
@@ -56,7 +55,7 @@ def test_what_is_there_is_not_unpacked_again(gemma, asked):
 
 
 @pytest.mark.real_model
-@pytest.mark.skipif(version("transformer-lens") < "4", reason="sampled anew on one version")
+@newest
 def test_the_text_that_ships_is_the_models_own(gemma):
     """Sampling anew gives the same first tokens; `scripts/sample_text.py` made the whole."""
     texts, encoder = bundled_texts(gemma), Encoder.of(gemma)
@@ -93,7 +92,7 @@ def test_smollm2_absent_truncated_or_altered(content, monkeypatch, tmp_path):
         smollm2.smollm2_weights()
 
 
-@once_a_class
+@newest
 @pytest.mark.real_model
 def test_tokens_of_smollm2_are_those_of_the_converter(smollm2, shared):
     """Those of transformers, for text with numbers; no BOS, and digits apart."""

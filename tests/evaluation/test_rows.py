@@ -13,9 +13,7 @@ from transformer_lens_rome.files.fields import as_read
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
 RUNS = sorted(
-    path
-    for folder in ("counterfact", "settings")
-    for path in RESULTS.glob(f"{folder}/**/*.jsonl")
+    path for folder in ("counterfact", "settings") for path in RESULTS.glob(f"{folder}/**/*.jsonl")
 )
 PROMPT = PromptScore([-1.0, -2.0], [-3.0], [True, False], [True])
 SCORES = {"rewrite": [PROMPT], "paraphrase": [PROMPT] * 2, "neighborhood": [PROMPT]}

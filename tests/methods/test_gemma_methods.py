@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import once_a_class
+from conftest import newest, once_a_class
 
 from transformer_lens_rome import EditRequest, applied, get_method, top_tokens
 from transformer_lens_rome.model.fingerprint import Fingerprint
@@ -29,6 +29,7 @@ TEXTS = [
 ]
 
 
+@newest
 def test_mend_learns_to_edit_and_to_leave_other_text_alone(gemma):
     """Twelve steps: from a loss above the model's own to a tenth of it; other text stays."""
     before = Fingerprint.of(gemma)

@@ -37,16 +37,22 @@ def apart(one, other):
     return ((one.delta() - other.delta()).norm() / other.delta().norm()).item()
 
 
-@pytest.mark.parametrize("batch_size", (None, 1, 2))
-@pytest.mark.parametrize(
-    "config", (CONFIG, RELEASED, IN_TURN), ids=("default", "released", "in turn")
-)
-@pytest.mark.parametrize("shape", ("gpt2", "gptj", "gemma3"))
+CONFIGS = {"default": CONFIG, "released": RELEASED, "in turn": IN_TURN}
+SIZES, SHAPES = (None, 1, 2), ("gpt2", "gptj", "gemma3")
+SQUARE = [
+    (shape, name, SIZES[(i + j) % 3])
+    for i, shape in enumerate(SHAPES)
+    for j, name in enumerate(CONFIGS)
+]
+"""Each two of shape, configuration and batch size meet once."""
+
+
+@pytest.mark.parametrize(("shape", "config", "batch_size"), SQUARE)
 def test_a_batch_gives_the_edits_of_one_by_one(
     model_class, shape, config, batch_size, tokenizer_of, monkeypatch
 ):
     model = make_model(model_class, shape, tokenizer_of(shape))
-    before, known = weight_hash(w_out(model, LAYER)), options(model, config=config)
+    before, known = weight_hash(w_out(model, LAYER)), options(model, config=CONFIGS[config])
     alone = [compute_rome_edit(model, request, **known) for request in REQUESTS]
     together = compute_rome_edits(model, REQUESTS, batch_size=batch_size, **known)
     for one, other in zip(together, alone, strict=True):

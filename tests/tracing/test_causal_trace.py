@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_model, once_a_class
+from conftest import CLASSES, first_everywhere, make_model, once_a_class
 from helpers import tiny_models
 
 from transformer_lens_rome import target_log_probs
@@ -271,9 +271,10 @@ def test_unusual_prompts(gpt2):
 
 @once_a_class
 @pytest.mark.real_model
-@pytest.mark.parametrize(("case", "kind"), ((0, "resid"), (1, "mlp"), (2, "attn")))
-def test_released_traces_of_gemma(gemma, shared, case, kind, record_property):
+@pytest.mark.parametrize("kind", first_everywhere("mlp", "resid", "attn"))
+def test_released_traces_of_gemma(gemma, shared, kind, record_property):
     """To what float32 gives: the first p_clean is 0.507056 there, and 0.507027 in float64."""
+    case = ("resid", "mlp", "attn").index(kind)
     record = json.loads((shared / "oracle" / "trace.json").read_text())
     arrays, wanted = np.load(shared / "oracle" / "trace.npz"), record["cases"][case]
     noise = torch.from_numpy(arrays[f"noise{case}"])
