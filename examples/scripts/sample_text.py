@@ -1,6 +1,6 @@
-"""The text that ships with a bundled model: what the model writes itself, from seed 0.
+"""The text that ships for a demo model: what the model writes itself, from seed 0.
 
-    python examples/scripts/sample_text.py [FOLDER]
+    python examples/scripts/sample_text.py gemma | smollm2 [FOLDER]
 
 `default_second_moment` collects C from it in seconds; sampling it anew takes minutes. FOLDER is
 where the file goes (default: the package's own).
@@ -17,12 +17,14 @@ from transformer_lens_rome.files.cache import safe_name
 from transformer_lens_rome.model.adapter import short_name
 from transformer_lens_rome.statistics.sources import key_norms
 
-N_TEXTS, LENGTH, SEED = 69, 128, 0  # 8,192 tokens: four for each dimension of a key
+N_TEXTS = {"gemma": 69, "smollm2": 52}  # with BOS, four tokens for each dimension of a key
+LENGTH, SEED = 128, 0
 
-model = load_demo_model()
-texts = sampled_texts(model, N_TEXTS, length=LENGTH, seed=SEED)
+name = sys.argv[1]
+model = load_demo_model(name)
+texts = sampled_texts(model, N_TEXTS[name], length=LENGTH, seed=SEED)
 path = Path(transformer_lens_rome.__file__).parent / "statistics" / "sampled"
-path = Path(sys.argv[1]) if len(sys.argv) > 1 else path
+path = Path(sys.argv[2]) if len(sys.argv) > 2 else path
 path.mkdir(exist_ok=True)
 path = path / f"{safe_name(short_name(model))}.json"
 written = {

@@ -54,19 +54,22 @@ def test_what_is_there_is_not_unpacked_again(gemma, asked):
     assert tokenizer("The Space Needle")["input_ids"] == [2, 818, 13510, 154649]
 
 
+def wrote(model, texts, seed):
+    """How many of the texts begin with the first tokens that the model samples with a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = sample_tokens(model, len(texts), 4, generator=generator)
+    begun = Encoder.of(model).tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+    return sum(text.startswith(first) for text, first in zip(texts, begun, strict=True))
+
+
 @pytest.mark.real_model
 @newest
-def test_the_text_that_ships_is_the_models_own(gemma):
+def test_the_text_that_ships_is_the_models_own(gemma, smollm2):
     """Sampling anew gives the same first tokens; `scripts/sample_text.py` made the whole."""
-    texts, encoder = bundled_texts(gemma), Encoder.of(gemma)
-    assert len(texts) == 69
-    tokens = sample_tokens(gemma, len(texts), 4, generator=torch.Generator().manual_seed(0))
-    begun = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
-    assert all(text.startswith(first) for text, first in zip(texts, begun, strict=True))
-    other = sample_tokens(gemma, len(texts), 4, generator=torch.Generator().manual_seed(1))
-    begun = encoder.tokenizer.batch_decode(other[:, 1:], skip_special_tokens=True)
-    alike = [text.startswith(first) for text, first in zip(texts, begun, strict=True)]
-    assert sum(alike) < 5
+    for model, n in ((gemma, 69), (smollm2, 52)):
+        texts = bundled_texts(model)
+        assert len(texts) == n == wrote(model, texts, seed=0)
+        assert wrote(model, texts, seed=1) < 5
 
 
 def test_a_name_that_no_demo_model_has():
