@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_rome.extras import first_line, needed
+from transformer_lens_rome.extras import needed
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME = re.compile(rf"(?P<owner>{_PART}/)?{_PART}")
@@ -59,7 +59,7 @@ def fetch(name: str, file: str, revision: str | None = None) -> Path:
     except Exception as error:  # its errors have no base class of their own
         raise OSError(
             f"there is no file or folder {name} here, and {file} of {name} cannot be read from the "
-            f"Hugging Face Hub: {first_line(error)}"
+            f"Hugging Face Hub: {_said(error)}"
         ) from error
 
 
@@ -83,7 +83,12 @@ def push(folder: Path, name: str, *, private: bool | None, token: Any, message: 
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     except Exception as error:  # as above
         raise OSError(
-            f"the Hugging Face Hub did not take {name}: {first_line(error)}; log in with 'hf auth "
-            "login', or pass token="
+            f"the upload to {name} failed: {_said(error)}; for a missing permission, log in with "
+            "'hf auth login' or pass token="
         ) from error
     return str(commit.commit_url)
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error of huggingface_hub, which has several lines, on one line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
