@@ -1,5 +1,6 @@
 """An adapter is the edit, for PEFT: the exported model with it, the base's bits without it."""
 
+import importlib
 import logging
 import os
 import subprocess
@@ -26,6 +27,7 @@ from transformer_lens_rome.edits.kinds import FactoredEdit
 from transformer_lens_rome.model.adapter import Weight, w_out
 
 peft = pytest.importorskip("peft", reason="the share extra is not installed")
+rescale_adapter_scale = importlib.import_module("peft.helpers").rescale_adapter_scale
 
 PATHS = {
     "gpt2": ("transformer.h.{}.mlp.c_fc", "transformer.h.{}.mlp.c_proj"),
@@ -152,6 +154,15 @@ def test_edits_on_the_model_give_the_same_adapter(setting, tmp_path):
     off = export_lora(model, list(on.edits), tmp_path / "off", force=True, **setting.hf)
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (off / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_adapter_is_scaled_as_the_edit_is(setting, tmp_path):
+    model, edit = setting.model, random_edit(setting.model)
+    folder = export_lora(model, edit, tmp_path / "adapter", **setting.hf)
+    adapted = adapted_by(setting.make(), folder)
+    for alpha in (0.5, -1.0):
+        with applied(model, edit * alpha), rescale_adapter_scale(adapted, alpha):
+            torch.testing.assert_close(logits(adapted), logits(model), rtol=1e-3, atol=1e-4)
 
 
 def test_one_adapter_for_each_edit(setting, tmp_path):

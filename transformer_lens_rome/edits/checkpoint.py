@@ -108,11 +108,6 @@ class Checkpoint(NamedTuple):
         known = adapter.model_name(model)
         return known if is_hub_name(known, owned=True) else None
 
-    @property
-    def revision(self) -> str | None:
-        """The commit on the Hub that the model was loaded from; None if it is not known."""
-        return getattr(self.model.config, "_commit_hash", None)
-
 
 def _state_dict(hf: Any) -> dict[str, Tensor]:
     """Return the state dict under the checkpoint's names, without the names that a bridge adds."""

@@ -31,6 +31,7 @@ from transformer_lens_rome.edits.checkpoint import Checkpoint
 from transformer_lens_rome.edits.kinds import DenseEdit, Edit, FactoredEdit, Factors, RankOneEdit
 from transformer_lens_rome.edits.ledger import AppliedEdit
 from transformer_lens_rome.files.new_folder import new_folder
+from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import weights_call
 from transformer_lens_rome.model.protocol import Model
@@ -88,7 +89,7 @@ def export_lora(
     modules = {_module(checkpoint, model, where): pair for where, pair in _stacked(each).items()}
     if base_model is None:
         base_model = checkpoint.hub_name(model)
-        revision = revision or (base_model and checkpoint.revision)
+        revision = revision or (base_model and adapter.hub_commit(checkpoint.model))
     known = Known(base_model, revision, license, answers)
     lost = list(_losses(every, each))
     ranks = {module.path: pair[0].shape[1] for module, pair in modules.items()}
@@ -194,14 +195,15 @@ def _stacked(each: Sequence[dict[Weight, Factors]]) -> dict[Weight, Factors]:
         pairs = [one[where] for one in each if where in one]
         left = torch.cat([left for left, _ in pairs], dim=1)
         right = torch.cat([right for _, right in pairs])
-        powers = torch.tensor([_power(a, b) for a, b in zip(left.norm(dim=0), right.norm(dim=1))])
+        norms = zip(left.norm(dim=0).tolist(), right.norm(dim=1).tolist(), strict=True)
+        powers = torch.tensor([_power(a, b) for a, b in norms])
         stacked[where] = left * powers, right / powers[:, None]
     return stacked
 
 
-def _power(a: Tensor, b: Tensor) -> float:
+def _power(a: float, b: float) -> float:
     """Return the power of two p for which the norms a p and b / p are nearest to each other."""
-    return 2.0 ** round(math.log2(b / a) / 2) if a > 0 and b > 0 else 1.0
+    return 2.0 ** round((math.log2(b) - math.log2(a)) / 2) if a > 0 and b > 0 else 1.0
 
 
 def _module(checkpoint: Checkpoint, model: Model, where: Weight) -> _Module:

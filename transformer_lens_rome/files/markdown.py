@@ -9,20 +9,22 @@ from typing import Any
 
 LONGEST = 300
 """Most characters of a text that a page shows; a fact has fewer."""
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$:]|(?<=www)\.)", re.IGNORECASE)
+"""Characters with a meaning within a line: for Markdown, or for code hosts (cells, formulas, addresses
+without brackets)."""
 
 
 def escaped(text: Any) -> str:
     """Return a text that Markdown shows as it is, on one line, shortened if it is very long.
 
-    Each ASCII punctuation mark gets a backslash (CommonMark 2.4); line breaks, control characters
-    and other invisible ones, such as those that turn the direction of text, are spelled out.
+    What would have a meaning gets a backslash (CommonMark 2.4). Line breaks, control characters and
+    other invisible ones, such as those that turn the direction of text, are spelled out.
     """
     text = str(text)
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST]
     )
-    return _PUNCTUATION.sub(r"\\\1", shown) + ("…" if len(text) > LONGEST else "")
+    return _SPECIAL.sub(r"\\\1", shown) + ("…" if len(text) > LONGEST else "")
 
 
 def quoted(text: Any) -> str:
