@@ -10,8 +10,8 @@ from typing import Any
 LONGEST = 300
 """Most characters of a text that a page shows; a fact has fewer."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&$:]|(?<=www)\.)", re.IGNORECASE)
-"""Characters with a meaning within a line: for Markdown, or for code hosts (cells, formulas, addresses
-without brackets)."""
+"""Characters with a meaning within a line, for Markdown or for code hosts: emphasis, code, links,
+HTML, entities, cells of tables, formulas, bare addresses."""
 
 
 def escaped(text: Any) -> str:
