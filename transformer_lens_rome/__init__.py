@@ -4,6 +4,7 @@ import transformer_lens_rome.methods  # noqa: F401  (registers the methods)
 import transformer_lens_rome.viz  # noqa: F401  (registers the views in `showing`)
 from transformer_lens_rome.edit_report import show_edit
 from transformer_lens_rome.edits.export_hf import export_hf
+from transformer_lens_rome.edits.export_lora import export_lora
 from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest, RankOneEdit, load_edit
 from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit, revert_all
 from transformer_lens_rome.evaluation import CounterFact, evaluate_counterfact
@@ -39,6 +40,7 @@ __all__ = [
     "compute_rome_edits",
     "evaluate_counterfact",
     "export_hf",
+    "export_lora",
     "get_method",
     "load_edit",
     "revert_all",

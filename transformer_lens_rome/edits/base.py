@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_rome.edits.card import Answers, Known
 from transformer_lens_rome.edits.edit_files import edit_from, read_edit, write_edit
 from transformer_lens_rome.edits.health import EditHealth
+from transformer_lens_rome.edits.hub_folder import push_folder, save_folder
 from transformer_lens_rome.edits.request import EditRequest
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.model.adapter import Weight, weight_hash
@@ -112,6 +115,67 @@ class Edit(Shown, ABC):
     def save(self, path: Any) -> None:
         """Write the edit as safetensors with JSON metadata (kilobytes for a rank-one edit)."""
         write_edit(path, self)
+
+    def save_pretrained(
+        self,
+        folder: Any,
+        *,
+        base_model: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        answers: Sequence[Answers] = (),
+    ) -> Path:
+        """Write the edit and a card (README.md) into a new folder, and return its path.
+
+        `load_edit(folder)` reads the folder. The card says which fact was written, where C came
+        from, the edit's health, and how to load and undo it.
+
+        Args:
+            folder: The folder; its parents are created.
+            base_model: The model on the Hub, `owner/name`; None: as the provenance has it.
+            revision: A branch, a tag or a commit of it; None: as the provenance has it.
+            license: The licence's identifier on the Hub, such as "apache-2.0".
+            answers: Prompts with the answers before and after, as `show_edit(...).prompts`.
+
+        Raises:
+            FileExistsError: the folder exists; nothing is written over it.
+            ValueError: `base_model`, `revision` or `license` cannot be one.
+        """
+        known = Known.of(self, base_model, revision, license=license, answers=answers)
+        return save_folder(self, folder, known)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: Any = None,
+        base_model: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        answers: Sequence[Answers] = (),
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hub, and return the commit's address.
+
+        `load_edit(name)` reads it. Files of an earlier edit in the same repository are replaced in
+        a new commit.
+
+        Args:
+            name: The repository, `owner/name`; it is created if it does not exist.
+            private: The visibility of a new repository; None: the Hub's default for the owner.
+            token: A token with write access; None: that of `hf auth login`.
+            base_model: See `save_pretrained`; so are `revision`, `license` and `answers`.
+            revision: A revision of the base model.
+            license: A licence's identifier.
+            answers: Answers before and after.
+
+        Raises:
+            ValueError: `name` is no `owner/name`, or see `save_pretrained`; nothing is sent.
+            ImportError: huggingface_hub is not installed (the `share` extra).
+            OSError: the Hub refuses the upload, or cannot be reached.
+        """
+        known = Known.of(self, base_model, revision, license=license, answers=answers)
+        return push_folder(self, name, known, private=private, token=token)
 
     @classmethod
     def load(cls: type[E], path: Any) -> E:

@@ -12,6 +12,7 @@ whether the ledger still describes it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -65,6 +66,37 @@ def every_ledger(model: Model) -> list[Ledger]:
     """Return the ledgers of all edited weights of a model."""
     modules = (module for _, module in adapter.every_module(model))
     return [ledger for m in modules for ledger in vars(m).get("_rome_ledgers", {}).values()]
+
+
+def ledgers_for(model: Model, edit: Edit, *, force: bool = False) -> list[Ledger]:
+    """Return a ledger for each weight that an edit changes, after a check that the edit fits.
+
+    New ledgers are not stored, so the model stays as it is.
+
+    Raises:
+        ValueError: see `ledger.apply_edit`; an edit that is on the model fits.
+    """
+    if not isinstance(edit, Edit):
+        raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
+    sizes, made_on = edit.sizes(), edit.made_on()
+    refusals.check_editable(model, sorted({where.layer for where in sizes}))
+    ledgers = [ledger_to_edit(model, where, size, edit) for where, size in sizes.items()]
+    if force or is_on(edit, ledgers):
+        return ledgers
+    for ledger in ledgers:
+        made = made_on.get(ledger.where)
+        if made not in (None, ledger.written_hash, ledger.base_hash):
+            raise ValueError(
+                f"{named(ledger.where)} is not the weight that this edit was made on (sha256 "
+                f"{ledger.written_hash[:12]}, the edit's {made[:12]}): another model, other edits "
+                "on it, or processed weights; pass force=True to apply it anyway"
+            )
+    return ledgers
+
+
+def is_on(edit: Edit, ledgers: Iterable[Ledger]) -> bool:
+    """Return whether an edit is active on any of the weights."""
+    return edit.digest in {other.digest for ledger in ledgers for other in ledger.active}
 
 
 def ledger_to_edit(model: Model, where: Weight, shape: tuple[int, ...], edit: Edit) -> Ledger:

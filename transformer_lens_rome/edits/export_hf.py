@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from transformer_lens_rome.edits.base_bytes import live_weight
+from transformer_lens_rome.edits.checkpoint import Checkpoint
 from transformer_lens_rome.edits.ledger import base_weight, edited_weights
-from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import weights_call
 from transformer_lens_rome.model.protocol import Model
@@ -35,25 +34,17 @@ def export_hf(model: Model, folder: Any, *, hf_model: Any = None) -> Path:
             of a bridge were processed, or an edited matrix is fused with another one in the
             checkpoint.
     """
-    inside = adapter.hf_model(model)
-    if inside is None and hf_model is None:
-        raise ValueError(
-            "a HookedTransformer keeps no Hugging Face model; pass the one that it was loaded from "
-            "as hf_model=AutoModelForCausalLM.from_pretrained(name)"
-        )
-    source = hf_model if inside is None else inside
-    state = _state_dict(source)
+    checkpoint = Checkpoint.of(model, hf_model)
+    state = dict(checkpoint.tensors)
     edited = [where for where in edited_weights(model) if _differs(model, where)]
-    if inside is None:
-        every = [Weight("W_out", layer) for layer in range(model.cfg.n_layers)]
-        for where in dict.fromkeys(every + edited):
-            _replace(state, model, where)
-    else:  # check that the state dict has the edited weights, not a copy from before a split
-        for where in edited:
-            _find(state, live_weight(model, where), where, "after")
+    every = [Weight("W_out", layer) for layer in range(model.cfg.n_layers)]
+    for where in dict.fromkeys(every + edited if checkpoint.converted else edited):
+        name, turned = checkpoint.stored(model, where)  # also a check that the edits are in it
+        weight = live_weight(model, where).detach()
+        state[name] = (weight.T if turned else weight).to(state[name])
     folder = Path(folder)
     whole = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-    source.save_pretrained(folder, state_dict=whole)
+    checkpoint.model.save_pretrained(folder, state_dict=whole)
     if getattr(model, "tokenizer", None) is not None:
         _tokenizer(model.tokenizer).save_pretrained(folder)
     return folder
@@ -94,46 +85,6 @@ def _tokenizer(tokenizer: Any) -> Any:
 def _differs(model: Model, where: Weight) -> bool:
     """Return whether the edits on a weight change its values."""
     weight = live_weight(model, where)
-    return not torch.equal(_base(model, where).to(weight), weight)
-
-
-def _base(model: Model, where: Weight) -> Tensor:
     base = base_weight(model, where)
-    assert base is not None  # an edited weight, or a W_out, which every editable model has
-    return base
-
-
-def _replace(state: dict[str, Tensor], model: Model, where: Weight) -> None:
-    """Replace the tensor that equals the base of a weight by the edited weight, in its layout."""
-    name, turned = _find(state, _base(model, where), where, "before")
-    edited = live_weight(model, where).detach()
-    state[name] = (edited.T if turned else edited).to(state[name])
-
-
-def _find(
-    state: dict[str, Tensor], weight: Tensor, where: Weight, when: Literal["before", "after"]
-) -> tuple[str, bool]:
-    """Return the name of the tensor equal to a weight, and whether it is stored transposed."""
-    for name, tensor in state.items():
-        for turned in (False, True) if tensor.ndim == 2 else (False,):
-            stored = tensor.T if turned else tensor
-            if stored.shape == weight.shape and torch.equal(stored.to(weight), weight):
-                return name, turned
-    raise ValueError(
-        f"hf_model has no tensor equal to {where.name} of layer {where.layer} {when} its edits; "
-        "pass the model that this HookedTransformer was loaded from (without weight processing), "
-        "and undo changes that were not made by apply_edit; a matrix that the checkpoint keeps "
-        "fused with another (Phi-3's W_in and W_gate) cannot be exported"
-    )
-
-
-def _state_dict(hf: Any) -> dict[str, Tensor]:
-    """Return the state dict under the checkpoint's names, without the names that a bridge adds."""
-    with torch.device("meta"):
-        own_names = set(type(hf)(hf.config).state_dict())
-    state: dict[str, Tensor] = {}
-    for name, tensor in hf.state_dict().items():
-        name = name.replace("._original_component", "")
-        if name in own_names:
-            state.setdefault(name, tensor.detach())
-    return state
+    assert base is not None  # an edited weight
+    return not torch.equal(base.to(weight), weight)

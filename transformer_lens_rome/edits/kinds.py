@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.edit_files import edit_from, read_edit
 from transformer_lens_rome.edits.health import EditHealth
+from transformer_lens_rome.edits.hub_folder import edit_path
 from transformer_lens_rome.edits.request import EditRequest
 from transformer_lens_rome.model.adapter import Weight, weight_hash
 from transformer_lens_rome.torch_states import torch_defaults
@@ -235,12 +236,21 @@ def _checked(where: Weight, left: Tensor, right: Tensor) -> Factors:
     return left.detach().contiguous(), right.detach().contiguous()
 
 
-def load_edit(path: Any) -> Edit:
+def load_edit(path: Any, *, revision: str | None = None) -> Edit:
     """Read an edit of any kind.
 
+    Args:
+        path: A file that `save` wrote, a folder that `save_pretrained` wrote, or the name of a
+            repository on the Hugging Face Hub, `owner/name`. What exists here comes first.
+        revision: A branch, a tag or a commit of the repository; None: its newest state.
+
     Raises:
+        FileNotFoundError: there is no such file or folder, and `path` is no `owner/name`.
+        ImportError: huggingface_hub, which reads the Hub, is not installed (the `share` extra).
+        OSError: the file cannot be had from the Hub.
         ValueError: the file is not safetensors, is truncated, or contains no complete edit.
     """
+    path = edit_path(path, revision)
     tensors, info = read_edit(path)
     kinds: tuple[type[Edit], ...] = (RankOneEdit, DenseEdit, FactoredEdit)
     for kind in kinds:

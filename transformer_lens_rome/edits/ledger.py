@@ -19,15 +19,15 @@ from transformer_lens_rome.edits.base_bytes import (
     changed_by_others,
     every_ledger,
     has_its_edits,
+    is_on,
     ledger_of,
-    ledger_to_edit,
+    ledgers_for,
     live_weight,
-    named,
     write,
     write_all,
 )
 from transformer_lens_rome.edits.kinds import Edit, EditHealth
-from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.model.calls import weights_call
 from transformer_lens_rome.model.protocol import Model
@@ -172,24 +172,11 @@ def apply_edit(model: Model, edit: Edit, *, force: bool = False) -> AppliedEdit:
             the one that it was made on, with or without known edits on top.
             `force=True` applies it to any weights of the right shapes.
     """
-    if not isinstance(edit, Edit):
-        raise ValueError(f"expected an edit, got a {type(edit).__name__}; pass edits one by one")
-    sizes, made_on = edit.sizes(), edit.made_on()
-    refusals.check_editable(model, sorted({where.layer for where in sizes}))
-    ledgers = [ledger_to_edit(model, where, size, edit) for where, size in sizes.items()]
-    on = {other.digest for ledger in ledgers for other in ledger.active}
-    if edit.digest in on and any(edit.change(where).any() for where in sizes):
+    ledgers = ledgers_for(model, edit, force=force)
+    if is_on(edit, ledgers) and any(edit.change(ledger.where).any() for ledger in ledgers):
         raise ValueError(
             "this edit is on the model already; apply edit.scale(alpha) for a stronger one"
         )
-    for ledger in ledgers:
-        made = made_on.get(ledger.where)
-        if made not in (None, ledger.written_hash, ledger.base_hash) and not force:
-            raise ValueError(
-                f"{named(ledger.where)} is not the weight that this edit was made on (sha256 "
-                f"{ledger.written_hash[:12]}, the edit's {made[:12]}): another model, other edits "
-                "on it, or processed weights; pass force=True to apply it anyway"
-            )
     write_all(model, [(ledger, [*ledger.active, edit]) for ledger in ledgers])
     return AppliedEdit(model, (edit,), (tuple(ledgers),))
 

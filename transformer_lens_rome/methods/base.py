@@ -79,9 +79,13 @@ def described(method: EditMethod) -> dict[str, Any]:
 
 
 def provenance(model: Model, prepend_bos: bool) -> dict[str, Any]:
-    """Return the model, its class, the BOS rule and the library versions, for `Edit.provenance`."""
+    """Return the model, its class, the BOS rule and the library versions, for `Edit.provenance`.
+
+    The revision is the commit on the Hub; a HookedTransformer does not keep it.
+    """
     return {
         "model": adapter.model_name(model),
+        "revision": adapter.hub_commit(adapter.shared_part(model)),
         "model_class": adapter.model_class(model),
         "prepend_bos": prepend_bos,
         "versions": {name: version(name) for name in ("transformer-lens", "torch")},

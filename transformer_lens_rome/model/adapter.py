@@ -363,6 +363,11 @@ def hf_model(model: Model) -> Any:
     return shared_part(model)
 
 
+def hub_commit(hf: Any) -> str | None:
+    """Return the commit on the Hub that a Hugging Face model was loaded from, if it is known."""
+    return getattr(getattr(hf, "config", None), "_commit_hash", None)
+
+
 def short_name(model: Model) -> str:
     """Return the lower-case model name without its owner: `EleutherAI/gpt-j-6B` -> `gpt-j-6b`."""
     return model_name(model).split("/")[-1].lower()
