@@ -19,7 +19,7 @@ class FactHealth:
         subject_token: The token whose key the edit uses, as text.
         p_before, p_after: The model's probability of the target after the bare prompt.
         steps: The number of steps of the search.
-        loss: The objective at the last step.
+        losses: The objective at the first and at the last step.
         clamp_hits: Steps after which delta was scaled back to the allowed norm.
         s: kᵀ G⁻¹ k at each edited layer: alone, the fact would absorb s / (1 + s) of its residual
             there (all of it in EMMET).
@@ -31,7 +31,7 @@ class FactHealth:
     p_before: float
     p_after: float
     steps: int
-    loss: float
+    losses: tuple[float, float]
     clamp_hits: int
     s: tuple[float, ...]
     residuals: tuple[float, ...]

@@ -52,11 +52,11 @@ def fact_healths(
                 p_before=p_before,
                 p_after=p_after,
                 steps=len(target.losses),
-                loss=target.losses[-1],
+                losses=(target.losses[0], target.losses[-1]),
                 clamp_hits=target.clamp_hits,
                 s=tuple(s[:, i].tolist()),
                 residuals=norms,
-                warnings=_suspicions(norms, p_before, p_after, row.subject[-1] == 0),
+                warnings=_suspicions(target.losses, norms, p_before, p_after, row.subject[-1] == 0),
             )
         )
     return facts
@@ -64,14 +64,24 @@ def fact_healths(
 
 def _is_hardly_written(residuals: Sequence[float]) -> bool:
     """Return whether the layers absorbed less than a tenth of a residual."""
-    return residuals[-1] > 0.9 * residuals[0]
+    return 0 < residuals[0] and residuals[-1] > 0.9 * residuals[0]
 
 
+_NOT_FOUND = "the search did not lower the objective; try earlier layers, or a larger clamp"
 _REMEDY = "put words before the subject, or lower λ (L2 of AlphaEdit)"
 
 
+def _found_nothing(losses: Sequence[float]) -> bool:
+    """Return whether a search ended about where it began, above the loss at which it stops."""
+    return losses[-1] > 0.99 * losses[0] and len(losses) > 1
+
+
 def _suspicions(
-    residuals: Sequence[float], p_before: float, p_after: float, at_start: bool
+    losses: Sequence[float],
+    residuals: Sequence[float],
+    p_before: float,
+    p_after: float,
+    at_start: bool,
 ) -> tuple[str, ...]:
     """Return the warnings for a fact."""
     warnings = []
@@ -79,6 +89,8 @@ def _suspicions(
         why = "; its subject is the first token, where keys say little" if at_start else ""
         share = 1 - residuals[-1] / residuals[0]
         warnings.append(f"the layers absorbed {share:.0%} of its residual{why}; {_REMEDY}")
+    if _found_nothing(losses):
+        warnings.append(_NOT_FOUND)
     if p_after < p_before:
         warnings.append("its target is less probable after the edit than before")
     return tuple(warnings)
@@ -90,6 +102,7 @@ def _summary(edit: FactoredEdit, facts: Sequence[FactHealth]) -> list[str]:
         f"the layers absorbed less than a tenth of their residual; {_REMEDY}": [
             _is_hardly_written(fact.residuals) for fact in facts
         ],
+        _NOT_FOUND: [_found_nothing(fact.losses) for fact in facts],
         "their target is less probable after the edit than before": [
             fact.p_after < fact.p_before for fact in facts
         ],

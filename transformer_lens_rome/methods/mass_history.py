@@ -180,8 +180,8 @@ def fact_rows(
 def mean_over(
     weights: Float[Tensor, "prefix"], activation: Float[Tensor, "n_times_prefix d"]
 ) -> Float[Tensor, "n d"]:
-    """Return the weighted mean over the prefixes of each fact."""
-    each = activation.unflatten(0, (-1, len(weights)))
+    """Return the weighted mean over the prefixes of each fact, in float32."""
+    each = activation.float().unflatten(0, (-1, len(weights)))
     return (weights.to(each)[:, None] * each).sum(1)
 
 

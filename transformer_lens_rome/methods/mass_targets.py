@@ -174,7 +174,7 @@ def anchored(
 def read_at_subject(
     model: Model, rows: Sequence[Row], points: Sequence[Point]
 ) -> list[Float[Tensor, "row d"]]:
-    """Read activations at the last subject token of each row, in float32, without changes."""
+    """Read activations at the last subject token of each row, without changes."""
     ids = [row.ids[: row.subject[-1] + 1] for row in rows]
 
     def shape(one: tuple[int, ...]) -> Shape:
@@ -183,7 +183,7 @@ def read_at_subject(
     def read(some: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, ...]]:
         found = passes.read(model, pad([Row(one) for one in some]), points)
         each, last = torch.arange(len(some)), torch.tensor([len(one) - 1 for one in some])
-        return list(zip(*(found[point][each, last].float() for point in points), strict=True))
+        return list(zip(*(found[point][each, last] for point in points), strict=True))
 
     each = in_batches(model, ids, shape, read)
     for one in each:
