@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import once_a_class
 
 from transformer_lens_rome import EditRequest, SecondMoment, apply_edit, get_method, revert_all
-from transformer_lens_rome.methods import MemitConfig, mass_method
+from transformer_lens_rome.methods import MemitConfig, mass_method, mean_value_norm
 from transformer_lens_rome.methods.mass_solve import NullSpace, metric_of, solve_many
 from transformer_lens_rome.model.adapter import Weight
 
@@ -228,3 +229,19 @@ def test_own_null_space_is_that_of_the_released_program_as_far_as_it_is_determin
         keys = oracle[f"alphaedit/b0_K{layer}"]
         s = (space.inverse(keys) * keys.double()).sum(0) * 0.01
         assert s.tolist() == pytest.approx(case["kPk"][i], rel=2e-2)
+
+
+def test_the_anchor_of_the_released_program(tiny_gpt2, oracle, shared):
+    """The mean norm of values, over bare prompts; the program searches 16 of them together."""
+    case = oracle.cases["nas"]
+    pool = json.loads((shared / "oracle" / "mass_nas_pool.json").read_text())
+    drawn = Random(0).sample(pool, case["nas_anchor"]["nas_restart"])
+    requests = [EditRequest.from_dict(one["requested_rewrite"]) for one in drawn]
+    mine = mean_value_norm(
+        tiny_gpt2,
+        requests,
+        case["hparams"]["layers"][-1],
+        config=oracle.config(case),
+        progress=False,
+    )
+    assert mine == pytest.approx(case["nas_anchor"]["mean_vstar_norm"], rel=1e-3)

@@ -19,6 +19,7 @@ from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.methods.knowledge_neurons import KnowledgeNeurons
 from transformer_lens_rome.methods.mass_config import MemitConfig
 from transformer_lens_rome.methods.mass_history import History, extended_history
+from transformer_lens_rome.methods.mass_targets import mean_value_norm
 from transformer_lens_rome.methods.memit import Memit
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.methods.rome_config import RomeConfig
@@ -40,6 +41,7 @@ __all__ = [
     "described",
     "extended_history",
     "get_method",
+    "mean_value_norm",
     "provenance",
     "register_method",
 ]

@@ -8,7 +8,9 @@ target is on top.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,8 +21,10 @@ from transformer_lens_rome.edits.kinds import EditRequest
 from transformer_lens_rome.methods.batches import Shape, in_batches
 from transformer_lens_rome.methods.mass_config import MemitConfig
 from transformer_lens_rome.methods.v_star import Batch, Search, optimise, passes_of
-from transformer_lens_rome.model import passes
+from transformer_lens_rome.model import passes, refusals
 from transformer_lens_rome.model.adapter import Point
+from transformer_lens_rome.model.calls import model_call
+from transformer_lens_rome.model.default_layer import norm_follows_mlp
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.vocabulary import Losses
 from transformer_lens_rome.prompts.encoder import Encoder, Row, pad
@@ -169,6 +173,40 @@ def anchored(
     v = added + delta
     norm = v.norm()
     return v * (anchor / (norm + 1e-10)) - added if norm <= 2 * anchor else torch.zeros_like(delta)
+
+
+@model_call
+def mean_value_norm(
+    model: Model,
+    requests: Sequence[EditRequest],
+    layer: int,
+    *,
+    config: MemitConfig = MemitConfig(),
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> float:
+    """Return an anchor for NAS: the mean norm of v0 + delta, without the largest twentieth.
+
+    Args:
+        model: The model, without edits.
+        requests: Facts that are searched on their bare prompts; NAS's program takes 1,000.
+        layer: The last of the edited layers.
+        config: The constants of the search.
+        prepend_bos: Overrides the checkpoint's BOS rule.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: No search gives a target.
+    """
+    encoder = Encoder.of(model, prepend_bos)
+    refusals.check_editable(model, [layer])
+    point = Point("value" if norm_follows_mlp(model, layer) else "resid_post", layer)
+    plain = dataclasses.replace(config, anchor=None)
+    each = search_targets(model, encoder, requests, [""], point, plain, progress=progress)
+    norms = sorted((t.added + t.delta).norm().item() for t in each if isinstance(t, Target))
+    if not norms:
+        raise ValueError(f"none of the {len(each)} requests gives a target; pass others")
+    return fmean(norms[: len(norms) - len(norms) // 20])
 
 
 def read_at_subject(
