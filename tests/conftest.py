@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_models
+from helpers import oracle_models, tiny_models
 from helpers.tiny_tokenizer import tiny_tokenizer
 
 from transformer_lens_rome.statistics.sources import sampled_second_moment
@@ -142,6 +142,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("the reference data is not at hand (../shared)")
     return SHARED
+
+
+@pytest.fixture(scope="session", params=CLASSES)
+def tiny_gpt2(request, shared):
+    """A tiny GPT-2 of each class that knows facts; tests must leave it as they found it."""
+    return oracle_models.tiny_gpt2(shared / "oracle", request.param)
 
 
 @pytest.fixture(scope="session", params=CLASSES[:1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CLASSES, make_model
 from helpers import tiny_models
+from helpers.mass_setting import options as mass_options
 from helpers.rome_setting import (
     LAYER,
     NEAR,
@@ -28,6 +29,7 @@ from transformer_lens_rome import (
     evaluate_counterfact,
     export_hf,
     get_method,
+    memit_edit,
     rome_edit,
     sampled_texts,
     severed_trace,
@@ -73,6 +75,7 @@ PUBLIC = {
     "rome_edit": lambda m, f: rome_edit(
         m, NEAR, layer=LAYER, second_moment=random_moment(len(w_out(m, LAYER))), prefixes=PREFIXES
     ).revert(),
+    "memit_edit": lambda m, f: memit_edit(m, [NEAR], **mass_options(m)).revert(),
     "ft": lambda m, f: get_method("ft", steps=2).compute(m, NEAR),
     "kn": lambda m, f: get_method("kn", steps=2).compute(m, REQUEST),
     "mend": lambda m, f: (

@@ -9,6 +9,8 @@ from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest, RankOneEdi
 from transformer_lens_rome.edits.ledger import AppliedEdit, applied, apply_edit, revert_all
 from transformer_lens_rome.evaluation import CounterFact, evaluate_counterfact
 from transformer_lens_rome.methods.base import get_method
+from transformer_lens_rome.methods.mass_config import MemitConfig
+from transformer_lens_rome.methods.memit import compute_memit_edit, memit_edit
 from transformer_lens_rome.methods.rome import (
     RomeConfig,
     compute_rome_edit,
@@ -28,6 +30,7 @@ __all__ = [
     "CounterFact",
     "DenseEdit",
     "EditRequest",
+    "MemitConfig",
     "RankOneEdit",
     "RomeConfig",
     "SecondMoment",
@@ -36,6 +39,7 @@ __all__ = [
     "average_traces",
     "causal_trace",
     "collect_second_moment",
+    "compute_memit_edit",
     "compute_rome_edit",
     "compute_rome_edits",
     "evaluate_counterfact",
@@ -43,6 +47,7 @@ __all__ = [
     "export_lora",
     "get_method",
     "load_edit",
+    "memit_edit",
     "revert_all",
     "rome_edit",
     "sampled_texts",

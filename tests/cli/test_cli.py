@@ -24,7 +24,9 @@ from transformer_lens_rome import (
 from transformer_lens_rome.cli.commands import main
 from transformer_lens_rome.cli.load_model import load_model
 from transformer_lens_rome.methods.base import methods_with
+from transformer_lens_rome.methods.mass_config import default_layers
 from transformer_lens_rome.model.load import wrap
+from transformer_lens_rome.statistics.sources import sampled_second_moment
 from transformer_lens_rome.tracing.results import CausalTrace
 
 needs_bridge = pytest.mark.skipif(
@@ -193,6 +195,21 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     assert r"\begin{tabular}{lrr" in latex and r"ft+l & 3 & 0 &" in latex
     assert main(["table", str(records)]) == 2
     assert "is not the file of a run" in capsys.readouterr().err
+
+
+@needs_bridge
+def test_many_facts_are_evaluated_together(checkpoint, records, tmp_path, capsys):
+    model = load_model(str(checkpoint), None)
+    sampled_second_moment(model, default_layers(model)[0], progress=False)  # kept in the cache
+    arguments = ["evaluate", str(checkpoint), "memit", str(tmp_path / "run.jsonl"), "--lenient"]
+    arguments += ["--records", str(records), "--json", "--together", "2"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["failed"] == {} and "| memit | 3 | 0 |" in report["table"]
+    assert "Facts written by one edit (memit: 2)" in report["table"]
+    arguments[2] = "ft"
+    assert main(arguments) == 2
+    assert "needs a method that writes many facts" in capsys.readouterr().err
 
 
 @needs_bridge

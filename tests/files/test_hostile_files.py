@@ -41,8 +41,8 @@ from transformer_lens_rome.sequential.steps import steps_file
 from transformer_lens_rome.tracing.known_facts import load_known_facts
 from transformer_lens_rome.tracing.results import CausalTrace
 
-NAMES = """rank_one dense factored statistics npz editor training published counterfact zsre known
-snippets vocabulary idf run unedited steps trace average request prefixes""".split()
+NAMES = """rank_one dense factored history statistics npz editor training published counterfact zsre
+known snippets vocabulary idf run unedited steps trace average request prefixes""".split()
 
 
 @pytest.fixture(scope="module")

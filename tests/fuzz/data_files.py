@@ -11,7 +11,7 @@ from fuzz import mutations as mutate
 from fuzz.format import JSON, Format, model
 from helpers.editor_setting import OTHERS
 
-from transformer_lens_rome import EditRequest, RomeConfig
+from transformer_lens_rome import EditRequest
 from transformer_lens_rome.evaluation import CounterFact, References, Zsre
 from transformer_lens_rome.evaluation.generation import TfIdf
 from transformer_lens_rome.evaluation.rows import record_digest
@@ -185,7 +185,7 @@ def prefixes() -> Format:
     """Prefixes, as a list."""
 
     def use(found: Any) -> None:
-        rome_method._check_prefixes(found, RomeConfig())
+        rome_method.check_prefixes(found, bare_first=False)
         _tokens(*(f"{prefix} The tower" for prefix in found))
 
     return Format([json.dumps(["", *OTHERS]).encode()], JSON, read_json, use)

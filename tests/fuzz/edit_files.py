@@ -15,7 +15,9 @@ from helpers.editor_setting import random_editor
 from helpers.rome_setting import factored_edit, random_edit
 
 from transformer_lens_rome import SecondMoment, get_method, load_edit
+from transformer_lens_rome.edits.health import FactHealth
 from transformer_lens_rome.edits.kinds import DenseEdit
+from transformer_lens_rome.methods import History
 from transformer_lens_rome.methods.hypernetworks import knowledge_editor
 from transformer_lens_rome.methods.hypernetworks.mend import MendNetwork
 from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
@@ -63,7 +65,25 @@ def dense() -> Format:
 def factored() -> Format:
     """FactoredEdit."""
     places = [Weight("W_out", 1), Weight("W_in", 0)]
-    return _edits(_small(factored_edit(model(), places)), factored_edit(model(), places[:1]))
+    one = factored_edit(model(), places)
+    facts = (FactHealth("le", 0.1, 0.9, 20, (2.0, 1.0), 3, (1.5,), (4.0, 1.0), ("look",)),) * 2
+    health = dataclasses.replace(one.health, facts=facts)
+    other = dataclasses.replace(REQUEST, target_new="Oslo")
+    many = dataclasses.replace(one, requests=(one.request, other), health=health)
+    return _edits(_small(one), factored_edit(model(), places[:1]), many)
+
+
+def _use_history(found: History) -> None:
+    assert all(torch.isfinite(keys).all() for keys in found.keys.values())
+    longer = found.extended(found.keys, 2)
+    assert longer.n_facts == found.n_facts + 2 and repr(longer)
+
+
+def history() -> Format:
+    """History."""
+    keys = {layer: torch.randn(6, 3) for layer in (0, 2)}
+    whole = History(keys, 3, torch.randn(8), "tiny", False)
+    return Format(saved(whole), TENSORS, History.load, _use_history)
 
 
 # ---------------------------------------------------------------- statistics

@@ -13,6 +13,7 @@ FORMATS = {
         edit_files.rank_one,
         edit_files.dense,
         edit_files.factored,
+        edit_files.history,
         edit_files.statistics,
         edit_files.npz,
         edit_files.editor,

@@ -15,9 +15,10 @@ from helpers.rome_setting import CONFIG, LAYER, PREFIXES, REQUEST, random_moment
 from transformer_lens_rome import applied, evaluate_counterfact, get_method
 from transformer_lens_rome.edits.kinds import EditRequest, load_edit
 from transformer_lens_rome.evaluation.records import CounterFactRecord
-from transformer_lens_rome.methods import base
+from transformer_lens_rome.methods import MemitConfig, base
 from transformer_lens_rome.methods.base import described
 from transformer_lens_rome.model import adapter, users_hooks
+from transformer_lens_rome.model.default_layer import norm_follows_mlp
 
 SHAPES = ("gpt2", "gemma3")
 TEXTS = [f"the people of {place} like to walk by the river and by the sea" for place in "ABCDEF"]
@@ -42,6 +43,19 @@ def trained(name, model):
     return method.fit(model, data, locality=TEXTS, settings=settings, progress=False)
 
 
+def mass(name):
+    """A method of many facts: two layers, or one where a norm follows the MLP."""
+
+    def make(model):
+        layers = [LAYER] if norm_follows_mlp(model, LAYER) else [0, LAYER]
+        moment = random_moment(len(adapter.w_out(model, LAYER)))
+        options = {"layers": layers, "second_moments": dict.fromkeys(layers, moment)}
+        config = MemitConfig(steps=4, lr=0.2)
+        return get_method(name, prefixes=PREFIXES, config=config, **options)
+
+    return make
+
+
 MAKE = {
     "rome": lambda model: rome(model, CONFIG),
     "rome, released": lambda model: rome(model, dataclasses.replace(CONFIG, key="released")),
@@ -49,6 +63,7 @@ MAKE = {
     "ft+l": lambda model: get_method("ft+l", layer=LAYER, steps=4),
     "kn": lambda model: get_method("kn", steps=4),
 } | {name: lambda model, name=name: trained(name, model) for name in ("ke", "mend")}
+MAKE |= {name: mass(name) for name in ("memit", "emmet", "alphaedit")}
 MAKE |= {
     f"{name}-cf": lambda model, name=name: trained(f"{name}-cf", model) for name in ("ke", "mend")
 }
@@ -79,7 +94,8 @@ def test_every_method_of_the_package_is_registered_and_tried():
 
 def test_options_are_those_of_the_fields():
     assert {"ft", "ft+l", "rome"} <= set(base.methods_with("layer"))
-    assert not {"kn", "ke", "mend"} & set(base.methods_with("layer"))
+    assert not {"kn", "ke", "mend", "memit"} & set(base.methods_with("layer"))
+    assert base.methods_with("layers") == ["alphaedit", "emmet", "memit"]
     assert base.methods_with("editor") == ["ke", "ke-cf", "mend", "mend-cf"]
     assert base.methods_with("own_statistics") == ["mend", "mend-cf"]
     assert base.methods_with("second_moment") == ["rome"] and not base.methods_with("nothing")

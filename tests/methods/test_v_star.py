@@ -312,8 +312,8 @@ def test_the_registered_method_is_rome(gpt2):
     known = {"layer": LAYER, "second_moment": random_moment(128), "prefixes": PREFIXES}
     method = get_method("rome", config=CONFIG, **known)
     assert method.compute(gpt2, REQUEST).digest == small_edit(gpt2).digest
-    with pytest.raises(ValueError, match="no method 'memit'; there are .*'rome'"):
-        get_method("memit")
+    with pytest.raises(ValueError, match="no method 'memoir'; there are .*'rome'"):
+        get_method("memoir")
 
 
 @pytest.mark.skipif(not tiny_models.has_bridge(), reason="needs a bridge")

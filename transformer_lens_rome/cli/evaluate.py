@@ -62,6 +62,12 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     run.add_argument(
         "--batch-size", type=int, help="number of records that are edited and scored together"
     )
+    run.add_argument(
+        "--together",
+        type=int,
+        help="number of facts that one edit writes, before each is scored with all of them on the "
+        "model (memit, emmet, alphaedit)",
+    )
     run.add_argument("--workers", type=int, default=1, help="number of copies of the model, on Ray")
     run.add_argument("--ray", metavar="ADDRESS", help="address of an existing Ray cluster")
     run.add_argument("--seed", type=int, default=0)
@@ -89,6 +95,7 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "out": options.out,
         "seed": options.seed,
         "batch_size": options.batch_size,
+        "together": options.together,
         "workers": options.workers,
         "ray_address": options.ray,
         "progress": not options.json,

@@ -50,6 +50,11 @@ class Edit(Shown, ABC):
         for name in ("config", "provenance"):  # as read from a file: no tuples
             object.__setattr__(self, name, as_read(dict(getattr(self, name))))
 
+    @property
+    def requests(self) -> tuple[EditRequest, ...]:
+        """All facts that the edit writes."""
+        return (self.request,)
+
     # ------------------------------------------------------------ what it changes
 
     @abstractmethod

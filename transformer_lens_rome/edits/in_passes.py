@@ -133,8 +133,9 @@ def can_share_passes(model: Model, edits: Sequence[Edit]) -> bool:
 
 def acting_each(model: Model, edits: Sequence[Edit]) -> Context:
     """Return a function from the owners of a pass's texts to the context in which edits act."""
-    added = [additions(model, edit) for edit in edits]
-    return lambda owners: acting(model, [added[owner] for owner in owners])
+    each = {id(edit): edit for edit in edits}  # one edit may have several owners
+    added = {known: additions(model, edit) for known, edit in each.items()}
+    return lambda owners: acting(model, [added[id(edits[owner])] for owner in owners])
 
 
 def can_act(model: Model, where: Weight) -> bool:

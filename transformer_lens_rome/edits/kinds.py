@@ -17,6 +17,7 @@ from transformer_lens_rome.edits.edit_files import edit_from, read_edit
 from transformer_lens_rome.edits.health import EditHealth
 from transformer_lens_rome.edits.hub_folder import edit_path
 from transformer_lens_rome.edits.request import EditRequest
+from transformer_lens_rome.files.fields import make
 from transformer_lens_rome.model.adapter import Weight, weight_hash
 from transformer_lens_rome.torch_states import torch_defaults
 
@@ -124,13 +125,18 @@ class FactoredEdit(Edit):
     Attributes:
         factors: For each matrix, `left` `[d_in, rank]` and `right` `[rank, d_out]`.
         hashes: For each matrix, sha256 of the weight that the edit was made on.
+        requests: All facts that the edit writes; the first one is `request`.
     """
 
     factors: Mapping[Weight, Factors] = field(repr=False)
     hashes: Mapping[Weight, str] = field(repr=False)
+    requests: tuple[EditRequest, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "requests", tuple(self.requests) or (self.request,))
+        if self.requests[0] != self.request:
+            raise ValueError("the first of an edit's requests is not its request")
         if set(self.factors) != set(self.hashes):
             raise ValueError("an edit needs one hash for each matrix that it changes")
         if not all(isinstance(digest, str) for digest in self.hashes.values()):
@@ -196,8 +202,11 @@ class FactoredEdit(Edit):
         return dataclasses.replace(self, factors=factors, health=EditHealth())
 
     def _metadata(self) -> dict[str, Any]:
-        """Return what the file says beyond tensors and common fields: the hashes."""
-        return {"hashes": [[*where, digest] for where, digest in self.hashes.items()]}
+        """Return what the file says beyond tensors and common fields: hashes, and many requests."""
+        known: dict[str, Any] = {"hashes": [[*where, one] for where, one in self.hashes.items()]}
+        if len(self.requests) > 1:
+            known["requests"] = [dataclasses.asdict(request) for request in self.requests]
+        return known
 
     @classmethod
     def _fields_from(cls, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +216,8 @@ class FactoredEdit(Edit):
             raise ValueError(f"{len(tensors)} factors, {len(info['hashes'])} hashes")
         names = {where: f"{where.name}.{where.layer}" for where in hashes}
         factors = {w: (tensors[f"{n}.left"], tensors[f"{n}.right"]) for w, n in names.items()}
-        return {"hashes": hashes, "factors": factors}
+        requests = tuple(make(EditRequest, one) for one in info.get("requests", ()))
+        return {"hashes": hashes, "factors": factors, "requests": requests}
 
 
 def _check_fit(edit: Edit, shapes: bool) -> None:

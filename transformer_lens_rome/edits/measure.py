@@ -41,7 +41,7 @@ def measured_each(model: Model, encoder: Encoder, edits: Sequence[Edit]) -> list
     each = []
     for edit, *score in zip(edits, before, after, strict=True):
         p_before, p_after = (one.log_probs.sum().exp().item() for one in score)
-        norm, error, warnings = _size(model, edit)
+        norm, error, warnings = size_of_change(model, edit)
         health = EditHealth(
             p_before=p_before,
             p_after=p_after,
@@ -54,7 +54,7 @@ def measured_each(model: Model, encoder: Encoder, edits: Sequence[Edit]) -> list
 
 
 @torch.no_grad()
-def _size(model: Model, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
+def size_of_change(model: Model, edit: Edit) -> tuple[float | None, float, tuple[str, ...]]:
     """Return ||delta W|| / ||W|| over all changed weights, the rounding error, and warnings.
 
     They are computed for this edit alone, on the current weights.

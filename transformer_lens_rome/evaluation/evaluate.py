@@ -1,9 +1,10 @@
 """Edit, score, undo (Meng et al. 2022, section 3.4).
 
-Records are independent. The edit of a record is made on the unedited model, and all its prompts are
-scored before and after with both targets. Several records may share passes, in which each edit acts
-on the prompts of its own record only. Weights that were written are restored byte by byte. The raw
-log-probabilities are saved, so every metric can be computed again without a run.
+Records are independent, unless `together` writes many facts by one edit. The edit of a record is
+made on the unedited model, and all its prompts are scored before and after with both targets.
+Several records may share passes, in which each edit acts on the prompts of its own record only.
+Weights that were written are restored byte by byte. The raw log-probabilities are saved, so every
+metric can be computed again without a run.
 
 Choices that the paper and the released code leave open:
 
@@ -50,6 +51,7 @@ def evaluate_counterfact(
     progress: bool = True,
     batch_size: int | None = None,
     counterfact_plus: bool = False,
+    together: int | None = None,
 ) -> Results:
     """Score a method on CounterFact; the model is left as it was.
 
@@ -76,17 +78,22 @@ def evaluate_counterfact(
             a GPU; 1 for a method that computes single edits.
         counterfact_plus: Also score the neighbours' prompts with the edited fact in front (NS+,
             NM+), and the KL of the next token after both (NKL, NKL+); see `metrics`.
+        together: Write so many facts by one edit, and score each of their records with that edit on
+            the model; the method needs `compute_many`, such as MEMIT. A stopped run continues with
+            the same records only, from the batches that are not complete. None: each record has an
+            edit of its own.
 
     Raises:
         ValueError: There are no records, the method was trained on some of them, there are edits
-            on the model, or `out` contains another run.
+            on the model, `out` contains another run, or the method writes single facts only but
+            `together` is given.
         ImportError: An extra is not installed.
         RuntimeError: A weight has changed after a record; the run stops there.
     """
     if references is not None and not generate:
         raise ValueError("references are for generated text; pass generate=True too")
     scoring = CounterFactScoring(attributes, generate, references, seed, counterfact_plus)
-    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size)
+    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
     return Run(model, records, method, scoring, *options).results()
 
 
@@ -103,7 +110,8 @@ def evaluate_zsre(
     ray_address: str | None = None,
     progress: bool = True,
     batch_size: int | None = None,
+    together: int | None = None,
 ) -> Results:
     """Score a method on zsRE with its metrics; the arguments are as in `evaluate_counterfact`."""
-    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size)
+    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
     return Run(model, records, method, ZsreScoring(), *options).results()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -265,7 +265,18 @@ def _check_comparable(runs: Sequence[Results]) -> None:
 def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
     """Return the sentences below a table: what its columns are, and on which records."""
     notes = [note for name, note in NOTES.items() if name in shown]
-    return " ".join([PROTOCOLS[runs[0].protocol], *notes, _records_of(runs)])
+    return " ".join([PROTOCOLS[runs[0].protocol], *notes, *_together(runs), _records_of(runs)])
+
+
+def _together(runs: Sequence[Results]) -> Iterator[str]:
+    """Yield the sentence that names the methods whose facts were written together."""
+    sizes = [(_plain(run.name), run.setting.get("together")) for run in runs if run.after]
+    several = [f"{name}: {n}" for name, n in sizes if type(n) is int]
+    if several:
+        yield (
+            f"Facts written by one edit ({', '.join(several)}); each record was scored with all "
+            "facts of its batch on the model."
+        )
 
 
 def _records_of(runs: Sequence[Results]) -> str:
@@ -285,11 +296,16 @@ def _records_of(runs: Sequence[Results]) -> str:
     return f"{len(cases)} records{file}{schema}{common}; prompts a record: {', '.join(prompts)}."
 
 
+def _plain(name: str) -> str:
+    """Return a name on one line, without what Markdown or HTML would read as markup."""
+    return html.escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+
+
 def markdown(runs: Sequence[Results]) -> str:
     """Return a Markdown table with a legend: the unedited model, then one row per method."""
     head, rows = cells(runs)
     for row in rows:  # the name comes from a file and may contain any text
-        row[0] = html.escape(" ".join(row[0].split()), quote=False).replace("|", "\\|")
+        row[0] = _plain(row[0])
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
     return "\n".join([*lines, "", _legend(runs, head)])

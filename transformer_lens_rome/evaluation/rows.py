@@ -72,7 +72,8 @@ class RecordRow:
         failed: The reason if the record failed.
         seconds: Duration of edit, scoring and undo; the mean over the records of a batch.
         edit_seconds: Duration of the edit alone, likewise; None for the unedited model.
-        health: The edit's health, without its losses; None for the unedited model.
+        health: The edit's health, without its losses, or that of the record's fact if the edit
+            wrote many; None for the unedited model.
     """
 
     case_id: int

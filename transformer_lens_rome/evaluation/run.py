@@ -1,10 +1,12 @@
 """A run: some records at a time are edited and scored, and their rows are written.
 
-The edit of a record is made on the unedited model, so records are independent of each other.
+The edit of a record is made on the unedited model, so records are independent of each other. With
+`together`, a batch of records has one edit, made on the unedited model.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from transformer_lens_rome.edits.ledger import check_unedited
 from transformer_lens_rome.evaluation.results import UNEDITED, Results
 from transformer_lens_rome.evaluation.rows import Record, RecordRow, record_digest, row_reader
 from transformer_lens_rome.evaluation.scoring import Scoring
-from transformer_lens_rome.evaluation.work import ScoreEdited, ScoreUnedited
+from transformer_lens_rome.evaluation.work import ScoreEdited, ScoreTogether, ScoreUnedited
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, described, get_method
 from transformer_lens_rome.model import adapter
@@ -47,6 +49,7 @@ class Run:
     ray_address: str | None = None
     progress: bool = True
     batch_size: int | None = None
+    together: int | None = None
 
     def results(self) -> Results:
         """Score every record with the unedited model, then with its edit on the model."""
@@ -63,9 +66,12 @@ class Run:
         if method is None:
             before = self._before(encoder, unedited)
             return Results("unedited", unedited, before, {}, self._data())
-        edited = unedited | {"seed": self.seed, "method": described(method)}
+        edited = unedited | {"seed": self.seed, "method": described(method)} | self._batches()
         name = edited["method"]["name"]
-        work = ScoreEdited(self.scoring, encoder, method, fingerprint, self.seed, self.batch_size)
+        known = self.scoring, encoder, method, fingerprint, self.seed
+        work: Work = ScoreEdited(*known, self.batch_size)
+        if self.together is not None:
+            work = ScoreTogether(*known)
         with _opened(
             self.out, edited, self._data()
         ) as file:  # first: a wrong file is rejected before any work
@@ -73,6 +79,17 @@ class Run:
             after = self._rows(work, file, name)
         fingerprint.check(self.model, "the run")
         return Results(name, edited, before, after, self._data())
+
+    def _batches(self) -> dict[str, Any]:
+        """Return what identifies the batches of facts that are written together, if any are.
+
+        The scores of a record depend on the others of its batch.
+        """
+        if self.together is None:
+            return {}
+        digests = "".join(record_digest(record) for record in self.records)
+        every = hashlib.sha256(digests.encode()).hexdigest()
+        return {"together": self.together, "records": every}
 
     def _data(self) -> dict[str, str]:
         """Return the sha256 of the file of records, if it is known, and their schema."""
@@ -88,7 +105,7 @@ class Run:
             raise ValueError("there are no records to evaluate; see CounterFact.load")
         if len({record.case_id for record in self.records}) != len(self.records):
             raise ValueError("two records have the same case_id; give each record another one")
-        for name in ("workers", "batch_size"):
+        for name in ("workers", "batch_size", "together"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name} must be 1 or more, got {number}")
         if self.method is None and self.out is not None and Path(self.out).name != UNEDITED:
@@ -102,6 +119,11 @@ class Run:
     def _prepared_method(self, fingerprint: Fingerprint) -> EditMethod | None:
         """Return the method with all that its edits share; reject records it was trained on."""
         method = get_method(self.method) if isinstance(self.method, str) else self.method
+        if self.together is not None and not hasattr(method, "compute_many"):
+            raise ValueError(
+                f"together={self.together} needs a method that writes many facts at once, such as "
+                f"'memit', got {getattr(method, 'name', method)!r}"
+            )
         if prepared := getattr(method, "prepared", None):
             method = prepared(self.model, seed=self.seed)
             fingerprint.check(self.model, "the method was prepared")
@@ -126,6 +148,8 @@ class Run:
         counts = {"total": len(self.records), "initial": len(rows)}
         with tqdm(desc=name, disable=not self.progress, **counts) as bar:
             for row in self._computed_rows(work, missing):
+                if row.case_id in rows:  # written before its batch was stopped half-way
+                    continue
                 rows[row.case_id] = row
                 if file:
                     file.append(row)
@@ -146,15 +170,20 @@ class Run:
 
     def _computed_rows(self, work: Work, records: Sequence[Record]) -> Iterator[RecordRow]:
         """Yield the row of each record as soon as it is known, in any order."""
-        size = max(1, min(self._together(work), -(-len(records) // self.workers)))
+        size = max(1, min(self._size(work), -(-len(records) // self.workers)))
         chunks = [records[i : i + size] for i in range(0, len(records), size)]
+        if isinstance(work, ScoreTogether) and self.together is not None:  # the same in every run
+            starts = range(0, len(self.records), self.together)
+            whole = [self.records[i : i + self.together] for i in starts]
+            ids = {record.case_id for record in records}
+            chunks = [some for some in whole if any(one.case_id in ids for one in some)]
         if self.workers > 1 or self.ray_address is not None:
             pairs = on_workers(self.workers, self.ray_address, self.model, work, chunks)
         else:
             pairs = in_order(self.model, work, chunks)
         return (row for _, rows in pairs for row in rows)
 
-    def _together(self, work: Work) -> int:
+    def _size(self, work: Work) -> int:
         """Return the number of records that are processed together.
 
         The default for a method that computes single edits is one, since a stopped run computes

@@ -1,7 +1,8 @@
 """The work of a run on some records: edit each, score it, undo; functions of a model.
 
 Records are independent of each other, so they may be processed in any order, on any machine, and
-several at a time: their edits are searched in one batch, and scored in shared passes.
+several at a time: their edits are searched in one batch, and scored in shared passes. A method for
+many facts may instead write a batch of records by one edit; then the batches are independent.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformer_lens_rome.edits.kinds import Edit
@@ -141,7 +143,7 @@ class ScoreEdited:
         """Score records, each as with its edit on the model; text is generated with it on."""
         each = []
         scores = score_records(model, self.encoder, self.scoring, records, edits)
-        kinds = [self._compared(record) for record in records]
+        kinds = [compared(self.scoring, record) for record in records]
         kls = divergences(model, self.encoder, kinds, edits)
         for record, edit, one, kl in zip(records, edits, scores, kls, strict=True):
             text = None
@@ -151,11 +153,78 @@ class ScoreEdited:
             each.append(Scored(one, text, kl or None))
         return each
 
-    def _compared(self, record: Record) -> dict[str, list[str]]:
-        """Return the prompts after which the next token's distributions are compared, by kind."""
-        asked = self.scoring.asked(record) if self.scoring.kl_kinds else {}
-        kinds = [kind for kind in self.scoring.kl_kinds if kind in asked]
-        return {kind: [prompt for prompt, _ in asked[kind]] for kind in kinds}
+
+@dataclass(frozen=True)
+class ScoreTogether:
+    """Writes the facts of all its records by one edit, and scores each record with it on the model.
+
+    It can be pickled, for workers. The fields are those of `ScoreEdited`.
+    """
+
+    scoring: Scoring
+    encoder: Encoder
+    method: Any
+    fingerprint: Fingerprint
+    seed: int = 0
+
+    def __call__(self, model: Model, records: Sequence[Record]) -> list[RecordRow]:
+        """Return the rows; if there is no edit, or it leaves out a record, the rows say why.
+
+        Raises:
+            RuntimeError: The model differs afterwards, or the device failed.
+            NotImplementedError: The method cannot edit this model.
+        """
+        started = time.perf_counter()
+        (edit,) = tried(partial(self._edit, model), [records], FAILURES)
+        self.fingerprint.check(model, _label(records))
+        seconds: dict[str, Any] = {"edit_seconds": _seconds_each(started, records)}
+        each: list[Any] = [edit] * len(records)
+        facts: dict[int, Any] = {}
+        if isinstance(edit, Edit):
+            each, facts = self._scored(model, records, edit)
+            self.fingerprint.check(model, _label(records))
+        seconds["seconds"] = _seconds_each(started, records)
+        rows = []
+        for i, (record, one) in enumerate(zip(records, each, strict=True)):
+            health = {} if i not in facts else {"health": as_read(facts[i])}
+            rows.append(_row(record, one, **seconds, **health))
+        return rows
+
+    def _edit(self, model: Model, some: Sequence[Sequence[Record]]) -> list[Edit]:
+        """Return the edit of the only batch."""
+        (records,) = some
+        requests = [record.request for record in records]
+        return [self.method.compute_many(model, requests, seed=self.seed)]
+
+    def _scored(
+        self, model: Model, records: Sequence[Record], edit: Edit
+    ) -> tuple[list[Scored | Exception], dict[int, Any]]:
+        """Return the scores of each record, or the error, and the health of those written."""
+        written = [i for i, record in enumerate(records) if record.request in edit.requests]
+        each: list[Any] = [ValueError("the edit of its batch leaves it out")] * len(records)
+        whole = [{k: v for k, v in edit.health.to_dict().items() if k not in ("losses", "facts")}]
+        facts = [asdict(fact) for fact in edit.health.facts] or whole * len(written)
+
+        def score(some: Sequence[int]) -> list[Scored]:
+            chosen = [records[i] for i in some]
+            with applied(model, edit):
+                scores = score_records(model, self.encoder, self.scoring, chosen)
+                texts = [self.scoring.generated(model, self.encoder, one) for one in chosen]
+            asked = [compared(self.scoring, record) for record in chosen]
+            kls = divergences(model, self.encoder, asked, [edit] * len(chosen))
+            parts = zip(scores, texts, kls, strict=True)
+            return [Scored(one, text, kl or None) for one, text, kl in parts]
+
+        for i, one in zip(written, tried(score, written, FAILURES), strict=True):
+            each[i] = one
+        return each, dict(zip(written, facts, strict=True))
+
+
+def compared(scoring: Scoring, record: Record) -> dict[str, list[str]]:
+    """Return the prompts after which the next token's distributions are compared, by kind."""
+    asked = scoring.asked(record) if scoring.kl_kinds else {}
+    kinds = [kind for kind in scoring.kl_kinds if kind in asked]
+    return {kind: [prompt for prompt, _ in asked[kind]] for kind in kinds}
 
 
 def _row(record: Record, one: Scored | Exception, **known: Any) -> RecordRow:

@@ -62,7 +62,7 @@ def read_tensors(path: Any, expected_format: str) -> tuple[dict[str, Tensor], di
             info = _description(file.metadata() or {}, path, expected_format)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, RuntimeError, TypeError) as error:  # the last two: torch
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error!s:.400})") from error
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: tensor {name[:60]!r} has the unknown type {tensor.dtype}")

@@ -17,14 +17,21 @@ from transformer_lens_rome.methods.hypernetworks.published_editors import conver
 from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 from transformer_lens_rome.methods.hypernetworks.training import Training
 from transformer_lens_rome.methods.knowledge_neurons import KnowledgeNeurons
+from transformer_lens_rome.methods.mass_config import MemitConfig
+from transformer_lens_rome.methods.mass_history import History, extended_history
+from transformer_lens_rome.methods.mass_targets import mean_value_norm
+from transformer_lens_rome.methods.memit import Memit
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.methods.rome_config import RomeConfig
 
 __all__ = [
     "EditMethod",
     "FineTuning",
+    "History",
     "KnowledgeEditor",
     "KnowledgeNeurons",
+    "Memit",
+    "MemitConfig",
     "Mend",
     "Rome",
     "RomeConfig",
@@ -32,7 +39,9 @@ __all__ = [
     "Training",
     "convert_editor",
     "described",
+    "extended_history",
     "get_method",
+    "mean_value_norm",
     "provenance",
     "register_method",
 ]

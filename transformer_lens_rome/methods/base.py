@@ -19,8 +19,11 @@ from transformer_lens_rome.model.protocol import Model
 class EditMethod(Protocol):
     """A way to turn a request into an edit, leaving the model as it was.
 
-    Four members are optional. `compute_each(model, requests, *, seed, batch_size)` computes
+    Six members are optional. `compute_each(model, requests, *, seed, batch_size)` computes
     independent edits together and returns, for each request, its edit or the ValueError.
+    `compute_many(model, requests, *, seed)` computes one edit that writes all facts; its `requests`
+    are those that it writes. `after(model, edit)` returns the method for the next batch, which may
+    preserve the facts of that edit; without it, batches do not know of each other.
     `prepared(model, *, seed)` checks the model and returns a copy of the method that stores
     everything that all edits of a run share, such as statistics. `name` is the method's name in
     tables. `options` is a mapping of what identifies a run, if that is not the dataclass fields.

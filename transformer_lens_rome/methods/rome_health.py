@@ -86,10 +86,10 @@ def _suspicions(
             f"the bare key's part of the denominator is {ratio:.2f} of the mean key's; such an "
             'edit can disable the model; RomeConfig(key="mean") avoids it'
         )
-    return warnings + _moment_warnings(second_moment)
+    return warnings + moment_warnings(second_moment)
 
 
-def _moment_warnings(second_moment: SecondMoment) -> list[str]:
+def moment_warnings(second_moment: SecondMoment) -> list[str]:
     """Return a warning if the second moment was collected from too few tokens."""
     agreement = second_moment.half_agreement
     if agreement is not None and agreement < 0.3:

@@ -112,7 +112,7 @@ class Rome:
         refusals.check_editable(model, [layer])
         prefixes, moment, config = self.prefixes, self.second_moment, self.config
         if prefixes is not None:
-            _check_prefixes(prefixes, config)
+            check_prefixes(prefixes, bare_first=config.key == "released")
         if isinstance(moment, Mapping):
             raise ValueError(f"second_moment is a dict; pass second_moment=moments[{layer}]")
         bos = encoder.prepends_bos
@@ -223,8 +223,8 @@ class Rome:
         return [edits.get(i, one) for i, one in enumerate(each)]
 
 
-def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
-    """Raise ValueError if `prefixes` is not a list of texts that suits the configuration."""
+def check_prefixes(prefixes: Sequence[str], *, bare_first: bool = True) -> None:
+    """Raise ValueError if `prefixes` is not a list of texts, with "" first where it is needed."""
     several = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
     texts = prefixes if several else ()
     if not texts or not all(isinstance(text, str) and "{}" not in text for text in texts):
@@ -234,8 +234,8 @@ def _check_prefixes(prefixes: Sequence[str], config: RomeConfig) -> None:
         )
     for text in texts:
         check_text(text)
-    if config.key == "released" and prefixes[0] != "":
-        raise ValueError('the released configuration needs the bare prompt "" as its first prefix')
+    if bare_first and prefixes[0] != "":
+        raise ValueError('the bare prompt "" must be the first prefix, as keys are weighed by it')
 
 
 register_method("rome", Rome)

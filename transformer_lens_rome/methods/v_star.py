@@ -11,8 +11,8 @@ Searches for several requests share their passes: each has its own delta, optimi
 results are those of one search after another, up to the rounding of larger products.
 
 delta is added to the value at the last subject token of each row, including the "is a" row. v is
-the value before any change. The KL term compares the predictions at the last subject token, as the
-released code does.
+the value before any change. MEMIT adds delta to the residual after the block instead. The KL term
+compares the predictions at the last subject token, as the released code does.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from statistics import fmean
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from transformer_lens_rome.methods.rome_config import RomeConfig
+from transformer_lens_rome.methods.rome_config import SearchConfig
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.changes import Change
@@ -102,6 +102,7 @@ class Search:
         groups: The rows of the request, in the groups that take turns.
         v: The value before the edit, `[d_model]`.
         config: The constants.
+        site: The point to which delta is added: the value, or the residual after the block.
         losses: The objective at every step, before that step's update.
         clamp_hits: Number of steps after which delta was scaled down to the allowed norm.
         error: The reason why the search failed; empty if it did not.
@@ -110,10 +111,14 @@ class Search:
     """
 
     def __init__(
-        self, groups: Sequence[Batch], v: Float[Tensor, "d_model"], config: RomeConfig
+        self,
+        groups: Sequence[Batch],
+        v: Float[Tensor, "d_model"],
+        config: SearchConfig,
+        site: Literal["value", "resid_post"] = "value",
     ) -> None:
         assert config.clamp is not None  # None stands for a default, which the caller has chosen
-        self.groups, self.v, self.config = groups, v, config
+        self.groups, self.v, self.config, self.site = groups, v, config, site
         self.losses: list[float] = []
         self._all_top: list[bool] = []
         self.clamp_hits, self.error = 0, ""
@@ -149,15 +154,23 @@ class Search:
         n = len(self.groups)
         if len(self.losses) < n:
             return False
-        reached = self.config.stop == "top" and all(self._all_top[-n:])
+        reached = self.config.stop == "top" and self._is_on_top()
         return reached or fmean(self.losses[-n:]) < self.config.stop_loss
 
+    def _is_on_top(self) -> bool:
+        """Return whether every token of the target was on top at the last step of every group."""
+        return all(self._all_top[-len(self.groups) :])
+
+    def _top(self, found: Losses) -> bool:
+        """Return whether every token of the target is on top at this step."""
+        return bool(found.is_top.all())
+
     def change(self, layer: int, first: int) -> Change:
-        """Return the change that adds delta to the values; the rows start at row `first`."""
+        """Return the change that adds delta at the site; the rows start at row `first`."""
         delta = self._delta.requires_grad_(True)
         rows = first + torch.arange(len(self.batch.rows))
         add = lambda value: value + delta.to(value)  # noqa: E731
-        return Change(Point("value", layer), rows, self.batch.lookup, add)
+        return Change(Point(self.site, layer), rows, self.batch.lookup, add)
 
     def objective(self, found: Losses) -> Float[Tensor, ""]:
         """Compute L from the losses at the scored positions, and note it."""
@@ -169,7 +182,7 @@ class Search:
         decay = delta.norm() / self.v.norm() ** 2
         loss = mean_nll + config.kl_factor * kl + config.weight_decay * decay
         self.losses.append(loss.item())
-        self._all_top.append(bool(found.is_top.all()))
+        self._all_top.append(self._top(found))
         if not math.isfinite(self.losses[-1]):
             self.error = (
                 f"the objective is {self.losses[-1]} at step {len(self.losses) - 1}, in float16 by "

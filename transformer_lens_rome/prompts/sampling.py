@@ -27,6 +27,9 @@ _PREFIXES = "the last prefixes"
 PREFIX_LENGTHS = ((5, 10), (10, 10))
 """(Length in tokens, number of texts) of the released code; the length includes the start token."""
 
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+"""The words from which the prefixes of MEMIT's published program are continued."""
+
 
 class _GrowingText:
     """A batch of texts that a model extends token by token.
@@ -150,6 +153,21 @@ def _sampled_prefixes(
         texts = encoder.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
         prefixes += [f"{clean}." for text in texts if (clean := _sanitise(text))]
     return prefixes
+
+
+@model_call
+def opened_prefixes(
+    model: Model, length: int = 10, *, seed: int = 0, encoder: Encoder | None = None
+) -> list[str]:
+    """Return the empty prefix, then five texts that the model continues from `OPENINGS`.
+
+    Source: the templates of MEMIT's published program (arXiv:2210.07229), one text of `length`
+    tokens for each opening, BOS included, with top-k 5. Texts are cleaned as in `sample_prefixes`.
+    """
+    encoder = encoder or Encoder.of(model)
+    length -= encoder.prepends_bos
+    texts = sample_continuations(model, OPENINGS, length, top_k=5, seed=seed, encoder=encoder)
+    return ["", *(f"{clean}." for text in texts if (clean := _sanitise(text)))]
 
 
 def _sanitise(text: str) -> str:

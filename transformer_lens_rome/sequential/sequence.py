@@ -1,6 +1,7 @@
 """Sequential editing: many facts, one after another, with a guard against model collapse.
 
-Each edit is made on the model with the earlier edits on it. After each edit, the mean negative
+Each edit is made on the model with the earlier edits on it; it writes one fact, or a batch of them
+by a method for many facts at once. After each edit, the mean negative
 log-likelihood (NLL) of held-out text, in nats a token, is measured; its exponential is the
 perplexity. Two rises are computed:
 
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from transformer_lens_rome.edits.kinds import EditRequest, load_edit
+from transformer_lens_rome.edits.kinds import Edit, EditRequest, load_edit
 from transformer_lens_rome.edits.ledger import AppliedEdit, apply_edit, check_unedited, revert_all
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, get_method
@@ -32,7 +33,7 @@ from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder, Row
 from transformer_lens_rome.prompts.held_out import held_out_nll, held_out_rows
-from transformer_lens_rome.sequential.guard import Guard, refusal
+from transformer_lens_rome.sequential.guard import Guard, Refusal, refusal
 from transformer_lens_rome.sequential.steps import Step, edit_path, sequence_file
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def edit_in_sequence(
     texts: Sequence[str],
     guard: Guard | None = Guard(),
     folder: Any = None,
+    batch_size: int = 1,
+    history: bool = True,
     seed: int = 0,
     prepend_bos: bool | None = None,
     progress: bool = True,
@@ -90,15 +93,19 @@ def edit_in_sequence(
         guard: The limits. None: keep every edit after which the NLL is finite.
         folder: A folder for the kept edits and `steps.jsonl`. A sequence that was stopped, or gets
             more requests, continues from this folder.
+        batch_size: The number of facts that are written by one edit, which the guard keeps or
+            undoes as a whole. More than 1 needs a method with `compute_many`, such as MEMIT.
+        history: Let a method preserve the facts of the edits that were kept, if it can (`after`).
         seed: The seed of the method's draws.
         prepend_bos: Overrides the checkpoint's BOS rule, for the held-out texts.
         progress: Show a progress bar.
 
     Raises:
         ValueError: There are no requests, the texts have fewer than two tokens, there are edits on
-            the model, the folder belongs to another sequence, or the method rejects the first
-            request. If it rejects a later request, the step records the reason and the next
-            request is tried. On an error the model is left as it was.
+            the model, the folder belongs to another sequence, the method writes single facts only
+            but `batch_size` is more than 1, or the method rejects the first batch. If it rejects a
+            later one, its steps record the reason and the next one is tried. On an error the model
+            is left as it was.
     """
     parsed = [EditRequest.of(request) for request in requests]
     if not parsed:
@@ -106,11 +113,18 @@ def edit_in_sequence(
     check_unedited(model)
     encoder = Encoder.of(model, prepend_bos)
     rows = held_out_rows(encoder, texts)
-    editor = get_method(method) if isinstance(method, str) else method
+    editor: Any = get_method(method) if isinstance(method, str) else method
+    if batch_size < 1 or (batch_size > 1 and not hasattr(editor, "compute_many")):
+        raise ValueError(
+            f"batch_size={batch_size} needs a method that writes many facts at once, such as "
+            f"'memit', got {getattr(editor, 'name', editor)!r}"
+        )
     if prepared := getattr(editor, "prepared", None):
         editor = prepared(model, seed=seed)
-    with sequence_file(model, encoder, editor, guard, rows, seed, folder) as file:
-        run = _Run(model, editor, guard, rows, seed, file)
+    known = {"batch_size": batch_size} if batch_size > 1 else {}
+    known |= {"history": history} if hasattr(editor, "after") else {}
+    with sequence_file(model, encoder, editor, guard, rows, seed, folder, known) as file:
+        run = _Run(model, editor, guard, rows, seed, file, batch_size, history)
         return run.edit_all(parsed, progress)
 
 
@@ -120,23 +134,25 @@ _OTHER = "give another folder"
 
 
 class _Outcome(NamedTuple):
-    """A step, its edit if it is on the model, and whether the sequence ends with it."""
+    """The steps of a batch, its edit if it is on the model, and whether the sequence ends here."""
 
-    step: Step
+    steps: list[Step]
     done: AppliedEdit | None = None
     ends: bool = False
 
 
 @dataclass
 class _Run:
-    """The data that all steps of a sequence share."""
+    """The data that all steps of a sequence share; `method` gets the history of its own edits."""
 
     model: Model
-    method: EditMethod
+    method: Any
     guard: Guard | None
     rows: list[Row]
     seed: int
     file: RunFile[Step] | None
+    batch_size: int = 1
+    history: bool = True
 
     def edit_all(self, requests: list[EditRequest], progress: bool) -> EditSequence:
         """Do all steps; on an error undo every edit."""
@@ -144,18 +160,22 @@ class _Run:
         steps: list[Step] = []
         kept: list[AppliedEdit] = []
         stopped = ""
+        numbered = list(enumerate(requests, 1))
+        size = self.batch_size
+        batches = [numbered[i : i + size] for i in range(0, len(numbered), size)]
         try:
-            bar = tqdm(requests, desc="edits", disable=not progress)
-            for number, request in enumerate(bar, 1):
-                step, done, ends = self._step(number, request, first, last)
-                steps.append(step)
+            for batch in tqdm(batches, desc="edits", disable=not progress):
+                some, done, ends = self._batch(batch, first, last)
+                steps += some
                 if done is not None:
-                    if step.nll is None:
-                        raise ValueError(f"step {number} is kept without an NLL; {_OTHER}")
+                    if (nll := _measured(some).nll) is None:
+                        raise ValueError(f"step {batch[0][0]} is kept without an NLL; {_OTHER}")
                     kept.append(done)
-                    last = step.nll
+                    last = nll
+                    if self.history and hasattr(self.method, "after"):
+                        self.method = self.method.after(self.model, done.edit)
                 if ends:
-                    stopped = f"request {number}: {step.reason}"
+                    stopped = f"request {_measured(some).number}: {_measured(some).reason}"
                     break
         except BaseException:
             revert_all(self.model)  # no other edits were on the model
@@ -163,55 +183,112 @@ class _Run:
         together = AppliedEdit.of(self.model, kept)
         return EditSequence(self.model, first, tuple(steps), together, stopped)
 
-    def _step(self, number: int, request: EditRequest, first: float, last: float) -> _Outcome:
+    def _batch(
+        self, batch: Sequence[tuple[int, EditRequest]], first: float, last: float
+    ) -> _Outcome:
         """Make one edit, or read it from the folder, then keep or undo it."""
-        if self.file and (step := self.file.rows.get(number)) is not None:
-            return self._earlier_step(self.file, step, request, last)
+        rows = self.file.rows if self.file else {}
+        if self.file and all(number in rows for number, _ in batch):
+            return self._earlier_batch(self.file, batch, last)
         try:
-            edit = self.method.compute(self.model, request, seed=self.seed)
-        except ValueError as error:  # the next request may still work, unless this is the first
-            if number == 1:
+            edit = self._edit([request for _, request in batch])
+        except ValueError as error:  # the next batch may still work, unless this is the first
+            if batch[0][0] == 1:
                 raise
-            logger.warning("request %d gives no edit: %s", number, error)
-            return _Outcome(self._written(Step(number, request, None, False, f"no edit: {error}")))
+            logger.warning("request %d gives no edit: %s", batch[0][0], error)
+            reason = f"no edit: {error}"
+            steps = [Step(number, request, None, False, reason) for number, request in batch]
+            return _Outcome(self._written(steps))
         done = apply_edit(self.model, edit)
         with ExitStack() as undo:
             undo.enter_context(done)
             nll = held_out_nll(self.model, self.rows)
             refused = refusal(self.guard, nll, last, first)
-            step = Step(
+            steps = _steps(batch, edit, nll, refused)
+            if refused is None and self.file:
+                edit.save(edit_path(self.file, batch[0][0]))
+            self._written(steps)
+            if refused is None:
+                undo.pop_all()
+                return _Outcome(steps, done)
+        logger.warning("request %d: %s; its edit was undone", batch[0][0], refused.reason)
+        return _Outcome(steps, ends=refused.limit == "all_edits")
+
+    def _edit(self, requests: list[EditRequest]) -> Edit:
+        """Compute the edit of a batch."""
+        if self.batch_size == 1:
+            return self.method.compute(self.model, requests[0], seed=self.seed)
+        return self.method.compute_many(self.model, requests, seed=self.seed)
+
+    def _earlier_batch(
+        self, file: RunFile[Step], batch: Sequence[tuple[int, EditRequest]], last: float
+    ) -> _Outcome:
+        """Return the steps of an earlier run, with their saved edit on the model if it was kept."""
+        steps = [file.rows[number] for number, _ in batch]
+        for step, (_, request) in zip(steps, batch, strict=True):
+            if step.request != request:
+                raise ValueError(f"{file.path} contains another request {step.number}; {_OTHER}")
+        if any(step.kept for step in steps):
+            edit = load_edit(edit_path(file, steps[0].number))
+            return _Outcome(steps, apply_edit(self.model, edit))
+        nll = _measured(steps).nll
+        if self.guard is None or nll is None:
+            return _Outcome(steps)
+        # an undone edit exceeded one of two limits
+        return _Outcome(steps, ends=nll - last <= self.guard.one_edit)
+
+    def _written(self, steps: list[Step]) -> list[Step]:
+        """Append steps to the file, if there is one, and return them.
+
+        Of a batch whose writing was stopped half-way, the first steps are in the file already.
+
+        Raises:
+            ValueError: They are those of a batch of other requests.
+        """
+        for step in steps if self.file else ():
+            assert self.file is not None
+            if (earlier := self.file.rows.get(step.number)) is None:
+                self.file.append(step)
+            elif not _same(earlier, step):
+                raise ValueError(
+                    f"{self.file.path} contains step {step.number} of a smaller batch; a sequence "
+                    f"in batches continues with more requests after whole batches; {_OTHER}"
+                )
+        return steps
+
+
+def _measured(steps: Sequence[Step]) -> Step:
+    """Return the first step of a batch that has an NLL, or the first one."""
+    return next((step for step in steps if step.nll is not None), steps[0])
+
+
+def _same(one: Step, other: Step) -> bool:
+    """Return whether two steps are of the same edit, up to rounding."""
+    same = (one.request, one.kept) == (other.request, other.kept)
+    return same and math.isclose(one.nll or 0.0, other.nll or 0.0, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def _steps(
+    batch: Sequence[tuple[int, EditRequest]], edit: Edit, nll: float, refused: Refusal | None
+) -> list[Step]:
+    """Return the step of each request of a batch; the edit may have left some of them out."""
+    left_out = {request for _, request in batch if len(batch) > 1} - set(edit.requests)
+    facts = iter(edit.health.facts)
+    steps = []
+    for number, request in batch:
+        if request in left_out:
+            steps.append(Step(number, request, None, False, "no edit: left out of its batch"))
+            continue
+        fact = next(facts, None)
+        steps.append(
+            Step(
                 number,
                 request,
                 nll if math.isfinite(nll) else None,
                 refused is None,
                 refused.reason if refused else "",
-                edit.health.p_after,
+                fact.p_after if fact else edit.health.p_after,
                 edit.health.relative_norm,
             )
-            if refused is None and self.file:
-                edit.save(edit_path(self.file, number))
-            self._written(step)
-            if refused is None:
-                undo.pop_all()
-                return _Outcome(step, done)
-        logger.warning("request %d: %s; its edit was undone", number, refused.reason)
-        return _Outcome(step, ends=refused.limit == "all_edits")
-
-    def _earlier_step(
-        self, file: RunFile[Step], step: Step, request: EditRequest, last: float
-    ) -> _Outcome:
-        """Return a step of an earlier run, with its saved edit on the model if it was kept."""
-        if step.request != request:
-            raise ValueError(f"{file.path} contains another request {step.number}; {_OTHER}")
-        if step.kept:
-            return _Outcome(step, apply_edit(self.model, load_edit(edit_path(file, step.number))))
-        if self.guard is None or step.nll is None:
-            return _Outcome(step)
-        # an undone edit exceeded one of two limits
-        return _Outcome(step, ends=step.nll - last <= self.guard.one_edit)
-
-    def _written(self, step: Step) -> Step:
-        """Append a step to the file, if there is one, and return it."""
-        if self.file:
-            self.file.append(step)
-        return step
+        )
+    return steps

@@ -34,7 +34,7 @@ class Step:
             the NLL was not finite.
         kept: Whether the edit was kept on the model.
         reason: The reason why it was not kept.
-        p_after: Probability of the target just after the edit; None if the method does not measure
+        p_after: Probability of its target just after the edit; None if the method does not measure
             it.
         relative_norm: ||delta W|| / ||W||; None if the method does not measure it.
     """
@@ -65,8 +65,12 @@ def sequence_file(
     rows: list[Row],
     seed: int,
     folder: Any,
+    known: Mapping[str, Any],
 ) -> AbstractContextManager[RunFile[Step] | None]:
-    """Open the file of a sequence's steps; raise ValueError if it belongs to another sequence."""
+    """Open the file of a sequence's steps; raise ValueError if it belongs to another sequence.
+
+    `known` are further settings.
+    """
     if folder is None:
         return nullcontext()
     ids = json.dumps([row.ids for row in rows]).encode()
@@ -78,6 +82,7 @@ def sequence_file(
         "guard": dataclasses.asdict(guard) if guard else None,
         "texts": hashlib.sha256(ids).hexdigest(),
         "seed": seed,
+        **known,
     }
     return steps_file(Path(folder) / "steps.jsonl", setting)
 
@@ -88,5 +93,5 @@ def steps_file(path: Any, setting: Mapping[str, Any]) -> RunFile[Step]:
 
 
 def edit_path(file: RunFile[Step], number: int) -> Path:
-    """Return the path of the edit that a step has kept."""
+    """Return the path of the edit that a step has kept, or a batch from this step on."""
     return file.path.parent / f"{number:05d}.safetensors"

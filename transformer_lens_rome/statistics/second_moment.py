@@ -148,7 +148,7 @@ class SecondMoment:
             if getattr(self, name) != getattr(other, name):
                 a, b = getattr(self, name), getattr(other, name)
                 raise ValueError(f"cannot merge statistics of different {name}: {a}, {b}")
-        if not _same_probe(self.probe, other.probe):
+        if not same_probe(self.probe, other.probe):
             raise ValueError("cannot merge statistics of different models: their probe keys differ")
         source = " + ".join(dict.fromkeys(s for s in (self.source, other.source) if s))
         return SecondMoment(
@@ -179,12 +179,12 @@ class SecondMoment:
     def _cholesky(self, ridge: float) -> Float[Tensor, "d_mlp d_mlp"]:
         """Return the Cholesky factor of C with a ridge; raise ValueError if C is singular."""
         if self.n_tokens < self.d_mlp and ridge == 0:
-            raise ValueError(_singular(self.n_tokens, self.d_mlp))
+            raise ValueError(singular(self, "RomeConfig(ridge=1e-3)"))
         C = self.C.double()
         C.diagonal().add_(ridge * C.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(C)
         if failed:
-            raise ValueError(_singular(self.n_tokens, self.d_mlp))
+            raise ValueError(singular(self, "RomeConfig(ridge=1e-3)"))
         return factor
 
     @torch_defaults()
@@ -252,7 +252,7 @@ class SecondMoment:
                     f"these statistics have {name} {received}, the edit needs {value}; {remedy}"
                 )
         if self.probe is not None:
-            if not _same_probe(self.probe, probe_keys(model, [layer])[layer]):
+            if not same_probe(self.probe, probe_keys(model, [layer])[layer]):
                 raise ValueError(
                     f"these statistics ({self.source}) are not from this model: its keys at layer "
                     f"{layer} are different; {remedy}"
@@ -300,20 +300,21 @@ def _checked(moment: SecondMoment) -> SecondMoment:
     return moment
 
 
-def _singular(n_tokens: int, d_mlp: int) -> str:
-    """Return the error message for a C that has no Cholesky factor."""
+def singular(moment: SecondMoment, remedy: str) -> str:
+    """Return the error message for a C that has no Cholesky factor; `remedy` can be passed."""
+    n_tokens, d_mlp = moment.n_tokens, moment.d_mlp
     if n_tokens < d_mlp:
         return (
             f"C from {n_tokens} tokens is singular for d_mlp={d_mlp}; collect at least {d_mlp} "
-            "tokens (several times that is better) or pass RomeConfig(ridge=1e-3)"
+            f"tokens (several times that is better) or pass {remedy}"
         )
     return (
         f"C from {n_tokens} tokens is not positive definite: it contains NaN, or some of its "
-        f"{d_mlp} neurons never fire; collect more text or pass RomeConfig(ridge=1e-3)"
+        f"{d_mlp} neurons never fire; collect more text or pass {remedy}"
     )
 
 
-def _same_probe(a: Tensor | None, b: Tensor | None) -> bool:
+def same_probe(a: Tensor | None, b: Tensor | None) -> bool:
     """Return whether two probes can be of one model; an unknown probe matches any other."""
     return a is None or b is None or (a.shape == b.shape and cosine(a, b.to(a)) > 0.99)
 
