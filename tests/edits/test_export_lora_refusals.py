@@ -144,7 +144,7 @@ def test_an_error_half_way_leaves_nothing(gpt2, tokenizer, tmp_path, monkeypatch
 # ---------------------------------------------------------------- the base model's name
 
 
-def test_the_base_model_is_named_if_it_has_a_name_on_the_hub(setting, tmp_path):
+def test_the_base_model_is_named_if_it_has_a_name_on_the_hub(setting, tmp_path, monkeypatch):
     model, edit = setting.model, random_edit(setting.model)
     hf = setting.hf.get("hf_model") or model.original_model
     for name, base in (("gpt2", "gpt2"), ("owner/name", "owner/name"), (str(tmp_path), None)):
@@ -155,6 +155,11 @@ def test_the_base_model_is_named_if_it_has_a_name_on_the_hub(setting, tmp_path):
         assert (config["base_model_name_or_path"], config["revision"]) == (base, revision)
         assert str(tmp_path) not in card + json.dumps(config)
         assert (f'base_model: "{base}"' in card) == (base is not None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)  # a folder here, though it reads as a name
+    hf.config._name_or_path = "models/mine"
+    config = parts(export_lora(model, edit, tmp_path / "folder", **setting.hf))[2]
+    assert config["base_model_name_or_path"] is None and config["revision"] is None
     folder = export_lora(model, edit, tmp_path / "given", base_model="a/b", **setting.hf)
     config = parts(folder)[2]
     assert (config["base_model_name_or_path"], config["revision"]) == ("a/b", None)

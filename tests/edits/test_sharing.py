@@ -1,28 +1,15 @@
-"""An edit's folder: its card shows hostile texts as they are, and the Hub gives back the edit."""
+"""An edit's folder: it gives back the edit, and its card shows hostile texts as they are."""
 
-import base64
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
-from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import torch
-import yaml
 from helpers.rome_setting import LAYER, factored_edit, random_edit, small_edit
-from markdown_it import MarkdownIt
+from helpers.shared_edit import edit_to_share, equal, read
 
-from transformer_lens_rome import EditRequest, RankOneEdit, load_edit, show_edit
-from transformer_lens_rome.edits import hub_folder
-from transformer_lens_rome.edits.card import adapter_card
-from transformer_lens_rome.edits.health import EditHealth
+from transformer_lens_rome import EditRequest, load_edit, show_edit
+from transformer_lens_rome.edits.card import Known, adapter_card
 from transformer_lens_rome.files.markdown import LONGEST, escaped
-from transformer_lens_rome.model.adapter import Weight
+from transformer_lens_rome.model.adapter import Weight, shared_part
 
 HOSTILE = [
     "a | b || c",
@@ -41,12 +28,7 @@ HOSTILE = [
 
 @pytest.fixture
 def edit(gpt2):
-    """An edit with what a real one has: health, and the origin of its statistics."""
-    made = random_edit(gpt2)
-    health = EditHealth(" Needle", (3.0, 0.1), 0.01, 0.9, warnings=("its norm is large",))
-    origin = {"model": "owner/tiny", "revision": "0123abc"}
-    origin["second_moment"] = {"n_tokens": 4096, "source": "wikipedia"}
-    return dataclasses.replace(made, health=health, provenance=origin)
+    return edit_to_share(gpt2)
 
 
 def asking(edit, text):
@@ -58,38 +40,6 @@ def asking(edit, text):
     return dataclasses.replace(
         edit, request=request, health=health, provenance=origin, model_hash=text
     )
-
-
-class _Page(HTMLParser):
-    """The tags of a page, and the text of each table cell and heading."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.open = set(), [], [], None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += attrs
-        if tag in ("td", "h1"):
-            self.open = ""
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "h1"):
-            self.texts.append(self.open)
-            self.open = None
-
-    def handle_data(self, data):
-        if self.open is not None:
-            self.open += data
-
-
-def read(card):
-    """The YAML of a card, and its page as a code host makes it."""
-    start, front, body = card.split("---\n", 2)
-    assert start == ""
-    html = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table")
-    return yaml.safe_load(front), _Page(html.enable("strikethrough").render(body))
 
 
 def shown(text):
@@ -156,14 +106,27 @@ def test_the_answers_of_a_report_are_in_the_card(gpt2, tmp_path):
     assert "base_model" not in (folder / "README.md").read_text()  # this one has no name there
 
 
+def test_the_base_s_revision_is_recorded_and_in_the_card(gpt2, model_class, tmp_path):
+    part = shared_part(gpt2)
+    if model_class == "bridge":
+        part.config._commit_hash = "0123abc"
+    made = small_edit(gpt2)
+    known = "0123abc" if model_class == "bridge" else None  # a HookedTransformer does not keep it
+    assert made.provenance["revision"] == known
+    origin = made.provenance | {"model": "owner/name"}
+    folder = dataclasses.replace(made, provenance=origin).save_pretrained(tmp_path / "x")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert ("`owner/name`, revision `0123abc`" in card) == (known is not None)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_stay_texts(edit, tmp_path, text):
     bad = asking(edit, text)
     folder = bad.save_pretrained(tmp_path / "x")
     cards = [(folder / "README.md").read_text(encoding="utf-8")]
-    cards.append(adapter_card([bad, bad], hub_folder.Known(), {"a.b": 1}, []))
+    cards.append(adapter_card([bad, bad], Known(), {"a.b": 1}, []))
     plain = [read(edit.save_pretrained(tmp_path / "y").joinpath("README.md").read_text())]
-    plain.append(read(adapter_card([edit, edit], hub_folder.Known(), {"a.b": 1}, [])))
+    plain.append(read(adapter_card([edit, edit], Known(), {"a.b": 1}, [])))
     for card, (expected, usual) in zip(cards, plain, strict=True):
         front, page = read(card)
         own = {"base_model": None, "tags": [t for t in expected["tags"] if ":" not in t]}
@@ -173,6 +136,14 @@ def test_hostile_texts_stay_texts(edit, tmp_path, text):
         assert f"“{shown(bad.request.subject)}”" in page.texts
         assert f"“{shown(bad.request.target_new)}”" in page.texts
     assert load_edit(folder).request == bad.request
+
+
+@pytest.mark.parametrize("text", ['x")\nimport os', "`", "", 3, None, ["a"]])
+def test_a_revision_that_cannot_be_one_is_left_out(edit, tmp_path, text):
+    """It may come from a stranger's file, so it is no reason to refuse the edit."""
+    odd = dataclasses.replace(edit, provenance={"model": "owner/tiny", "revision": text})
+    card = (odd.save_pretrained(tmp_path / "x") / "README.md").read_text(encoding="utf-8")
+    assert "| base model | `owner/tiny` |" in card
 
 
 def test_a_very_long_text_is_shortened():
@@ -202,14 +173,6 @@ def test_what_cannot_be_a_name_is_refused(edit, tmp_path, options):
 # ---------------------------------------------------------------- the folder
 
 
-def equal(one, other):
-    """The same edit, field by field."""
-    fields = [f.name for f in dataclasses.fields(one) if f.name not in one.tensors()]
-    plain = [n for n in fields if n != "factors"]
-    same = all(getattr(one, name) == getattr(other, name) for name in plain)
-    return type(one) is type(other) and same and one.digest == other.digest
-
-
 def test_a_folder_gives_back_the_edit_of_any_kind(gpt2, edit, tmp_path):
     places = [Weight("W_out", 0), Weight("W_in", 2)]
     others = [random_edit(gpt2, rank=2, bias=True), factored_edit(gpt2, places)]
@@ -232,193 +195,3 @@ def test_nothing_is_written_over(edit, tmp_path):
 def test_a_folder_without_an_edit_is_said_to_have_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="edit.safetensors"):
         load_edit(tmp_path)
-
-
-# ---------------------------------------------------------------- the Hub
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """The names that a download was tried for."""
-    tried = []
-    monkeypatch.setattr(hub_folder, "fetch", lambda name, file, at: tried.append((name, file, at)))
-    return tried
-
-
-def test_what_exists_here_comes_before_the_hub(edit, tmp_path, monkeypatch, no_network):
-    monkeypatch.chdir(tmp_path)
-    edit.save_pretrained("user/folder")
-    edit.save("user/file")
-    assert equal(load_edit("user/folder"), edit) and equal(load_edit("user/file"), edit)
-    assert no_network == []
-    with pytest.raises(TypeError):  # this fetch gives no path
-        load_edit("user/name", revision="v1")
-    assert no_network == [("user/name", "edit.safetensors", "v1")]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "missing.safetensors",
-        "user/missing.safetensors",
-        "name",
-        "a/b/c",
-        "/etc/nothing",
-        "../x/y",
-        "a/..",
-        "user/na me",
-        "user/",
-        "/name",
-        "user/-name",
-        "user/name.git",
-        "user/a--b",
-        "https://host/user/name",
-        "user/" + "n" * 97,
-        "user/n\u00e4me",
-        "user/name\n",
-        "",
-    ],
-)
-def test_what_is_no_name_is_refused_before_any_network(edit, tmp_path, monkeypatch, name):
-    def refuse(*_, **__):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub_folder, "fetch", refuse)
-    monkeypatch.setattr(hub_folder, "push", refuse)
-    with pytest.raises(FileNotFoundError):
-        load_edit(name)
-    if "safetensors" not in name:
-        with pytest.raises(ValueError, match="no name of a repository"):
-            edit.push_to_hub(name)
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload and a download need; it keeps what is committed."""
-
-    def do_POST(self):
-        size = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(size)
-        self.server.asked.append(("POST", self.path, self.headers.get("Authorization")))
-        if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            self.answer({"url": f"{self.server.address}/user/name"})
-        elif self.path == "/api/validate-yaml":
-            self.server.validated.append(json.loads(body)["content"])
-            self.answer({"errors": [], "warnings": []})
-        elif "/preupload/" in self.path:
-            files = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]
-            self.answer({"files": modes})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.files[line["value"]["path"]] = content
-            url = f"{self.server.address}/user/name/commit/{'c' * 40}"
-            self.answer({"commitUrl": url, "commitOid": "c" * 40, "commitMessage": "x"})
-
-    def do_HEAD(self):
-        self.do_GET(send=False)
-
-    def do_GET(self, send=True):
-        self.server.asked.append(("GET", self.path, self.headers.get("Authorization")))
-        if self.path.startswith("/api/models/user/name/revision/"):
-            return self.answer({"id": "user/name", "sha": "c" * 40, "xetEnabled": False})
-        prefix = "/user/name/resolve/main/"
-        content = self.server.files.get(self.path.removeprefix(prefix))
-        if not self.path.startswith(prefix) or content is None:
-            return self.answer({"error": "none"}, 404, {"X-Error-Code": "RepoNotFound"})
-        headers = {"ETag": '"e"', "X-Repo-Commit": "c" * 40}
-        self.answer(content if send else b"", 200, headers, len(content))
-
-    def answer(self, content, status=200, headers=None, length=None):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def local_hub():
-    """A stub of the Hub at a port of this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.asked, server.created, server.validated, server.files = [], [], [], {}
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-_USE = """
-import sys
-from transformer_lens_rome import load_edit
-edit = load_edit(sys.argv[1])
-for wrong in ("user", "user/na me"):
-    try:
-        edit.push_to_hub(wrong)
-    except ValueError as error:
-        print("refused", error)
-print(edit.push_to_hub("user/name", private=True, token="hf_stub", license="mit"))
-assert load_edit("user/name").digest == edit.digest
-try:
-    load_edit("user/other")
-except OSError as error:
-    print("no", error)
-"""
-
-
-def test_an_edit_goes_to_the_hub_and_comes_back(edit, tmp_path):
-    pytest.importorskip("huggingface_hub", reason="the share extra is not installed")
-    edit.save(tmp_path / "edit.safetensors")
-    with local_hub() as hub:
-        environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-        own = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-        own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}
-        done = subprocess.run(
-            [sys.executable, "-c", _USE, str(tmp_path / "edit.safetensors")],
-            capture_output=True,
-            text=True,
-            env=environment | own,
-            cwd=tmp_path,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.startswith("refused") for line in lines] == [True, True, False, False]
-    assert lines[2] == f"{hub.address}/user/name/commit/{'c' * 40}"
-    assert lines[3].startswith("no there is no file or folder user/other here")
-    (made,) = hub.created
-    assert (made["organization"], made["name"]) == ("user", "name")
-    assert made.get("private") is True or made.get("visibility") == "private"
-    assert sorted(hub.files) == ["README.md", "edit.safetensors"]
-    (tmp_path / "sent").write_bytes(hub.files["edit.safetensors"])
-    assert equal(RankOneEdit.load(tmp_path / "sent"), edit)
-    card = hub.files["README.md"].decode()
-    assert 'load_edit("user/name")' in card and read(card)[0]["license"] == "mit"
-    posts = [who for how, path, who in hub.asked if how == "POST" and "yaml" not in path]
-    assert set(posts) == {"Bearer hf_stub"}
-    assert not any("na me" in path or "na%20me" in path for _, path, _ in hub.asked)
-
-
-def test_a_damaged_file_of_the_hub_is_refused(edit, tmp_path, monkeypatch):
-    folder = edit.save_pretrained(tmp_path / "x")
-    file = folder / "edit.safetensors"
-    file.write_bytes(file.read_bytes()[:-5])
-    monkeypatch.setattr(hub_folder, "fetch", lambda *_: file)
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
-        load_edit("user/name")
-    torch.save({"u": edit.u}, file)  # a pickle
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
-        load_edit("user/name")
