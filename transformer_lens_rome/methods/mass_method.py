@@ -25,7 +25,6 @@ from transformer_lens_rome.methods.mass_history import History, extended_history
 from transformer_lens_rome.methods.mass_solve import (
     Metric,
     Solved,
-    check_room,
     metric_of,
     solve_many,
 )
