@@ -134,6 +134,7 @@ def show_edit(
     edit: Edit | AppliedEdit,
     prompts: Sequence[str] = (),
     *,
+    fact: int = 0,
     kind: Kind = "resid",
     noise_std: float | None = None,
     n_samples: int = 5,
@@ -148,6 +149,7 @@ def show_edit(
         model: A HookedTransformer or TransformerBridge.
         edit: An edit, applied to the model or not.
         prompts: Other prompts: paraphrases, neighbours, prompts that should not change.
+        fact: If the edit writes many facts: the number of the shown one in `edit.requests`.
         kind: The states that the traces restore, as for `causal_trace`.
         noise_std: Noise of the traces; None: 3 sigma of the subject's embeddings.
         n_samples: The number of noise samples.
@@ -157,18 +159,21 @@ def show_edit(
         progress: Show progress bars.
 
     Raises:
-        ValueError: `edit` is not an edit or `prompts` is not a list, the edit changes nothing, it
-            was made on another weight, or other code changed the weight since it was edited.
+        ValueError: `edit` is not an edit or `prompts` is not a list, the edit changes nothing or
+            has no such fact, it was made on another weight, or other code changed the weight since
+            it was edited.
     """
     edit = edit.edit if isinstance(edit, AppliedEdit) else edit
     if not isinstance(edit, Edit) or isinstance(prompts, str):
         raise ValueError("show_edit takes one edit, and prompts as a list of texts")
+    if not 0 <= fact < len(edit.requests):
+        raise ValueError(f"this edit has the facts 0 to {len(edit.requests) - 1}, got {fact}")
     layers = sorted({where.layer for where in edit.sizes() if edit.change(where).any()})
     if not layers:
         raise ValueError("this edit changes nothing; there is nothing to show")
     refusals.check_editable(model, layers)
     force = force or any(edit.digest == one.digest for one in active_edits(model, edit.layer))
-    encoder, request = Encoder.of(model, prepend_bos), edit.request
+    encoder, request = Encoder.of(model, prepend_bos), edit.requests[fact]
     trace = partial(
         causal_trace,
         model,
@@ -184,7 +189,7 @@ def show_edit(
     )
     with without(model, edit):
         was = _State.of(model, encoder, request, prompts)
-        added = added_values(model, encoder, edit, was.ids)
+        added = added_values(model, encoder, edit, was.ids, request)
         before = trace()
         with applied(model, edit, force=force):
             now = _State.of(model, encoder, request, prompts)

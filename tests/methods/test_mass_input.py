@@ -14,7 +14,13 @@ from helpers.rome_setting import random_edit, random_moment
 from safetensors.torch import load_file, save_file
 
 from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit
-from transformer_lens_rome.methods import History, extended_history, get_method, mass_targets
+from transformer_lens_rome.methods import (
+    History,
+    extended_history,
+    get_method,
+    mass_method,
+    mass_targets,
+)
 from transformer_lens_rome.methods.mass_history import _narrowed
 from transformer_lens_rome.model.adapter import Weight, w_out
 
@@ -45,19 +51,19 @@ def test_what_is_no_list_of_requests_is_refused(gpt2, requests):
         many_edit(gpt2, requests)
 
 
-def test_more_facts_than_a_layer_can_hold_are_refused(model_class, tokenizer, monkeypatch):
-    """The limit is d_mlp; the searches are skipped, as there are many."""
-    from transformer_lens_rome.methods import mass_method
-
-    model = make_model(model_class, "gpt2", tokenizer)
-    m, d = w_out(model, 0).shape
-    target = mass_targets.Target(torch.zeros(d), torch.ones(d), torch.zeros(d), (1.0, 0.5), 0)
-    monkeypatch.setattr(mass_method, "search_targets", lambda *a, **o: [target] * len(a[2]))
+def test_more_facts_than_a_layer_can_hold_are_refused_before_any_work(gpt2, monkeypatch, caplog):
+    m, d = w_out(gpt2, 0).shape
+    searched = []
+    monkeypatch.setattr(mass_method, "search_targets", lambda *a, **o: searched.append(a))
     facts = [EditRequest("{} is in", f"Town {i}", "Rome") for i in range(m + 1)]
-    before = weights(model)
     with pytest.raises(ValueError, match=f"at most d_mlp = {m} facts.*got {m + 1}.*a history"):
-        many_edit(model, facts, layers=(0,), prefixes=[""])
-    assert same(weights(model), before)
+        many_edit(gpt2, facts, layers=(0,), prefixes=[""])
+    assert not searched
+    limit = m * d // (m + d)
+    for n, said in ((limit, False), (limit + 1, True)):
+        with pytest.raises(TypeError):  # what stands for the search gives no targets
+            many_edit(gpt2, facts[:n], layers=(0,), prefixes=[""])
+        assert (f"of which the limit is {limit}" in caplog.text) == said
 
 
 def test_requests_that_fail_are_named_and_nothing_is_written(gpt2):

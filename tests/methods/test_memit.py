@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from helpers.mass_setting import FACTS, SHORT, TEXTS, many_edit, method, options
 from helpers.matrices import same, weights
 from helpers.rome_setting import NEAR, random_moment
 
-from transformer_lens_rome import applied, apply_edit, get_method, load_edit, memit_edit, revert_all
+from transformer_lens_rome import (
+    applied,
+    apply_edit,
+    get_method,
+    load_edit,
+    memit_edit,
+    revert_all,
+    show_edit,
+)
 from transformer_lens_rome.methods import mass_method
 from transformer_lens_rome.methods.mass_config import default_layers
 from transformer_lens_rome.methods.mass_history import extended_history
@@ -353,6 +362,23 @@ def test_states_of_torch_change_nothing(gpt2, state):
         finally:
             torch.set_default_dtype(before)
     assert edit.digest == plain.digest and edit.health == plain.health
+
+
+def test_every_fact_is_shown(gpt2):
+    edit = many_edit(gpt2)
+    page = edit._repr_html_()
+    assert "and 3 more facts" in page and page.count("%</td>") == 4
+    assert all(html.escape(fact.target_new) in page for fact in FACTS)
+    known = {"n_samples": 2, "progress": False}
+    first, other = (show_edit(gpt2, edit, fact=i, **known) for i in (0, 1))
+    assert (first.request, other.request) == (FACTS[0], FACTS[1])
+    alone = dataclasses.replace(edit, request=FACTS[1], requests=(FACTS[1],))
+    for mine, expected in zip(other.prompts, show_edit(gpt2, alone, **known).prompts, strict=True):
+        assert mine.prompt == expected.prompt and mine.p_after == expected.p_after
+    with pytest.raises(ValueError, match="this edit has the facts 0 to 3, got 4"):
+        show_edit(gpt2, edit, fact=4, **known)
+    with pytest.raises(ValueError, match="one residual before each layer"):
+        dataclasses.replace(edit.health.facts[0], residuals=())
 
 
 def test_a_bfloat16_model_says_what_rounding_loses(gpt2):

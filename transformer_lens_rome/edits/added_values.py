@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.protocol import Model
@@ -34,7 +34,11 @@ class AddedValues(NamedTuple):
 
 @torch.no_grad()
 def added_values(
-    model: Model, encoder: Encoder, edit: Edit, rows: Sequence[Sequence[int]]
+    model: Model,
+    encoder: Encoder,
+    edit: Edit,
+    rows: Sequence[Sequence[int]],
+    request: EditRequest | None = None,
 ) -> list[AddedValues]:
     """Return what each change of a W_out adds, with the keys and values of the model as it is.
 
@@ -43,13 +47,15 @@ def added_values(
         encoder: The encoder of the rows.
         edit: Any edit; its changes of other weights than W_out add nothing here.
         rows: Token ids of the texts, the edited prompt first.
+        request: The fact of that prompt; None: the edit's first.
     """
     matrices = [w for w in edit.sizes() if w.name == "W_out" and edit.change(w).any()]
     if not matrices:
         return []
     points = [Point(name, where.layer) for where in matrices for name in ("key", "value")]
     read = [passes.read(model, torch.tensor([list(row)]), points) for row in rows]
-    last = encoder.templated_row(edit.request.prompt, edit.request.subject).subject[-1]
+    request = request or edit.request
+    last = encoder.templated_row(request.prompt, request.subject).subject[-1]
     added = []
     for where in matrices:
         keys = [one[Point("key", where.layer)][0].float().cpu() for one in read]

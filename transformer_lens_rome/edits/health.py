@@ -37,6 +37,10 @@ class FactHealth:
     residuals: tuple[float, ...]
     warnings: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.residuals) != len(self.s) + 1:
+            raise ValueError("a fact needs one residual before each layer, and one after the last")
+
     @property
     def absorbed(self) -> tuple[float, ...]:
         """Return the share of the whole residual that each layer absorbed."""

@@ -22,9 +22,14 @@ from transformer_lens_rome.methods.mass_config import (
 )
 from transformer_lens_rome.methods.mass_health import health_of
 from transformer_lens_rome.methods.mass_history import History, extended_history
-from transformer_lens_rome.methods.mass_solve import Metric, Solved, metric_of, solve_many
+from transformer_lens_rome.methods.mass_solve import (
+    Metric,
+    Solved,
+    metric_of,
+    solve_many,
+)
 from transformer_lens_rome.methods.mass_targets import Target, residual_weights, search_targets
-from transformer_lens_rome.methods.mass_write import write_layers
+from transformer_lens_rome.methods.mass_write import check_distinct, check_size, write_layers
 from transformer_lens_rome.methods.rome_method import check_prefixes
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Point, Weight
@@ -98,9 +103,10 @@ class Memit:
             ValueError: As `compute_memit_edit`.
         """
         parsed = [EditRequest.of(request) for request in requests]
-        _check_distinct(parsed)
+        check_distinct(parsed)
         encoder = Encoder.of(model, self.prepend_bos)
         method = self._prepared(model, encoder, seed)
+        check_size(adapter.w_out(model, method._layers[0]), len(parsed))
         parsed, targets, failed = method._searched(model, encoder, parsed, batch_size)
         layers = method._layers
         hashes = {Weight("W_out", n): adapter.weight_hash(adapter.w_out(model, n)) for n in layers}
@@ -269,22 +275,6 @@ class Memit:
             relative = not released
         earlier = None if self.history is None else self.history.keys[layer]
         return solve_many(self._metric(layer), keys, earlier, slack=slack, relative=relative)
-
-
-def _check_distinct(requests: Sequence[EditRequest]) -> None:
-    """Raise ValueError if there are no requests, or if two of them write after the same text."""
-    if not requests:
-        raise ValueError("the list of requests is empty; give at least one EditRequest")
-    seen: dict[str, int] = {}
-    for i, request in enumerate(requests):
-        if (j := seen.setdefault(request.text, i)) != i:
-            other = requests[j].target_new
-            if request.target_new == other:
-                raise ValueError(f"requests {j} and {i} are the same, {request}; leave one out")
-            raise ValueError(
-                f"requests {j} and {i} contradict each other: {request.text!r:.200} should "
-                f"continue with {other!r:.80} and with {request.target_new!r:.80}; leave one out"
-            )
 
 
 register_method("memit", Memit)

@@ -207,14 +207,10 @@ def solve_many(
             each other.
     """
     m, n = keys.shape
-    if n > m:
-        raise ValueError(
-            f"one edit can hold at most d_mlp = {m} facts, as many as its keys have dimensions, "
-            f"got {n}; write them in several batches, with a history"
-        )
-    J = keys.double() if earlier is None else torch.cat([earlier.to(keys), keys], 1).double()
-    X = metric.inverse(J)  # G⁻¹ J
-    J = J.to(X)
+    check_room(m, n)
+    J = keys if earlier is None else torch.cat([earlier.to(keys), keys], 1)
+    X = metric.inverse(J)  # G⁻¹ J, float64
+    J = J.cpu().to(X)  # not every device has float64
     core = J.T @ X
     core = (core + core.T) / 2
     s = core.diagonal()[-n:].clone()
@@ -229,6 +225,15 @@ def solve_many(
         )
     E = torch.eye(len(core), dtype=core.dtype, device=core.device)[:, -n:]
     return Solved(X @ torch.cholesky_solve(E, factor), s)
+
+
+def check_room(m: int, n: int) -> None:
+    """Raise ValueError if there are more facts than dimensions of their keys."""
+    if n > m:
+        raise ValueError(
+            f"one edit can hold at most d_mlp = {m} facts, as many as its keys have dimensions, "
+            f"got {n}; write them in several batches, with a history"
+        )
 
 
 def _check_independent(core: Float[Tensor, "n n"], m: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -15,13 +16,43 @@ from transformer_lens_rome.edits.kinds import EditRequest, FactoredEdit, Factors
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.methods.mass_health import fact_healths
 from transformer_lens_rome.methods.mass_history import fact_rows, mean_over
-from transformer_lens_rome.methods.mass_solve import Solved
+from transformer_lens_rome.methods.mass_solve import Solved, check_room
 from transformer_lens_rome.methods.mass_targets import Target, key_weights, read_at_subject
 from transformer_lens_rome.model.adapter import Point, Weight
 from transformer_lens_rome.model.keys import check_value
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import score_rows
+
+logger = logging.getLogger(__name__)
+
+
+def check_size(weight: Float[Tensor, "d_mlp d_model"], n: int) -> None:
+    """Check that so many facts fit into one edit; log if their factors exceed the matrix."""
+    m, d = weight.shape
+    check_room(m, n)
+    if n * (m + d) > m * d:
+        logger.warning(
+            "%d facts have larger factors than the matrix itself, of which the limit is %d",
+            n,
+            m * d // (m + d),
+        )
+
+
+def check_distinct(requests: Sequence[EditRequest]) -> None:
+    """Raise ValueError if there are no requests, or if two of them write after the same text."""
+    if not requests:
+        raise ValueError("the list of requests is empty; give at least one EditRequest")
+    seen: dict[str, int] = {}
+    for i, request in enumerate(requests):
+        if (j := seen.setdefault(request.text, i)) != i:
+            other = requests[j].target_new
+            if request.target_new == other:
+                raise ValueError(f"requests {j} and {i} are the same, {request}; leave one out")
+            raise ValueError(
+                f"requests {j} and {i} contradict each other: {request.text!r:.200} should "
+                f"continue with {other!r:.80} and with {request.target_new!r:.80}; leave one out"
+            )
 
 
 class Written(NamedTuple):

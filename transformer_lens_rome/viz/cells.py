@@ -98,8 +98,23 @@ def _(health: EditHealth, *, interactive: bool = True) -> View:
 @view.register
 def _(edit: Edit, *, interactive: bool = True) -> View:
     layers = sorted({where.layer for where in edit.sizes()}) or [edit.layer]
-    asked = f"{edit.request.text} -> {edit.request.target_new} ({layer_names(layers)})"
-    return stack(asked, view(edit.health))
+    more = f", and {len(edit.requests) - 1} more facts" if len(edit.requests) > 1 else ""
+    asked = f"{edit.request.text} -> {edit.request.target_new}{more} ({layer_names(layers)})"
+    if not edit.health.facts:
+        return stack(asked, view(edit.health))
+    facts = [
+        (
+            f"{request.text} -> {request.target_new}",
+            fact.subject_token,
+            f"{fact.p_before:.3g} to {fact.p_after:.3g}",
+            ", ".join(f"{s:.3g}" for s in fact.s),
+            f"{sum(fact.absorbed):.0%}",
+            "; ".join(fact.warnings),
+        )
+        for request, fact in zip(edit.requests, edit.health.facts)
+    ]
+    header = ("fact", "token", "P(target)", "s", "absorbed", "warnings")
+    return stack(asked, view(edit.health), table(facts, header))
 
 
 @view.register
