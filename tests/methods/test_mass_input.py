@@ -87,6 +87,22 @@ def test_the_others_are_written_where_the_caller_chose_so(gpt2, caplog):
         many_edit(gpt2, [TOO_LONG], skip_failed=True)
 
 
+def test_an_error_between_two_layers_leaves_the_model_as_it_was(gpt2, monkeypatch):
+    before, solve, calls = weights(gpt2), mass_method.solve_many, []
+
+    def fails_at_the_second(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            assert not same(weights(gpt2), before)  # the first layer is written
+            raise ZeroDivisionError
+        return solve(*args, **options)
+
+    monkeypatch.setattr(mass_method, "solve_many", fails_at_the_second)
+    with pytest.raises(ZeroDivisionError):
+        many_edit(gpt2)
+    assert same(weights(gpt2), before)
+
+
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said(gpt2, monkeypatch, caplog):
     search, sizes = mass_targets._searched, []
 

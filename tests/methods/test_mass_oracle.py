@@ -158,7 +158,7 @@ def test_released_edits_of_tiny_gpt2(tiny_gpt2, oracle, name, monkeypatch, recor
     moments = {layer: oracle.moments[layer] for layer in layers}
     errors, _ = compare(tiny_gpt2, oracle, case, moments, monkeypatch)
     record_property("relative_errors", errors)
-    assert errors["z"] < 3e-4 and errors["keys"] < 1e-4
+    assert errors["z"] < 3e-4 and errors["keys"] < 3e-4
     assert errors["residuals"] < 1e-3 and errors["changes"] < 1e-3
 
 
