@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from helpers.mass_setting import many_edit
 from helpers.rome_setting import LAYER, factored_edit, random_edit, small_edit
 from helpers.shared_edit import edit_to_share, equal, read
 
@@ -136,6 +137,30 @@ def test_hostile_texts_stay_texts(edit, tmp_path, text):
         assert f"“{shown(bad.request.subject)}”" in page.texts
         assert f"“{shown(bad.request.target_new)}”" in page.texts
     assert load_edit(folder).request == bad.request
+
+
+def test_a_card_of_many_facts_lists_them(gpt2, tmp_path):
+    made = many_edit(gpt2)
+    texts = [text.replace("{}", "") for text in HOSTILE]
+    hostile = [EditRequest("{} " + text, f"x{text}x", "y") for text in texts]
+    unmeasured = dataclasses.replace(made.health, facts=())
+    many = dataclasses.replace(made, requests=(*made.requests, *hostile * 5), health=unmeasured)
+    folder = made.save_pretrained(tmp_path / "x")
+    front, page = read((folder / "README.md").read_text(encoding="utf-8"))
+    assert page.texts[0] == "4 facts, written by one edit" and len(load_edit(folder).requests) == 4
+    for request, fact in zip(made.requests, made.health.facts, strict=True):
+        at = page.texts.index(f"“{request.subject}”")
+        assert page.texts[at + 1 : at + 4] == [
+            *(f"“{request.target_new}”", f"{fact.p_before:.3g}", f"{fact.p_after:.3g}")
+        ]
+    cells = dict(zip(page.texts[1::2], page.texts[2::2], strict=False))
+    assert "layer 0: " in cells["statistics of keys (C)"]
+    card = (many.save_pretrained(tmp_path / "y") / "README.md").read_text(encoding="utf-8")
+    other, large = read(card)
+    assert "50 of 59 facts." in card and other == front
+    assert large.tags <= PLAIN and f"“{shown(hostile[0].subject)}”" in large.texts
+    (tall,) = [read(adapter_card([many], Known(), {"a.b": 1}, []))[1]]
+    assert tall.texts[0] == "59 edited facts as a LoRA adapter"
 
 
 @pytest.mark.parametrize("text", ['x")\nimport os', "`", "", 3, None, ["a"]])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_SHOWN = 50  # facts in a card
 _TAGS = ("knowledge-editing", "model-editing")
 
 
@@ -103,13 +104,9 @@ def edit_card(edit: Edit, known: Known, name: str) -> str:
         known: What else is known.
         name: The repository on the Hub, or the name of the folder, for `load_edit`.
     """
-    request, true = edit.request, edit.request.target_true
     rows = [
         ("base model", known.model),
-        ("prompt", quoted(request.prompt)),
-        ("subject", quoted(request.subject)),
-        ("new answer", quoted(request.target_new)),
-        ("old answer", "not stated" if true is None else quoted(true)),
+        *_fact(edit),
         ("changes", f"{_places(edit)} ({type(edit).__name__})"),
         ("made on weights with sha256", escaped(edit.model_hash) or "not known"),
         ("statistics of keys (C)", _statistics(edit)),
@@ -117,9 +114,10 @@ def edit_card(edit: Edit, known: Known, name: str) -> str:
     health = [(escaped(key), escaped(value)) for key, value in said(edit.health)]
     parts = [
         _front(known, "transformer-lens-rome", "transformer-lens"),
-        f"# {quoted(request.subject)}: {quoted(request.target_new)}",
-        "One fact, written into a language model by a change of its weights.",
+        _title(edit),
+        "Written into a language model by a change of its weights.",
         table(("", ""), rows),
+        *_facts(edit),
         *_before_and_after(known),
         "## Health",
         table(("measured when the edit was made", ""), health or [("nothing", "")]),
@@ -156,20 +154,21 @@ def adapter_card(
     head = ("prompt", "subject", "new answer", "changes", "statistics of keys (C)", "health")
     facts = [
         (
-            *map(quoted, (edit.request.prompt, edit.request.subject, edit.request.target_new)),
+            *map(quoted, (one.prompt, one.subject, one.target_new)),
             _places(edit),
             _statistics(edit),
             "; ".join(f"{escaped(key)} {escaped(value)}" for key, value in said(edit.health)),
         )
         for edit in edits
+        for one in edit.requests
     ]
     at = f", revision={json.dumps(known.revision)}" if known.revision else ""
     parts = [
         _front(known, "peft", "lora", "transformers", pipeline_tag="text-generation"),
-        f"# {len(edits)} edited fact{'' if len(edits) == 1 else 's'} as a LoRA adapter",
+        f"# {_counted(len(facts), 'edited fact')} as a LoRA adapter",
         f"Base model: {known.model}. The adapter was computed, not trained: it adds to some "
         "matrices the change that writes these facts.",
-        table(head, facts),
+        *_shown(head, facts),
         *(
             f"The change of {where.name} of layer {where.layer} has no low rank. What is written "
             f"is its best approximation, without {share:.2%} of its norm (Frobenius)."
@@ -196,6 +195,50 @@ def adapter_card(
 # ---------------------------------------------------------------- parts of both
 
 
+def _title(edit: Edit) -> str:
+    """Return the heading: the fact, or how many facts there are."""
+    if len(edit.requests) > 1:
+        return f"# {_counted(len(edit.requests), 'fact')}, written by one edit"
+    return f"# {quoted(edit.request.subject)}: {quoted(edit.request.target_new)}"
+
+
+def _fact(edit: Edit) -> list[tuple[str, str]]:
+    """Return what was written, if it is one fact."""
+    if len(edit.requests) > 1:
+        return []
+    true = edit.request.target_true
+    return [
+        ("prompt", quoted(edit.request.prompt)),
+        ("subject", quoted(edit.request.subject)),
+        ("new answer", quoted(edit.request.target_new)),
+        ("old answer", "not stated" if true is None else quoted(true)),
+    ]
+
+
+def _facts(edit: Edit) -> list[str]:
+    """Return a table of the facts with their probabilities, if there are several."""
+    if len(edit.requests) == 1:
+        return []
+    head = ("prompt", "subject", "new answer", "P(new answer) before", "after")
+    measured = [(f"{fact.p_before:.3g}", f"{fact.p_after:.3g}") for fact in edit.health.facts]
+    measured = measured or [("", "")] * len(edit.requests)  # of a scaled edit, nothing is known
+    rows = [
+        (*map(quoted, (one.prompt, one.subject, one.target_new)), *p)
+        for one, p in zip(edit.requests, measured, strict=False)
+    ]
+    return ["## Facts", *_shown(head, rows)]
+
+
+def _shown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table of the first rows, and how many there are if those are not all."""
+    rest = [f"{_SHOWN} of {len(rows)} facts."] if len(rows) > _SHOWN else []
+    return [table(head, rows[:_SHOWN]), *rest]
+
+
+def _counted(n: int, thing: str) -> str:
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+
 def _front(known: Known, library: str, *tags: str, **others: str) -> str:
     """Return the YAML of a card; PEFT's own cards have the first tag too."""
     of_base = [f"base_model:adapter:{known.base_model}"] if known.base_model else []
@@ -213,10 +256,15 @@ def _places(edit: Edit) -> str:
 
 def _statistics(edit: Edit) -> str:
     """Return where C, the second moment of keys, came from."""
-    moment = edit.provenance.get("second_moment")
-    if not isinstance(moment, Mapping):
-        return "none recorded"
-    return escaped(", ".join(f"{name} {value}" for name, value in moment.items()))
+    moments = edit.provenance.get("second_moments")
+    if not isinstance(moments, Mapping):
+        moments = {"": edit.provenance.get("second_moment")}
+    said_of = [
+        (f"layer {layer}: " if layer else "") + ", ".join(f"{k} {v}" for k, v in moment.items())
+        for layer, moment in moments.items()
+        if isinstance(moment, Mapping)
+    ]
+    return escaped("; ".join(said_of)) or "none recorded"
 
 
 def _tops(top: Sequence[tuple[str, float]]) -> str:
