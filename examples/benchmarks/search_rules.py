@@ -27,7 +27,7 @@ from transformer_lens_rome.evaluation.metrics import score
 from transformer_lens_rome.methods.rome import Rome
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-from choose_settings import RESULTS, choosing_records, rome
+from choose_settings import RESULTS, choosing_records, rome, with_prefixes
 
 SHOWN = ("ES", "PS", "NS", "S", "EM", "PM", "EA")
 RULES = {
@@ -41,7 +41,7 @@ RULES = {
 def count(records: CounterFact) -> None:
     """Count what the edits of the records cost, with each rule."""
     model = load_demo_model()
-    prepared = Rome().prepared(model)
+    prepared = with_prefixes(model, RESULTS / "settings" / "gemma")
     for setting in RULES.values():
         method = rome(model, prepared, setting)
         path = RESULTS / "search_rules" / f"{setting}.jsonl"

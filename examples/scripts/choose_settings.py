@@ -15,7 +15,8 @@ Each setting named edits the first of them, and all their prompts are scored bef
 moment.
 
 Rows go to examples/results/settings/MODEL as they come, and a run that was stopped goes on where it
-was. Then a Markdown table of all settings with that many records is printed, best S first.
+was. The prefixes are sampled once and kept beside them, as another machine may sample others. Then a
+Markdown table of all settings with that many records is printed, best S first.
 """
 
 from __future__ import annotations
@@ -73,6 +74,16 @@ def choosing_records() -> list[int]:
     return list(json.loads(CHOSEN.read_text(encoding="utf-8")))
 
 
+def with_prefixes(model: Any, folder: Path) -> Rome:
+    """Return ROME with its defaults for a model, and the prefixes of the folder, if it has some."""
+    path = folder / "prefixes.json"
+    kept = tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    prepared = Rome(prefixes=kept).prepared(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(prepared.prefixes, indent=0) + "\n", encoding="utf-8")
+    return prepared
+
+
 def rome(model: Any, prepared: Rome, setting: str) -> Rome:
     """Return the method of a setting; `prepared` has the prefixes."""
     released = setting.endswith(",released")
@@ -123,7 +134,7 @@ def main() -> None:
     named = COARSE[args.model] if args.settings == ["coarse"] else args.settings
     if named:
         model = load_demo_model(args.model)
-        prepared = Rome().prepared(model)
+        prepared = with_prefixes(model, folder)
         for setting in named:
             method = rome(model, prepared, setting)
             out = folder / f"{setting}.jsonl"
