@@ -15,7 +15,7 @@ Each setting named edits the first of them, and all their prompts are scored bef
 moment.
 
 Rows go to examples/results/settings/MODEL as they come, and a run that was stopped goes on where it
-was. The prefixes are sampled once and kept beside them, as another machine may sample others. Then a
+was. The prefixes are sampled once and kept beside them: another machine may sample others. Then a
 Markdown table of all settings with that many records is printed, best S first.
 """
 
