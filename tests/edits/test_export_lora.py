@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, newest
 from helpers.exported import SHAPES, close, load, logits, parts, setting_of
 from helpers.rome_setting import LAYER, PREFIXES, factored_edit, random_edit, random_moment
 from transformers import BitsAndBytesConfig
@@ -194,6 +194,8 @@ with torch.no_grad():
 """
 
 
+@newest
+@pytest.mark.slow
 def test_plain_transformers_and_peft_load_it(bos_tokenizer, tmp_path):
     setting = setting_of("llama", CLASSES[0], bos_tokenizer)
     model, edit = setting.model, random_edit(setting.model)
