@@ -198,6 +198,7 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
 
 
 @needs_bridge
+@pytest.mark.slow
 def test_many_facts_are_evaluated_together(checkpoint, records, tmp_path, capsys):
     model = load_model(str(checkpoint), None)
     sampled_second_moment(model, default_layers(model)[0], progress=False)  # kept in the cache

@@ -136,6 +136,7 @@ def test_an_edit_that_leaves_out_a_record_is_said(gpt2):
     assert len(evaluate(gpt2, with_all, MANY, together=5).failed) == 5
 
 
+@pytest.mark.slow
 def test_text_and_divergences_are_those_of_the_edited_model(gpt2):
     pytest.importorskip("nltk")
     options = {"counterfact_plus": True, "generate": True}
