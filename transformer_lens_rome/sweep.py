@@ -96,12 +96,10 @@ def sweep_layers(
     scores = []
     for layer in layers:
         moment = None if second_moments is None else second_moments[layer]
-        rome = Rome(layer, moment, prefixes, config).prepared(model, seed=seed)
-        prefixes = rome.prefixes  # sampled once
         results = evaluate_counterfact(
             model,
             parsed,
-            rome,
+            Rome(layer, moment, prefixes, config),
             out=None if out is None else Path(out) / f"layer_{layer}.jsonl",
             seed=seed,
             progress=progress,

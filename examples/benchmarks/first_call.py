@@ -1,4 +1,4 @@
-"""What an edit costs besides its search: the first call in a process, and the second.
+"""Seconds of each part of an edit, in the first call of a process and in the second.
 
     python examples/benchmarks/first_call.py [gemma | smollm2]
 

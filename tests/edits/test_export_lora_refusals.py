@@ -1,4 +1,4 @@
-"""What is written for an adapter, and what is refused: nothing is written then, or written over."""
+"""Adapters of every edit; a refused one leaves no folder, and no folder is written over."""
 
 import json
 

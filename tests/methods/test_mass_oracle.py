@@ -97,7 +97,7 @@ def relative(mine, released):
 
 
 def spied(monkeypatch):
-    """What the searches and the solves give, as the method calls them."""
+    """Record the results of the searches and the solves, as the method calls them."""
     seen = {"z": [], "keys": []}
     search, solve = mass_method.search_targets, mass_method.solve_many
 

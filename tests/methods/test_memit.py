@@ -298,7 +298,7 @@ def test_nas_gives_every_value_one_norm_or_leaves_it():
 
 
 def test_nas_on_a_model(model):
-    """What the MLP adds at the subject gets the anchor's norm, where one layer absorbs it all."""
+    """Where one layer absorbs all, the MLP's addition at the subject gets the anchor's norm."""
     anchor = 5.0
     config = dataclasses.replace(SHORT, anchor=anchor)
     known = {"layers": (1,), "prefixes": [""], "solve": "emmet", "config": config}

@@ -52,7 +52,7 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Known:
-    """What a card says beyond the edits.
+    """The contents of a card beyond the edits.
 
     Attributes:
         base_model: The base model on the Hub; None if it is not known.

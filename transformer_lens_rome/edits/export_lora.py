@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens_rome.edits.base_bytes import ledgers_for
 from transformer_lens_rome.edits.card import Answers, Known, adapter_card
@@ -219,15 +219,13 @@ def _module(checkpoint: Checkpoint, model: Model, where: Weight) -> _Module:
             "adapter would change it in one place only; write the whole model with export_hf"
         )
     path, _, leaf = name.rpartition(".")
-    module = checkpoint.model.get_submodule(path)
-    module = getattr(module, "original_component", module)  # what a bridge has put around it
-    conv1d = type(module).__name__ == "Conv1D"
-    if leaf != "weight" or not (conv1d or isinstance(module, nn.Linear)):
+    kind = adapter.kind_of_module(checkpoint.model, path)
+    if leaf != "weight" or kind not in ("Linear", "Conv1D"):
         raise ValueError(
-            f"{where.name} of layer {where.layer} is {name}, in a {type(module).__name__}; LoRA is "
-            "for Linear and Conv1D; write the whole model with export_hf"
+            f"{where.name} of layer {where.layer} is {name}, in a {kind}; LoRA is for Linear and "
+            "Conv1D; write the whole model with export_hf"
         )
-    return _Module(path, conv1d)
+    return _Module(path, kind == "Conv1D")
 
 
 def _tensors(modules: dict[_Module, Factors]) -> Iterator[tuple[str, Tensor]]:

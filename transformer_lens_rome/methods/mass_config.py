@@ -127,7 +127,7 @@ class MemitConfig(SearchConfig):
 
 
 class Published(NamedTuple):
-    """What the published configurations set for a model."""
+    """The constants of a model in the published configurations."""
 
     layers: tuple[int, ...]
     steps: int

@@ -56,7 +56,7 @@ def check_distinct(requests: Sequence[EditRequest]) -> None:
 
 
 class Written(NamedTuple):
-    """What the layers give.
+    """The result of writing all layers.
 
     Attributes:
         factors: The factors of the change of each W_out, in float32.

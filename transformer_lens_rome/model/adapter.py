@@ -363,6 +363,17 @@ def hf_model(model: Model) -> Any:
     return shared_part(model)
 
 
+def kind_of_module(hf: Any, path: str) -> str:
+    """Return "Linear" for any linear module of a Hugging Face model, else the name of its class.
+
+    GPT-2 has "Conv1D", which stores its weight transposed. A bridge may have put a component of its
+    own around the module.
+    """
+    module = hf.get_submodule(path)
+    module = getattr(module, "original_component", module)
+    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+
+
 def hub_commit(hf: Any) -> str | None:
     """Return the commit on the Hub that a Hugging Face model was loaded from, if it is known."""
     return getattr(getattr(hf, "config", None), "_commit_hash", None)
