@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformer_lens_rome.evaluation import CounterFactRecord
 
 NAMES = ("ft", "ft+l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome")
 RESULTS = Path(__file__).parents[1] / "results"
-N, N_GENERATED, N_TEXTS = 200, 50, 3
+N, N_GENERATED, N_TEXTS, BATCH = 200, 50, 3, 8
 
 
 def table_records(path: str) -> CounterFact:
@@ -62,9 +63,9 @@ def main() -> None:
     model, folder = load_demo_model(args.model), RESULTS / "counterfact" / args.model
     for name in args.names:
         method, file = paper_method(name, args.editors), f"{name}.jsonl"
-        columns: dict[str, Any] = {"attributes": True, "counterfact_plus": True}
-        evaluate_counterfact(model, records, method, out=folder / file, **columns)
-        evaluate_counterfact(model, some, method, out=folder / "generated" / file, generate=True)
+        run = partial(evaluate_counterfact, model, batch_size=BATCH)
+        run(records, method, out=folder / file, attributes=True, counterfact_plus=True)
+        run(some, method, out=folder / "generated" / file, generate=True)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.continuations import greedy_continuations
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import greedy_continuations
 
 # ---------------------------------------------------------------- numbers
 

@@ -14,8 +14,8 @@ from helpers.evaluation_setting import RECORDS, RandomEdits, evaluate, referred,
 
 from transformer_lens_rome.evaluation import References, TfIdf
 from transformer_lens_rome.evaluation.generation import cleaned, fluency, key, ngram_entropy, words
+from transformer_lens_rome.prompts.continuations import continue_each, sample_continuations
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import sample_continuations
 
 PROMPTS = ("The best", "In the city of the old tower is", "Cuba is in")
 
@@ -44,6 +44,20 @@ def test_with_one_choice_sampling_is_greedy(gpt2):
             logits[list(encoder.tokenizer.all_special_ids)] = -torch.inf
             ids.append(int(logits.argmax()))
         assert found == encoder.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_group_of_texts_does_not_depend_on_the_others(gpt2):
+    """Prompts of other lengths, one longer than its text, and other seeds stand beside it."""
+    groups, seeds = [PROMPTS, ("The old tower of the old city " * 4, "It"), PROMPTS[:1]], [3, 5, 3]
+    together = continue_each(gpt2, groups, seeds, 20)
+    alone = [
+        sample_continuations(gpt2, group, 20, seed=seed)
+        for group, seed in zip(groups, seeds, strict=True)
+    ]
+    assert together == alone
+    assert alone[0] != sample_continuations(gpt2, PROMPTS, 20, seed=4)  # the control
+    encoder = Encoder.of(gpt2)
+    assert len(encoder.row(together[1][0]).ids) <= 20 + encoder.prepends_bos  # it is cut
 
 
 def test_a_prompt_without_tokens_is_refused(gpt2):

@@ -9,7 +9,7 @@ from helpers.rome_setting import LAYER, random_edit
 from transformer_lens_rome import applied
 from transformer_lens_rome.evaluation import compare_generations
 from transformer_lens_rome.model.adapter import w_out
-from transformer_lens_rome.prompts.sampling import sample_continuations
+from transformer_lens_rome.prompts.continuations import sample_continuations
 
 PROMPTS = ("The best of", "In the city of Rome is")
 

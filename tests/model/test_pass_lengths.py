@@ -14,8 +14,9 @@ from transformer_lens_rome import causal_trace, collect_second_moment, target_lo
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import Point, rotation_limit
 from transformer_lens_rome.model.partial_forward import PartialForward
+from transformer_lens_rome.prompts.continuations import GrowingText
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import _GrowingText, sample_tokens
+from transformer_lens_rome.prompts.sampling import sample_tokens
 
 LIMIT = 16
 SHORT, LONG = "Rome is", "The Space Needle is located in the city of Seattle, as everyone knows."
@@ -131,7 +132,7 @@ def test_cached_text_beyond_a_window_is_that_of_whole_passes(model_class, shape,
         pytest.skip("no such HookedTransformer here")
     model = make_model(model_class, shape, tokenizer)
     tokens = (7 * torch.arange(80).unflatten(0, (2, 40)) + 1) % model.cfg.d_vocab
-    text = _GrowingText(model)
+    text = GrowingText(model)
     for new in tokens.split((11, 13, 1, 1, 14), dim=1):
         found = text.logits_after(new)
     last = torch.full((2,), 39)

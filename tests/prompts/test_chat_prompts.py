@@ -20,9 +20,12 @@ from transformer_lens_rome import (
 )
 from transformer_lens_rome.methods.hypernetworks.training_data import to_sample
 from transformer_lens_rome.model.adapter import w_out
+from transformer_lens_rome.prompts.continuations import (
+    greedy_continuations,
+    sample_continuations,
+)
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.held_out import held_out_rows
-from transformer_lens_rome.prompts.sampling import greedy_continuations, sample_continuations
 
 HEADS = {  # as Gemma, Llama 3, ChatML and Mistral write them
     "gemma": ("<bos><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n"),

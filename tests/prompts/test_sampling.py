@@ -9,11 +9,13 @@ from conftest import make_model
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts import sampling
+from transformer_lens_rome.prompts.continuations import (
+    greedy_continuations,
+    sample_continuations,
+)
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import (
     PREFIX_LENGTHS,
-    greedy_continuations,
-    sample_continuations,
     sample_prefixes,
     sample_tokens,
     sampled_texts,

@@ -24,8 +24,9 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.default_layer import default_layer
 from transformer_lens_rome.model.load import default_class
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.continuations import greedy_continuations
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import greedy_continuations, sampled_texts
+from transformer_lens_rome.prompts.sampling import sampled_texts
 from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
 from transformer_lens_rome.statistics.collect import collect_second_moment
 from transformer_lens_rome.statistics.second_moment import SecondMoment

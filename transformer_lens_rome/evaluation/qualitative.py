@@ -9,8 +9,8 @@ from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied, edited_weights
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.continuations import sample_continuations
 from transformer_lens_rome.prompts.encoder import Encoder
-from transformer_lens_rome.prompts.sampling import sample_continuations
 from transformer_lens_rome.showing import Shown
 
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 
-from transformer_lens_rome.edits.in_passes import score_edited
+from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes, score_edited
 from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.generation import References, cleaned, fluency
 from transformer_lens_rome.evaluation.metrics import KL_NAMES, AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.rows import SCORE_OF, GeneratedText, Record, Scores
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.continuations import continue_each
 from transformer_lens_rome.prompts.encoder import Encoder, Row
-from transformer_lens_rome.prompts.sampling import sample_continuations
-from transformer_lens_rome.prompts.scores import TargetScore, score_rows
+from transformer_lens_rome.prompts.scores import Context, TargetScore, score_rows
 
 Asked = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
 """By kind of prompt, the prompts with the targets that are scored after each."""
+
+
+_TEXTS = 64
+"""The number of texts that share passes while they are written, unless one record has more."""
 
 
 class Scoring(Protocol):
@@ -52,8 +59,12 @@ class Scoring(Protocol):
         """Return the prompts of a record, with the targets after each."""
         ...
 
-    def generated(self, model: Model, encoder: Encoder, record: Any) -> GeneratedText | None:
-        """Return text by the model as it is now, with its GE and RS; None if it is not asked."""
+    def continued(self, record: Any) -> tuple[Sequence[str], int]:
+        """Return the prompts that the model continues, and the seed of its draws."""
+        ...
+
+    def generated(self, record: Any, texts: Sequence[str]) -> GeneratedText:
+        """Return a record's texts with their GE and RS."""
         ...
 
 
@@ -124,15 +135,13 @@ class CounterFactScoring:
         """The kinds of prompts at which the next token's distributions are compared."""
         return tuple(KL_NAMES) if self.counterfact_plus else ()
 
-    def generated(
-        self, model: Model, encoder: Encoder, record: CounterFactRecord
-    ) -> GeneratedText | None:
-        """Return generated texts with their GE and RS; None without `generate`."""
-        if not self.generate:
-            return None
+    def continued(self, record: CounterFactRecord) -> tuple[Sequence[str], int]:
+        """Return the generation prompts; without them, the prompt and its paraphrases."""
         prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
-        seed = (self.seed << 32) + record.case_id
-        texts = sample_continuations(model, prompts, seed=seed, encoder=encoder)
+        return prompts, (self.seed << 32) + record.case_id
+
+    def generated(self, record: CounterFactRecord, texts: Sequence[str]) -> GeneratedText:
+        """Return a record's texts with their GE, and their RS if there are references."""
         texts = [cleaned(text) for text in texts]
         rs = self.references.consistency(record, texts) if self.references else None
         return GeneratedText(tuple(texts), fluency(texts), rs)
@@ -165,8 +174,13 @@ class ZsreScoring:
             "neighborhood": [(record.locality_prompt, (record.locality_answer,))],
         }
 
-    def generated(self, model: Model, encoder: Encoder, record: ZsreRecord) -> None:
-        """Return None: zsRE asks for no text."""
+    def continued(self, record: ZsreRecord) -> tuple[Sequence[str], int]:
+        """Raise TypeError: zsRE has no generated text."""
+        raise TypeError("zsRE has no generated text")
+
+    def generated(self, record: ZsreRecord, texts: Sequence[str]) -> GeneratedText:
+        """Raise TypeError: zsRE has no generated text."""
+        raise TypeError("zsRE has no generated text")
 
 
 def score_records(
@@ -215,3 +229,48 @@ def _by_kind(
             values = [one.log_probs for one in by_target] + [one.correct for one in by_target]
             scores[kind].append(score(*(tensor.tolist() for tensor in values)))
     return scores
+
+
+def generate_texts(
+    model: Model,
+    encoder: Encoder,
+    scoring: Scoring,
+    records: Sequence[Record],
+    edits: Sequence[Edit] | None = None,
+) -> list[GeneratedText | None]:
+    """Return the generated text of each record; None if the scoring asks for none.
+
+    The texts of several records share passes. `edits` is as in `score_records`.
+    """
+    if not scoring.generates:
+        return [None] * len(records)
+    if edits is None or can_share_passes(model, edits):
+        together = max(1, _TEXTS // max(len(scoring.continued(record)[0]) for record in records))
+        acts = None if edits is None else acting_each(model, edits)
+        chunks = list(torch.arange(len(records)).split(together))
+        return [
+            text
+            for some in chunks
+            for text in _generated(model, encoder, scoring, records, some.tolist(), acts)
+        ]
+    texts: list[GeneratedText | None] = []
+    for i, edit in enumerate(edits):
+        with applied(model, edit):
+            texts += _generated(model, encoder, scoring, records, [i])
+    return texts
+
+
+def _generated(
+    model: Model,
+    encoder: Encoder,
+    scoring: Scoring,
+    records: Sequence[Record],
+    some: Sequence[int],
+    acts: Context | None = None,
+) -> list[GeneratedText]:
+    """Return the text of some records; `acts` makes the context of a pass, from owners of texts."""
+    prompts, seeds = zip(*(scoring.continued(records[i]) for i in some), strict=True)
+    owners = [i for i, group in zip(some, prompts, strict=True) for _ in group]
+    context = nullcontext if acts is None else partial(acts, owners)
+    each = continue_each(model, prompts, seeds, encoder=encoder, context=context)
+    return [scoring.generated(records[i], texts) for i, texts in zip(some, each, strict=True)]

@@ -24,7 +24,7 @@ from transformer_lens_rome.evaluation.rows import (
     Scores,
     record_digest,
 )
-from transformer_lens_rome.evaluation.scoring import Scoring, score_records
+from transformer_lens_rome.evaluation.scoring import Scoring, generate_texts, score_records
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.methods.batches import tried
@@ -59,7 +59,7 @@ class ScoreUnedited:
 
         def score(some: Sequence[Record]) -> list[Scored]:
             scores = score_records(model, self.encoder, self.scoring, some)
-            texts = [self.scoring.generated(model, self.encoder, record) for record in some]
+            texts = generate_texts(model, self.encoder, self.scoring, some)
             return list(map(Scored, scores, texts))
 
         each = tried(score, records)
@@ -140,18 +140,13 @@ class ScoreEdited:
     def _scored(
         self, model: Model, records: Sequence[Record], edits: Sequence[Edit]
     ) -> list[Scored]:
-        """Score records, each as with its edit on the model; text is generated with it on."""
-        each = []
+        """Score records, and generate their text, each as with its edit on the model."""
         scores = score_records(model, self.encoder, self.scoring, records, edits)
+        texts = generate_texts(model, self.encoder, self.scoring, records, edits)
         kinds = [compared(self.scoring, record) for record in records]
         kls = divergences(model, self.encoder, kinds, edits)
-        for record, edit, one, kl in zip(records, edits, scores, kls, strict=True):
-            text = None
-            if self.scoring.generates:
-                with applied(model, edit):
-                    text = self.scoring.generated(model, self.encoder, record)
-            each.append(Scored(one, text, kl or None))
-        return each
+        parts = zip(scores, texts, kls, strict=True)
+        return [Scored(one, text, kl or None) for one, text, kl in parts]
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ class ScoreTogether:
             chosen = [records[i] for i in some]
             with applied(model, edit):
                 scores = score_records(model, self.encoder, self.scoring, chosen)
-                texts = [self.scoring.generated(model, self.encoder, one) for one in chosen]
+                texts = generate_texts(model, self.encoder, self.scoring, chosen)
             asked = [compared(self.scoring, record) for record in chosen]
             kls = divergences(model, self.encoder, asked, [edit] * len(chosen))
             parts = zip(scores, texts, kls, strict=True)
