@@ -28,6 +28,7 @@ PACKAGE = "transformer_lens_rome"
 MODULES = (
     "",
     "prompts.encoder",
+    "prompts.continuations",
     "prompts.sampling",
     "prompts.scores",
     "statistics.sources",

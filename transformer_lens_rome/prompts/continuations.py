@@ -20,6 +20,8 @@ from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
 from transformer_lens_rome.prompts.encoder import Encoder, Row, check_texts, pad
 
+__all__ = ["continue_each", "greedy_continuations", "sample_continuations"]
+
 
 class GrowingText:
     """A batch of texts that a model extends token by token.
