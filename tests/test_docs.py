@@ -201,6 +201,7 @@ def test_the_added_method_gives_every_key_the_value(several_keys):
     assert torch.equal(keys_and_values(model, rows)[1], before)
 
 
+@pytest.mark.slow
 def test_a_chat_model_is_edited_and_traced_as_the_page_says(model_class, tmp_path):
     tokenizer = tiny_tokenizer(tmp_path, bos=True)
     marks = {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}

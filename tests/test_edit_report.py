@@ -90,6 +90,7 @@ def test_traces_are_of_the_old_and_the_new_answer(gpt2, edit):
     assert report.after.answer == "Paris"
 
 
+@pytest.mark.slow
 def test_an_edit_on_the_model_is_lifted_and_put_back(gpt2):
     base = w_out(gpt2, LAYER).detach().clone()
     one, two = random_edit(gpt2, seed=1), random_edit(gpt2, seed=2)
@@ -206,6 +207,7 @@ def by_hand(model, edit, prompt):
     return shifts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["several W_out", "with W_in", "no W_out", "mend", "kn"])
 def test_an_edit_of_several_matrices_is_compared_with_plain_passes(gpt2, name):
     edit = kinds_of_several(gpt2)[name]
@@ -258,6 +260,7 @@ def test_the_layer_that_moves_most_is_the_one_whose_neurons_are_shown(gpt2, stro
     assert "(layers 0, 2)" in page and f"in layer {strong}" in page
 
 
+@pytest.mark.slow
 def test_an_edit_without_w_out_says_that_no_value_is_added_to(gpt2):
     left = torch.zeros(w_out(gpt2, LAYER).shape)
     bias = torch.linspace(-1, 1, len(b_out(gpt2, LAYER)))
@@ -272,6 +275,7 @@ def test_an_edit_without_w_out_says_that_no_value_is_added_to(gpt2):
         assert "changes no W_out" in report._repr_html_()
 
 
+@pytest.mark.slow
 def test_an_edit_of_several_matrices_is_lifted_and_put_back(gpt2):
     edit = kinds_of_several(gpt2)["with W_in"]
     absent = show_edit(gpt2, edit, PROMPTS, **OPTIONS)

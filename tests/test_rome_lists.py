@@ -36,6 +36,7 @@ def test_each_is_made_on_those_before_it(ten):
     assert small_edit(model, REQUESTS[0], prefixes=[""]).digest == first.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_undone_in_any_order_to_the_byte(ten, seed):
     model, base, done = ten

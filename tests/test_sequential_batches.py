@@ -50,6 +50,7 @@ def test_batches_are_written_with_the_history_of_those_before(gpt2, history):
     assert len(set(chances)) == 5
 
 
+@pytest.mark.slow
 def test_the_history_matters(gpt2):
     assert by_hand(gpt2)[0] == by_hand(gpt2, history=False)[0]
     assert by_hand(gpt2)[1] != by_hand(gpt2, history=False)[1]
@@ -64,6 +65,7 @@ def test_every_method_of_the_family_writes_sequences(gpt2, name):
     assert same(weights(gpt2), before)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_damage_is_undone_as_a_whole(gpt2):
     class Harmful(Memit):
         def compute_many(self, model, requests, *, seed=0, batch_size=None):
@@ -80,6 +82,7 @@ def test_a_batch_that_does_damage_is_undone_as_a_whole(gpt2):
     assert digests == last  # the undone batch is not in the history either
 
 
+@pytest.mark.slow
 def test_all_damage_together_ends_the_sequence(gpt2):
     before = weights(gpt2)
     with run(gpt2, guard=Guard(one_edit=1e-9, all_edits=1e-9)) as sequence:
@@ -90,6 +93,7 @@ def test_all_damage_together_ends_the_sequence(gpt2):
     assert same(weights(gpt2), before)
 
 
+@pytest.mark.slow
 def test_a_request_that_is_left_out_is_said_and_its_batch_goes_on(gpt2):
     editor = method(gpt2, skip_failed=True)
     with run(gpt2, [*FACTS[:1], TOO_LONG, *FACTS[1:3]], editor=editor) as sequence:
@@ -107,6 +111,7 @@ def test_a_request_that_is_left_out_is_said_and_its_batch_goes_on(gpt2):
 # ---------------------------------------------------------------- going on
 
 
+@pytest.mark.slow
 def test_a_stopped_sequence_goes_on_from_whole_batches(gpt2, tmp_path):
     with run(gpt2, folder=tmp_path / "whole") as whole:
         after = weights(gpt2)
@@ -126,6 +131,7 @@ def test_a_stopped_sequence_goes_on_from_whole_batches(gpt2, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_sequence_killed_inside_a_batch_goes_on(gpt2, tmp_path):
     with run(gpt2, folder=tmp_path) as whole:
         pass
@@ -137,6 +143,7 @@ def test_a_sequence_killed_inside_a_batch_goes_on(gpt2, tmp_path):
     assert (tmp_path / "steps.jsonl").read_text() == "".join(lines)
 
 
+@pytest.mark.slow
 def test_a_sequence_with_another_batch_size_is_another_sequence(gpt2, tmp_path):
     with run(gpt2, REQUESTS[:3], folder=tmp_path):
         pass
@@ -160,6 +167,7 @@ def test_a_method_for_single_facts_has_no_batches(gpt2, tmp_path):
     assert not {"batch_size", "history"} & set(head["setting"])
 
 
+@pytest.mark.slow
 def test_one_fact_at_a_time_keeps_a_history_too(gpt2):
     config = dataclasses.replace(SHORT, covariance_weight=1.0)
     editor = method(gpt2, config=config)

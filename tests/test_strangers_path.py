@@ -141,6 +141,7 @@ def test_every_public_function_takes_a_model_as_it_is_loaded(
     assert flags(model) == before
 
 
+@pytest.mark.slow
 def test_a_training_flag_without_effect_changes_no_number(model_class, tokenizer, monkeypatch):
     model, still = stranger(model_class, tokenizer, monkeypatch, "llama"), None
     monkeypatch.undo()

@@ -168,6 +168,7 @@ print("quiet")
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_changes_nothing(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", _QUIET], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -112,6 +112,7 @@ def test_records_come_from_a_file_of_either_schema(gpt2, tmp_path):
         run(gpt2, [{k: v for k, v in flat[0].items() if k != "rephrase_prompt"}])
 
 
+@pytest.mark.slow
 def test_a_cut_sweep_goes_on_and_does_nothing_twice(gpt2, tmp_path, monkeypatch):
     out = tmp_path / "new"
     whole = run(gpt2, out=out, batch_size=1)
@@ -155,6 +156,7 @@ def test_rows_of_another_model_are_not_taken(gpt2, tmp_path):
         run(gpt2, out=tmp_path, layers=[1])
 
 
+@pytest.mark.slow
 def test_more_layers_and_records_are_added(gpt2, tmp_path):
     run(gpt2, RECORDS[:1], layers=[1], out=tmp_path)
     first = (tmp_path / "layer_1.jsonl").read_text()

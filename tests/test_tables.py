@@ -17,6 +17,7 @@ def tables(monkeypatch):
     return tables
 
 
+@pytest.mark.slow
 def test_the_command_changes_no_page(tables):
     marked = 0
     for page in tables.PAGES:

@@ -195,6 +195,7 @@ CASES += [("gemma3", state) for state in STATES if "dtype" in state or "autocast
 """Gemma 3, which takes twice as long, in states that another arithmetic could hide in."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "state"), CASES)
 def test_everything_is_the_same_in_any_state(plain, shape, state, tmp_path):
     model, expected = plain(shape)

@@ -107,6 +107,7 @@ def test_what_fails_fails_alone(gpt2):
     assert "no such subject" in failed[1] and "context" in failed[30] and "true" in failed[31]
 
 
+@pytest.mark.slow
 def test_a_search_that_turns_nan_fails_alone(gpt2, monkeypatch):
     """It is named as in a run of one record at a time."""
     method, solve = rome(gpt2), rome_method.solve_rank_one
@@ -127,6 +128,7 @@ def test_a_search_that_turns_nan_fails_alone(gpt2, monkeypatch):
     assert_alike(seconds_apart(others), seconds_apart(expected))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(gpt2, monkeypatch, caplog):
     """Both where edits are searched and where prompts are scored; the rows are the same."""
     method = rome(gpt2)

@@ -38,6 +38,7 @@ from transformer_lens_rome.prompts.encoder import Encoder
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.slow
 def test_accuracy_is_exact_match_by_greedy_decoding(gpt2):
     """EA counts prompts that greedy decoding continues with exactly the new target."""
     method = get_method("ft", layer=LAYER, lr=2e-2, steps=30, objective="teacher_forced")

@@ -90,6 +90,7 @@ def test_a_name_of_a_file_is_no_markup(gpt2):
     assert "(&lt;b&gt;\\|x # y: 2)" in table and "<b>" not in table
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_whole_batches(gpt2, tmp_path):
     path = tmp_path / "run.jsonl"
     whole = evaluate(gpt2, method(gpt2), MANY, together=2, out=path)
@@ -107,6 +108,7 @@ def test_a_stopped_run_goes_on_from_whole_batches(gpt2, tmp_path):
         evaluate(gpt2, method(gpt2), MANY, out=path)
 
 
+@pytest.mark.slow
 def test_a_batch_without_an_edit_fails_and_the_others_go_on(gpt2):
     before = weights(gpt2)
     results = evaluate(gpt2, method(gpt2), [*MANY[:2], TOO_LONG, *MANY[2:]], together=2)

@@ -490,6 +490,7 @@ def _pickled_in_three_ways(folder, made):
     }
 
 
+@pytest.mark.slow
 def test_nothing_in_a_file_is_run(tmp_path):
     made = tmp_path / "made"
     files = _pickled_in_three_ways(tmp_path, made)

@@ -123,6 +123,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said(gpt2, monkeypa
 # ---------------------------------------------------------------- options
 
 
+@pytest.mark.slow
 def test_options_that_do_not_fit_are_refused(gpt2):
     m = len(w_out(gpt2, 0))
     for layers in ([], [1, 0], [0, 0]):

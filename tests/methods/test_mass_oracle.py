@@ -231,6 +231,7 @@ def test_own_null_space_is_that_of_the_released_program_as_far_as_it_is_determin
         assert s.tolist() == pytest.approx(case["kPk"][i], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_the_anchor_of_the_released_program(tiny_gpt2, oracle, shared):
     """The mean norm of values, over bare prompts; the program searches 16 of them together."""
     case = oracle.cases["nas"]

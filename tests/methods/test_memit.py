@@ -330,6 +330,7 @@ def test_several_layers_are_refused_where_a_norm_follows_the_mlp(gemma3):
         many_edit(gemma3, layers=(0, 1))
 
 
+@pytest.mark.slow
 def test_the_model_writes_its_own_prefixes(model):
     edit = many_edit(model, prefixes=None)
     texts = edit.provenance["prefixes"]
@@ -364,6 +365,7 @@ def test_states_of_torch_change_nothing(gpt2, state):
     assert edit.digest == plain.digest and edit.health == plain.health
 
 
+@pytest.mark.slow
 def test_every_fact_is_shown(gpt2):
     edit = many_edit(gpt2)
     page = edit._repr_html_()

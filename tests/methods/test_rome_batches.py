@@ -79,6 +79,7 @@ def test_each_is_made_on_the_model_as_it_is(gpt2):
     assert second.model_hash == weight_hash(w_out(gpt2, LAYER)) != after_the_first.model_hash
 
 
+@pytest.mark.slow
 def test_a_search_that_has_ended_leaves_the_batch(gpt2, monkeypatch):
     """Each stops by its own loss, and rows are left out as soon as that is half of them."""
     config = dataclasses.replace(CONFIG, steps=8, stop_loss=0.0)
@@ -111,6 +112,7 @@ def each(model, requests, **changed):
     return Rome(**known).compute_each(model, requests)
 
 
+@pytest.mark.slow
 def test_a_request_that_cannot_be_read_fails_alone(gpt2):
     long = EditRequest("{} " + "is in " * 200, "Rome", "Paris")
     found = each(gpt2, [REQUESTS[0], long, REQUESTS[1]])

@@ -175,6 +175,7 @@ def test_a_step_with_fewer_prefixes_runs_fewer_rows(gpt2, monkeypatch):
     assert ran[-4:] == [1, 2, 2, 1]  # the other groups have it as a row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", (2, 3))
 def test_searches_that_stop_at_the_top_leave_the_batch_and_change_nothing(gpt2, batch_size):
     """Which prefixes a step takes depends on the request only, not on what else is searched."""

@@ -99,6 +99,7 @@ def test_the_rounding_error_is_what_the_weights_lost(any_class, bos_tokenizer, d
     assert found.relative_norm == pytest.approx(size.sqrt().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_an_edit_too_small_for_the_dtype_says_so(any_class, bos_tokenizer, dtype):
     model = in_dtype(any_class, bos_tokenizer, dtype)

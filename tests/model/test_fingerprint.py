@@ -180,6 +180,7 @@ def test_damage_in_preparation_is_seen_too(gpt2, tmp_path):
         evaluate(gpt2, Prepares())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_unharmed_model_passes(model_class, shape, tokenizer):
     """No false alarm: what passes, edits, traces and text leave behind is no damage."""

@@ -91,6 +91,7 @@ def test_text_that_grows_over_the_limit_follows_from_whole_passes(longrope):
         assert torch.equal(logits.argmax(-1), tokens[:, n])
 
 
+@pytest.mark.slow
 def test_above_the_limit_a_trace_is_made_of_whole_passes(longrope):
     trace = causal_trace(longrope, LONG, "The Space Needle", n_samples=2, progress=False)
     with pytest.MonkeyPatch.context() as patch:

@@ -101,6 +101,7 @@ def converts(served):
     return check
 
 
+@pytest.mark.slow
 @spots
 def test_families_that_no_other_test_knows_are_served(build, served, converts, kind, name):
     converts(kind, name)

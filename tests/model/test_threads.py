@@ -20,6 +20,7 @@ def trace(model, prompt):
     return causal_trace(model, prompt, prompt.split(" is")[0], n_samples=2, progress=False).samples
 
 
+@pytest.mark.slow
 def test_traces_in_threads_are_those_of_a_loop(gpt2):
     expected = [trace(gpt2, prompt) for prompt in PROMPTS]
     with ThreadPoolExecutor(4) as pool:
@@ -86,6 +87,7 @@ def test_two_models_that_call_one_another_do_not_wait_for_ever(gpt2, model_class
         assert torch.equal(*(one.result(timeout=60) for one in found))
 
 
+@pytest.mark.slow
 def test_a_shallow_copy_waits_too(gpt2):
     expected, twin = trace(gpt2, PROMPTS[0]), copy.copy(gpt2)
     with ThreadPoolExecutor(2) as pool:

@@ -143,6 +143,7 @@ def test_a_chat_model_is_edited_and_traced(chat):
 # ---------------------------------------------------------------- texts as people paste them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "around", [("", " "), (" ", ""), ("\t", "\n"), ("\xa0", "\ufeff"), ("\u200b", " \r\n")]
 )

@@ -156,6 +156,7 @@ def test_another_subject_in_its_place(model):
 # ---------------------------------------------------------------- same result, same model
 
 
+@pytest.mark.slow
 def test_batch_size_and_seed(gemma3):
     one, other = trace(gemma3, batch_size=1), trace(gemma3, batch_size=1000)
     torch.testing.assert_close(one.samples, other.samples, rtol=1e-4, atol=1e-7)

@@ -54,6 +54,7 @@ def test_severed_facts(gpt2):
     assert (average.n_facts, average.n_wrong, average.sever) == (3, 4, "attn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", (trace_facts, sever_facts))
 def test_a_second_run_makes_only_what_is_missing(gpt2, tmp_path, monkeypatch, run):
     name = {trace_facts: "causal_trace", sever_facts: "severed_trace"}[run]

@@ -15,6 +15,7 @@ from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Point, short_name
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.model.self_check import trials_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,17 @@ def norm_follows_mlp(model: Model, layer: int) -> bool:
     """Return whether a norm follows the MLP in its block, as in Gemma 2 and 3 and OLMo 2.
 
     This is tested by scaling the value by 0, 2 and 4. In a plain block the output moves as far from
-    2 to 4 as from 0 to 2. With a norm after the MLP it hardly moves from 2 to 4.
+    2 to 4 as from 0 to 2. With a norm after the MLP it hardly moves from 2 to 4. The result is kept
+    on the model.
     """
+    known, key = trials_of(model), f"a norm follows the MLP of layer {layer}"
+    if key not in known:
+        known[key] = _saturates(model, layer)
+    return bool(known[key])
+
+
+def _saturates(model: Model, layer: int) -> bool:
+    """Return whether a block's output hardly moves if a large value grows."""
     value, resid = Point("value", layer), Point("resid_post", layer)
     tokens = torch.arange(1, 9)[None] % model.cfg.d_vocab
 

@@ -76,6 +76,7 @@ def test_a_saved_editor_is_the_same_editor(gpt2, editor, tmp_path):
     assert other.compute(gpt2, REQUEST).digest != first.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_of_a_training_is_its_best_editor(gpt2, tmp_path, kind):
     out = tmp_path / "folder" / "editor"

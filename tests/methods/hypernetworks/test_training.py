@@ -94,6 +94,7 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(training, "_step", once)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("mend", "ke"))
 def test_a_stopped_run_goes_on_to_the_same_end(gpt2, tmp_path, monkeypatch, name):
     whole = fit(gpt2, name, max_steps=12, out=tmp_path / "whole")
@@ -117,6 +118,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(gpt2, tmp_path, monkeypatch, name
     }
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path):
     out = tmp_path / "editor"
     fit(gpt2, max_steps=4, out=out)
@@ -127,6 +129,7 @@ def test_a_longer_run_is_a_shorter_one_gone_on(gpt2, tmp_path):
     assert fit(gpt2, max_steps=12, out=out).digest == get_method("mend").load(out).digest
 
 
+@pytest.mark.slow
 def test_it_stops_when_nothing_gets_better(gpt2, tmp_path):
     still = {"alpha_lr": 10.0, "c_edit": 1e-6}  # nothing counts but locality, best at the start
     out = tmp_path / "editor"
@@ -177,6 +180,7 @@ def test_an_editor_is_never_overwritten_by_a_new_run(gpt2, tmp_path):
 # ---------------------------------------------------------------- one seed, one editor
 
 
+@pytest.mark.slow
 def test_the_seed_is_all_that_is_random(gpt2):
     one, same = fit(gpt2, max_steps=4), fit(gpt2, max_steps=4)
     assert one.digest == same.digest and one.info["step"] == 4
@@ -204,6 +208,7 @@ def test_an_exception_leaves_the_model_as_found(model_class, tokenizer, monkeypa
     assert found(model) == before and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 def test_half_precision_models_have_editors_in_single_precision(tokenizer):
     if not tiny_models.has_bridge():
         pytest.skip("no bridge")
