@@ -51,8 +51,8 @@ COARSE = {
         "layer=5,ridge=1e-6,released",
     ],
     "smollm2": [
-        *(f"layer={n},clamp=4" for n in (1, 2, 4, 6, 8, 10, 12)),
-        *(f"layer=4,clamp={c}" for c in (1, 2)),
+        *(f"layer={n},clamp=4" for n in (1, 2, 3, 4, 6, 8, 10)),
+        *(f"layer=2,clamp={c}" for c in (1, 2, 8)),
     ],
 }
 WORDS = {"stop": str, "prefixes_a_step": int}

@@ -16,6 +16,8 @@ from transformer_lens_rome.model import default_layer as defaults
 from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.protocol import Model
 
+pytestmark = pytest.mark.every_version
+
 LAYER = 1
 KEY, VALUE, EMBED = Point("key", LAYER), Point("value", LAYER), Point("embed")
 TOKENS = torch.randint(3, 400, (2, 11), generator=torch.Generator().manual_seed(0))

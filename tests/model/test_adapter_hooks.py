@@ -16,6 +16,8 @@ from transformer_lens_rome.model.adapter import Point
 from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.model.self_check import forget_other_states, holds
 
+pytestmark = pytest.mark.every_version
+
 LAYER = 1
 KEY, VALUE, RESID = Point("key", LAYER), Point("value", LAYER), Point("resid_post", LAYER)
 TOKENS = torch.randint(3, 400, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,8 @@ from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.adapter import Weight, parameter
 from transformer_lens_rome.model.passes import read
 
+pytestmark = pytest.mark.every_version
+
 SHAPES = ("gpt2", "gptj", "neox", "opt", "bloom", "llama", "phi3", "gemma3")
 GATED = ("llama", "phi3", "gemma3")
 TOKENS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))

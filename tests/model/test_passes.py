@@ -9,6 +9,8 @@ import torch
 
 from transformer_lens_rome.model import passes
 
+pytestmark = pytest.mark.every_version
+
 GENERATOR = torch.Generator().manual_seed(0)
 
 

@@ -23,6 +23,8 @@ from transformer_lens_rome.model.partial_forward import PartialForward
 from transformer_lens_rome.prompts import sampling
 from transformer_lens_rome.tracing.kinds import KINDS
 
+pytestmark = pytest.mark.every_version
+
 
 @pytest.fixture(scope="module")
 def served():
