@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from transformer_lens_rome.files.intervals import half_width
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace
 from transformer_lens_rome.tracing.kinds import check_kind
 from transformer_lens_rome.tracing.results import (
     CausalTrace,
@@ -67,7 +69,9 @@ class AverageTrace(Result, Shown):
         kind: As in `CausalTrace`.
         window: As in `CausalTrace`.
         n_wrong: The number of facts left out because the model does not know them.
-        info: The options that all traces share: model, metric, noise, samples, seed.
+        info: The options that all traces share: model, metric, noise, samples, seed. For estimated
+            traces also "method", and of the facts with exact cells the number "n_verified", the
+            mean "spearman" and the "largest_miss".
     """
 
     scores: Float[Tensor, "category layer"]
@@ -145,6 +149,8 @@ def average_traces(traces: Sequence[CausalTrace], *, n_wrong: int = 0) -> Averag
     alike = {
         (t.kind, t.window, t.metric, t.samples.shape[1], str(t.info.get("model"))) for t in traces
     }
+    if len({isinstance(trace, EstimatedTrace) for trace in traces}) > 1:
+        raise ValueError("estimated and exact traces have no common average; average each alone")
     if len(alike) > 1:
         raise ValueError(f"traces of different kinds, windows, metrics or models: {sorted(alike)}")
     columns = [_by_category(trace) for trace in traces]
@@ -175,10 +181,24 @@ def _shared_info(traces: Sequence[CausalTrace]) -> dict[str, Any]:
         {**trace.info, "metric": trace.metric, "n_samples": len(trace.samples)} for trace in traces
     ]
     names = ("model", "metric", "noise", "noise_std", "replace", "n_samples", "seed", "prepend_bos")
-    return {
+    shared = {
         name: every[0].get(name)
         for name in names
         if all(one.get(name) == every[0].get(name) for one in every)
+    }
+    return shared | _agreement([trace for trace in traces if isinstance(trace, EstimatedTrace)])
+
+
+def _agreement(traces: Sequence[EstimatedTrace]) -> dict[str, Any]:
+    """Return how well estimated traces agree with the cells that were run exactly."""
+    if not traces:
+        return {}
+    each = [trace.agreement for trace in traces if len(trace.checked)]
+    return {
+        "method": "gradient",
+        "n_verified": len(each),
+        "spearman": fmean(one.spearman for one in each) if each else None,
+        "largest_miss": max(one.largest_miss for one in each) if each else None,
     }
 
 

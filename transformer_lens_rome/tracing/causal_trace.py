@@ -18,9 +18,15 @@ Noise affects a model in ways that another subject does not (Zhang & Nanda, arXi
 
 Embeddings are corrupted at `hook_embed`: before positions are added, and in BLOOM after its
 embedding norm.
+
+`method="gradient"` estimates all cells from a few passes (see `gradient`), and runs some of them
+exactly to tell how good the estimate is. `gradient_traces` estimates several kinds at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -29,10 +35,12 @@ from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.tracing.corrupted_run import Corruption, corrupted_run
 from transformer_lens_rome.tracing.corruption import NoiseSource
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace, check_cells
+from transformer_lens_rome.tracing.gradient import estimate_each
 from transformer_lens_rome.tracing.kinds import Kind, layers_at_once
 from transformer_lens_rome.tracing.question import Question
 from transformer_lens_rome.tracing.results import CausalTrace, Metric, Sever, SeveredTrace
-from transformer_lens_rome.tracing.runs import restore_each, sever_each
+from transformer_lens_rome.tracing.runs import CorruptedRun, restore_each, sever_each
 
 
 @model_call
@@ -56,6 +64,9 @@ def causal_trace(
     prepend_bos: bool | None = None,
     batch_size: int = 180,
     progress: bool = True,
+    method: Literal["exact", "gradient"] = "exact",
+    steps: int = 5,
+    verify: int = 20,
 ) -> CausalTrace:
     """Restore each state of a corrupted run in turn; the model is not changed.
 
@@ -80,29 +91,104 @@ def causal_trace(
         prepend_bos: Overrides the checkpoint's rule.
         batch_size: The number of rows in a batch; it changes only the speed.
         progress: Show a progress bar.
+        method: "exact" runs every cell. "gradient" estimates them, and returns an `EstimatedTrace`.
+        steps: For "gradient": the number of passes with a gradient.
+        verify: For "gradient": the number of cells with the largest estimates that are run exactly,
+            and of other cells, drawn at random.
 
     Raises:
         ValueError: the subject is not in the prompt or occurs twice, the answer has no token, or
-            noise, window or metric do not fit; the message says what to do.
+            noise, window, metric or method do not fit; the message says what to do.
     """
     window = layers_at_once(kind, window)
+    if method not in ("exact", "gradient"):
+        raise ValueError(f"method must be 'exact' or 'gradient', got {method!r}")
     question = Question(prompt, subject, answer, foil, metric, occurrence)
     corruption = Corruption(noise, noise_std, replace, other_subject, n_samples, seed)
     corrupted, info = corrupted_run(model, question, corruption, prepend_bos)
+    if method == "gradient":
+        how = steps, verify, batch_size
+        return _estimated(corrupted, info, {kind: window}, *how)[kind]
     samples, base = restore_each(corrupted, kind, window, batch_size, progress)
+    return CausalTrace(**_trace(corrupted, info, kind, window, samples, base))
+
+
+@model_call
+def gradient_traces(
+    model: Model,
+    prompt: str,
+    subject: str,
+    *,
+    kinds: Sequence[Kind] = ("resid", "mlp", "attn"),
+    window: int = 10,
+    answer: str | None = None,
+    noise: Float[Tensor, "n_samples n_subject_tokens d_model"] | NoiseSource | None = None,
+    noise_std: float | None = None,
+    n_samples: int = 10,
+    seed: int = 0,
+    metric: Metric = "probability",
+    foil: str | None = None,
+    occurrence: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size: int = 180,
+    steps: int = 5,
+    verify: int = 20,
+) -> dict[str, EstimatedTrace]:
+    """Estimate traces of several kinds from the same passes; the model is not changed.
+
+    The arguments are those of `causal_trace`; `verify` cells of each kind are run exactly.
+    """
+    windows: dict[str, int] = {kind: layers_at_once(kind, window) for kind in kinds}
+    question = Question(prompt, subject, answer, foil, metric, occurrence)
+    corruption = Corruption(noise, noise_std, n_samples=n_samples, seed=seed)
+    corrupted, info = corrupted_run(model, question, corruption, prepend_bos)
+    return _estimated(corrupted, info, windows, steps, verify, batch_size)
+
+
+def _estimated(
+    corrupted: CorruptedRun,
+    info: dict[str, Any],
+    windows: dict[str, int],
+    steps: int,
+    verify: int,
+    batch_size: int,
+) -> dict[str, EstimatedTrace]:
+    """Return the estimated trace of each kind."""
+    if steps < 1 or verify < 0:
+        raise ValueError(f"steps must be at least 1 and verify at least 0: {steps}, {verify}")
+    info = {**info, "method": "gradient", "steps": steps}
+    estimates, base = estimate_each(corrupted, windows, steps)
+    traces = {}
+    for kind, window in windows.items():
+        how = verify, batch_size, info["seed"]
+        checked = check_cells(corrupted, kind, window, estimates[kind], *how)
+        trace = _trace(corrupted, info, kind, window, estimates[kind], base)
+        traces[kind] = EstimatedTrace(**trace, **checked)
+    return traces
+
+
+def _trace(
+    corrupted: CorruptedRun,
+    info: dict[str, Any],
+    kind: str,
+    window: int,
+    samples: Float[Tensor, "sample layer pos"],
+    base: Float[Tensor, "sample"],
+) -> dict[str, Any]:
+    """Return the fields of a `CausalTrace`."""
     run = corrupted.clean
-    return CausalTrace(
-        samples=samples,
-        corrupted_samples=base,
-        p_clean=run.p_clean(),
-        tokens=run.tokens,
-        subject_positions=run.subject,
-        answer=run.answer,
-        kind=kind,
-        window=window,
-        metric=metric,
-        info=info,
-    )
+    return {
+        "samples": samples,
+        "corrupted_samples": base,
+        "p_clean": run.p_clean(),
+        "tokens": run.tokens,
+        "subject_positions": run.subject,
+        "answer": run.answer,
+        "kind": kind,
+        "window": window,
+        "metric": run.metric,
+        "info": info,
+    }
 
 
 @model_call

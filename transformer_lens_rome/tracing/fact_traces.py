@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -18,12 +18,13 @@ from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import top_tokens
 from transformer_lens_rome.tracing.causal_trace import causal_trace, severed_trace
 from transformer_lens_rome.tracing.corruption import subject_embedding_std
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace
 from transformer_lens_rome.tracing.kinds import Kind, layers_at_once
 from transformer_lens_rome.tracing.known_facts import KnownFact
 from transformer_lens_rome.tracing.results import CausalTrace, Sever, SeveredTrace
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T", CausalTrace, SeveredTrace)
+T = TypeVar("T", CausalTrace, EstimatedTrace, SeveredTrace)
 
 
 @model_call
@@ -65,6 +66,9 @@ def trace_facts(
     seed: int = 0,
     folder: Any = None,
     progress: bool = True,
+    method: Literal["exact", "gradient"] = "exact",
+    verify: int = 20,
+    n_verified: int = 20,
 ) -> list[CausalTrace]:
     """Run `causal_trace` on each fact for the model's top token, with one noise level for all.
 
@@ -80,15 +84,25 @@ def trace_facts(
         folder: Save each trace in this folder as soon as it is made. A second call with the same
             folder reads the saved traces and makes the missing ones.
         progress: Show a progress bar.
+        method: As for `causal_trace`; "gradient" gives estimated traces.
+        verify: For "gradient", as for `causal_trace`.
+        n_verified: For "gradient", the number of facts, from the first, whose cells are verified.
 
     Raises:
         ValueError: the folder contains traces that were made with other options.
     """
     shared = _shared(model, facts, noise_std, n_samples, seed)
     window = layers_at_once(kind, window)
-    make = partial(causal_trace, kind=kind, window=window, **shared)
+    make = partial(causal_trace, kind=kind, window=window, method=method, **shared)
     options = {"kind": kind, "window": window, **shared}
-    return _each(model, facts, make, CausalTrace, options, folder, progress)
+    if method == "exact":
+        return _each(model, facts, make, CausalTrace, options, folder, progress)
+    options["method"] = method
+    traces: list[CausalTrace] = []
+    for some, n in ((facts[:n_verified], verify), (facts[n_verified:], 0)):
+        made = partial(make, verify=n)
+        traces += _each(model, some, made, EstimatedTrace, options, folder, progress)
+    return traces
 
 
 @model_call

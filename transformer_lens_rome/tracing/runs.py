@@ -74,6 +74,10 @@ class CleanRun:
         total = log_probs[..., 0].sum(-1)
         return total if self.metric == "log_probability" else total.exp()
 
+    def at_point(self, point: Point) -> Float[Tensor, "pos d"]:
+        """Return the clean activations at a point."""
+        return passes.read(self.model, torch.tensor([self.ids]), [point])[point][0]
+
     def states(self, kind: StateKind) -> list[Float[Tensor, "pos d"]]:
         """Return the clean states of a kind, by layer."""
         points = [kind.at(layer) for layer in range(self.model.cfg.n_layers)]
@@ -137,6 +141,26 @@ def restore_each(
             base = corrupted.scores(forward, [[]], batch_size)[:, 0]
     scores[:, :, :first] = base[:, None, None]  # restoring uncorrupted states changes nothing
     return scores, base
+
+
+@torch.no_grad()
+def restore_some(
+    corrupted: CorruptedRun,
+    kind: str,
+    window: int,
+    cells: Sequence[Sequence[int]],
+    batch_size: int,
+) -> Float[Tensor, "sample cell"]:
+    """Return the scores with each of some (layer, position) cells restored, in their order."""
+    n, restored = len(corrupted.rows), KINDS[kind]
+    clean = corrupted.clean.states(restored)
+    scores = torch.empty(n, len(cells))
+    for position in sorted({position for _, position in cells}):
+        some = [i for i, cell in enumerate(cells) if cell[1] == position]
+        layers = [cells[i][0] for i in some]
+        changes = [list(_restored(clean, restored, i, position, window, n)) for i in layers]
+        scores[:, some] = corrupted.scores(corrupted.from_(position), changes, batch_size)
+    return scores
 
 
 @torch.no_grad()
