@@ -14,7 +14,7 @@ from transformer_lens_rome.statistics.sources import sampled_second_moment
 from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
 
 here = Path(__file__).parents[1]
-results, figures = here / "results" / "averages", here / "results" / "figures"
+results, figures = here / "results" / "averages" / "gemma", here / "results" / "figures"
 figures.mkdir(exist_ok=True)
 
 kinds = ("resid", "mlp", "attn")
