@@ -2,8 +2,8 @@
 
     python examples/scripts/average_traces.py MODEL FOLDER [KNOWN_FACTS.json] [--facts 100]
 
-MODEL is gemma or smollm2. Traces are kept in FOLDER as they are made; run it again after a stop. The
-averages are written to `examples/results/averages/MODEL/`; `python examples/scripts/figures.py`
+MODEL is gemma or smollm2. Traces are kept in FOLDER as they are made; run it again after a stop.
+Averages are written to `examples/results/averages/MODEL/`; `python examples/scripts/figures.py`
 draws Gemma's.
 """
 
