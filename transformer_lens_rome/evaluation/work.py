@@ -16,14 +16,9 @@ from typing import Any, NamedTuple
 
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.benchmarks import Record, Scores
 from transformer_lens_rome.evaluation.divergence import divergences
-from transformer_lens_rome.evaluation.rows import (
-    GeneratedText,
-    Record,
-    RecordRow,
-    Scores,
-    record_digest,
-)
+from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow, record_digest
 from transformer_lens_rome.evaluation.scoring import Scoring, generate_texts, score_records
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
