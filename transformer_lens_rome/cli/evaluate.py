@@ -26,7 +26,7 @@ TABLES = {"markdown": markdown, "latex": latex}
 
 READING = ("true_paraphrases",)
 """Arguments of the command that are options of some benchmarks' loaders."""
-ASKING = ("generate", "attributes", "counterfact_plus")
+ASKING = ("generate", "attributes", "counterfact_plus", "both")
 """Arguments of the command that are options of some benchmarks' scorings."""
 OPTIONS = {"layer": "layer", "statistics": "second_moment", "editor": "editor"}
 """Arguments of the command that are options of some methods, and the options' names."""
@@ -42,7 +42,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
         help="file for the rows (.jsonl), which a stopped run continues from; for 'unedited', "
         "the file unedited.jsonl in the folder of the other runs",
     )
-    run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
+    run.add_argument("--records", help="the data set's file or folder (CounterFact: downloaded)")
     run.add_argument("--dataset", choices=benchmark_names(), default="counterfact")
     run.add_argument("--limit", type=int, help="number of records to use, from the first")
     run.add_argument("--lenient", action="store_true", help="leave out invalid records")
@@ -63,6 +63,9 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     )
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
+    run.add_argument(
+        "--both", action="store_true", help="reversal: write the reverse fact too, after the fact"
+    )
     run.add_argument(
         "--batch-size", type=int, help="number of records that are edited and scored together"
     )

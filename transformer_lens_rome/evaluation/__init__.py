@@ -12,6 +12,7 @@ from transformer_lens_rome.evaluation.benchmarks import (
 from transformer_lens_rome.evaluation.evaluate import (
     evaluate_benchmark,
     evaluate_counterfact,
+    evaluate_reversal,
     evaluate_zsre,
 )
 from transformer_lens_rome.evaluation.generation import References, TfIdf
@@ -19,6 +20,7 @@ from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.qualitative import Generations, compare_generations
 from transformer_lens_rome.evaluation.records import CounterFact, CounterFactRecord
 from transformer_lens_rome.evaluation.results import Results, comparison, latex, markdown
+from transformer_lens_rome.evaluation.reversal import Reversal, ReversalRecord
 from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow
 from transformer_lens_rome.evaluation.scoring import Scoring
 from transformer_lens_rome.evaluation.zsre import Zsre, ZsreRecord
@@ -34,6 +36,8 @@ __all__ = [
     "RecordRow",
     "References",
     "Results",
+    "Reversal",
+    "ReversalRecord",
     "Scoring",
     "TfIdf",
     "Zsre",
@@ -43,6 +47,7 @@ __all__ = [
     "comparison",
     "evaluate_benchmark",
     "evaluate_counterfact",
+    "evaluate_reversal",
     "evaluate_zsre",
     "get_benchmark",
     "latex",

@@ -29,6 +29,7 @@ from transformer_lens_rome.evaluation.counterfact import CounterFactScoring
 from transformer_lens_rome.evaluation.generation import References
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.results import Results
+from transformer_lens_rome.evaluation.reversal import ReversalRecord, ReversalScoring
 from transformer_lens_rome.evaluation.run import Run
 from transformer_lens_rome.evaluation.zsre import ZsreRecord, ZsreScoring
 from transformer_lens_rome.methods.base import EditMethod
@@ -163,3 +164,29 @@ def evaluate_zsre(
     """Score a method on zsRE with its metrics; the arguments are as in `evaluate_counterfact`."""
     options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
     return Run(model, records, method, ZsreScoring(), *options).results()
+
+
+@model_call
+def evaluate_reversal(
+    model: Model,
+    records: Sequence[ReversalRecord],
+    method: str | EditMethod | None,
+    *,
+    both: bool = False,
+    out: Any = None,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    workers: int = 1,
+    ray_address: str | None = None,
+    progress: bool = True,
+    batch_size: int | None = None,
+    together: int | None = None,
+) -> Results:
+    """Score how much a fact s -> o* changes what the model says about o*; see `reversal`.
+
+    With `both`, the reverse fact o* -> s is written as a second request: together with the first
+    by a method that has `compute_many`, else after it. The other arguments are as in
+    `evaluate_counterfact`.
+    """
+    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
+    return Run(model, records, method, ReversalScoring(both), *options).results()

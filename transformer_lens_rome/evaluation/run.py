@@ -69,6 +69,7 @@ class Run:
             before = self._before(encoder, unedited)
             return Results("unedited", unedited, before, {}, self._data())
         edited = unedited | {"seed": self.seed, "method": described(method)} | self._batches()
+        edited |= self.scoring.edit_setting
         name = edited["method"]["name"]
         known = self.scoring, encoder, method, fingerprint, self.seed
         work: Work = ScoreEdited(*known, self.batch_size)

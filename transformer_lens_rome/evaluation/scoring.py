@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes, score_edited
-from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.benchmarks import Record, Scores
 from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
@@ -43,6 +43,15 @@ class Scoring:
     def setting(self) -> dict[str, Any]:
         """Everything else that the numbers depend on, as plain values."""
         return {}
+
+    @property
+    def edit_setting(self) -> dict[str, Any]:
+        """Everything that only the edits depend on, as plain values."""
+        return {}
+
+    def requests(self, record: Any) -> tuple[EditRequest, ...]:
+        """Return the facts that a record's edit writes."""
+        return (record.request,)
 
     @property
     def generates(self) -> bool:

@@ -20,6 +20,7 @@ from transformer_lens_rome.evaluation.benchmarks import Record, Scores
 from transformer_lens_rome.evaluation.divergence import divergences
 from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow, record_digest
 from transformer_lens_rome.evaluation.scoring import Scoring, generate_texts, score_records
+from transformer_lens_rome.evaluation.several import edit_of
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.methods.batches import tried
@@ -113,10 +114,11 @@ class ScoreEdited:
     def _edits(self, model: Model, records: Sequence[Record]) -> list[Edit | Exception]:
         """Return the edit of each record, or why there is none."""
         compute_each = getattr(self.method, "compute_each", None)
-        if compute_each is not None and len(records) > 1:
+        single = all(len(self.scoring.requests(record)) == 1 for record in records)
+        if compute_each is not None and single and len(records) > 1:
 
             def together(some: Sequence[Record]) -> list[Any]:
-                requests = [record.request for record in some]
+                requests = [request for one in some for request in self.scoring.requests(one)]
                 options = {"seed": self.seed, "batch_size": self.batch_size}
                 return list(compute_each(model, requests, **options))
 
@@ -124,7 +126,7 @@ class ScoreEdited:
 
         def one(some: Sequence[Record]) -> list[Edit]:
             (record,) = some
-            return [self.method.compute(model, record.request, seed=self.seed)]
+            return [edit_of(self.method, model, self.scoring.requests(record), seed=self.seed)]
 
         edits = []
         for record in records:
@@ -183,17 +185,18 @@ class ScoreTogether:
     def _edit(self, model: Model, some: Sequence[Sequence[Record]]) -> list[Edit]:
         """Return the edit of the only batch."""
         (records,) = some
-        requests = [record.request for record in records]
+        requests = [request for record in records for request in self.scoring.requests(record)]
         return [self.method.compute_many(model, requests, seed=self.seed)]
 
     def _scored(
         self, model: Model, records: Sequence[Record], edit: Edit
     ) -> tuple[list[Scored | Exception], dict[int, Any]]:
         """Return the scores of each record, or the error, and the health of those written."""
-        written = [i for i, record in enumerate(records) if record.request in edit.requests]
+        facts_of = [self.scoring.requests(record) for record in records]
+        written = [i for i, facts in enumerate(facts_of) if set(facts) <= set(edit.requests)]
         each: list[Any] = [ValueError("the edit of its batch leaves it out")] * len(records)
-        whole = [{k: v for k, v in edit.health.to_dict().items() if k not in ("losses", "facts")}]
-        facts = [asdict(fact) for fact in edit.health.facts] or whole * len(written)
+        whole = {k: v for k, v in edit.health.to_dict().items() if k not in ("losses", "facts")}
+        healths = dict(zip(edit.requests, map(asdict, edit.health.facts)))
 
         def score(some: Sequence[int]) -> list[Scored]:
             chosen = [records[i] for i in some]
@@ -207,7 +210,7 @@ class ScoreTogether:
 
         for i, one in zip(written, tried(score, written, FAILURES), strict=True):
             each[i] = one
-        return each, dict(zip(written, facts, strict=True))
+        return each, {i: healths.get(facts_of[i][0], whole) for i in written}
 
 
 def compared(scoring: Scoring, record: Record) -> dict[str, list[str]]:
