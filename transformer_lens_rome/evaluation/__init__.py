@@ -21,12 +21,15 @@ from transformer_lens_rome.evaluation.qualitative import Generations, compare_ge
 from transformer_lens_rome.evaluation.records import CounterFact, CounterFactRecord
 from transformer_lens_rome.evaluation.results import Results, comparison, latex, markdown
 from transformer_lens_rome.evaluation.reversal import Reversal, ReversalRecord
+from transformer_lens_rome.evaluation.ripple import RippleEdits, RippleRecord
 from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow
 from transformer_lens_rome.evaluation.scoring import Scoring
+from transformer_lens_rome.evaluation.written import Ask, WrittenScore
 from transformer_lens_rome.evaluation.zsre import Zsre, ZsreRecord
 
 __all__ = [
     "AnswerScore",
+    "Ask",
     "Benchmark",
     "CounterFact",
     "CounterFactRecord",
@@ -38,8 +41,11 @@ __all__ = [
     "Results",
     "Reversal",
     "ReversalRecord",
+    "RippleEdits",
+    "RippleRecord",
     "Scoring",
     "TfIdf",
+    "WrittenScore",
     "Zsre",
     "ZsreRecord",
     "benchmark_names",

@@ -262,7 +262,22 @@ def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
     if of.counts is not None:
         n, some = len(_common(runs)), len(_common(runs) - runs[0].unmet)
         counted = [f"{some} of {n} records count: those for which {of.condition}."]
+        counted += _numbers(runs)
     return " ".join([of.legend, *notes, *counted, *_together(runs), _records_of(runs)])
+
+
+def _numbers(runs: Sequence[Results]) -> Iterator[str]:
+    """Yield the sentence that says on how many records each column stands."""
+    cases = _common(runs)
+    scores = [("unedited", runs[0].scores(edited=False, cases=cases))]
+    scores += [(_plain(run.name), run.scores(cases=cases)) for run in runs if run.after]
+    listed = [
+        f"{name}: {', '.join(f'{column} {one.n}' for column, one in estimates.items())}"
+        for name, estimates in scores
+        if estimates
+    ]
+    if listed:
+        yield f"Numbers of records: {'; '.join(listed)}."
 
 
 def _together(runs: Sequence[Results]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.benchmarks import Record, Scores
 from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.rows import GeneratedText
+from transformer_lens_rome.evaluation.written import Ask, written_answers
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.continuations import continue_each
 from transformer_lens_rome.prompts.encoder import Encoder, Row
@@ -31,7 +32,7 @@ _TEXTS = 64
 class Scoring:
     """The questions about the records of a benchmark; it can be pickled, for workers.
 
-    A benchmark defines `asked`, and overrides what else it needs.
+    A benchmark defines `asked`, or `written` and `judged`, and overrides what else it needs.
 
     Attributes:
         protocol: The benchmark's name.
@@ -65,6 +66,14 @@ class Scoring:
 
     def asked(self, record: Any) -> Asked:
         """Return the prompts of a record, with the targets after each."""
+        return {}
+
+    def written(self, record: Any, edited: bool) -> Sequence[Ask]:
+        """Return the prompts that the model answers in its own words; `edited`: after the edit."""
+        return ()
+
+    def judged(self, record: Any, edited: bool, texts: Sequence[str]) -> Scores:
+        """Return the scores of what the model wrote after the prompts of `written`, by kind."""
         raise NotImplementedError
 
     def continued(self, record: Any) -> tuple[Sequence[str], int]:
@@ -82,11 +91,21 @@ def score_records(
     scoring: Scoring,
     records: Sequence[Record],
     edits: Sequence[Edit] | None = None,
+    *,
+    edited: bool | None = None,
 ) -> list[Scores]:
     """Return, for each record, the score of every prompt, by kind.
 
-    The prompts of all records share passes. With `edits`, one for each record, a record is scored
-    as with its edit on the model, and with no other; the model has no edit on it before and after.
+    The prompts of all records share passes.
+
+    Args:
+        model: The model.
+        encoder: Encodes the prompts.
+        scoring: What is asked about a record.
+        records: The records.
+        edits: For each record, its edit; it is scored as with this edit on the model, and with no
+            other. The model has no edit on it before and after. None: the model as it is.
+        edited: Whether the scores are of an edited model. None: if there are `edits`.
 
     Raises:
         ValueError: A log-probability is not a number, or a prompt is longer than the context.
@@ -98,11 +117,18 @@ def score_records(
         pairs = [pair for some in kinds.values() for pair in some]
         rows += [encoder.row(prompt, target=target) for prompt, all_ in pairs for target in all_]
         owners += [i] * (len(rows) - len(owners))
-    if edits is None:
+    if edits is None or not rows:
         row_scores = iter(score_rows(model, rows))
     else:
         row_scores = iter(score_edited(model, rows, edits, owners))
-    return [_by_kind(kinds, row_scores) for kinds in asked]
+    scores = [_by_kind(kinds, row_scores) for kinds in asked]
+    edited = edits is not None if edited is None else edited
+    asks = [scoring.written(record, edited) for record in records]
+    if not any(asks):
+        return scores
+    texts = written_answers(model, encoder, asks, edits)
+    judged = [scoring.judged(one, edited, some) for one, some in zip(records, texts, strict=True)]
+    return [{**one, **more} for one, more in zip(scores, judged, strict=True)]
 
 
 def _by_kind(asked: Asked, row_scores: Iterator[TargetScore]) -> Scores:

@@ -201,7 +201,7 @@ class ScoreTogether:
         def score(some: Sequence[int]) -> list[Scored]:
             chosen = [records[i] for i in some]
             with applied(model, edit):
-                scores = score_records(model, self.encoder, self.scoring, chosen)
+                scores = score_records(model, self.encoder, self.scoring, chosen, edited=True)
                 texts = generate_texts(model, self.encoder, self.scoring, chosen)
             asked = [compared(self.scoring, record) for record in chosen]
             kls = divergences(model, self.encoder, asked, [edit] * len(chosen))
