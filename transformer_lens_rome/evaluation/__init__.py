@@ -17,6 +17,7 @@ from transformer_lens_rome.evaluation.evaluate import (
 )
 from transformer_lens_rome.evaluation.generation import References, TfIdf
 from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
+from transformer_lens_rome.evaluation.mquake import HopScore, Mquake, MquakeRecord
 from transformer_lens_rome.evaluation.qualitative import Generations, compare_generations
 from transformer_lens_rome.evaluation.records import CounterFact, CounterFactRecord
 from transformer_lens_rome.evaluation.results import Results, comparison, latex, markdown
@@ -35,6 +36,9 @@ __all__ = [
     "CounterFactRecord",
     "GeneratedText",
     "Generations",
+    "HopScore",
+    "Mquake",
+    "MquakeRecord",
     "PromptScore",
     "RecordRow",
     "References",
