@@ -89,7 +89,10 @@ NO_TARGET = [{"prompt": "{} is", "subject": "a", "target_new": {"str": "b"}}]
         ({"requested_rewrite": NO_HOLE}, r"requested_rewrite\[0\]: the prompt needs exactly one"),
         ({"requested_rewrite": NO_SUBJECT}, r"requested_rewrite\[0\]: the subject is empty"),
         ({"requested_rewrite": NO_TARGET}, r"requested_rewrite\[0\].target_true: it is missing"),
-        ({"requested_rewrite": 2 * item()["requested_rewrite"]}, "requested_rewrite: .*two of its prompts"),
+        (
+            {"requested_rewrite": 2 * item()["requested_rewrite"]},
+            "requested_rewrite: .*two of its prompts",
+        ),
         ({"case_id": "7"}, "case_id: '7'"),
         ({"case_id": 8}, "case_id: 8"),
     ],

@@ -13,18 +13,21 @@ from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes,
 from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.benchmarks import Record, Scores
+from transformer_lens_rome.evaluation.contexts import parted
 from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
 from transformer_lens_rome.evaluation.rows import GeneratedText
 from transformer_lens_rome.evaluation.written import Ask, written_answers
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.continuations import continue_each
-from transformer_lens_rome.prompts.encoder import Encoder, Row
+from transformer_lens_rome.prompts.encoder import Encoder, Row, join
 from transformer_lens_rome.prompts.scores import Context, TargetScore, score_rows
 
 Asked = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
 """By kind of prompt, the prompts with the targets that are scored after each: one target gives an
 `AnswerScore`, two give a `PromptScore`."""
 
+_LENGTH = 100
+"""The number of tokens of a generated text, with its prompt."""
 _TEXTS = 64
 """The number of texts that share passes while they are written, unless one record has more."""
 
@@ -110,23 +113,25 @@ def score_records(
     Raises:
         ValueError: A log-probability is not a number, or a prompt is longer than the context.
     """
+    edited = edits is not None if edited is None else edited
+    contexts, edits = parted(edits, len(records))
     asked = [scoring.asked(record) for record in records]
     rows: list[Row] = []
     owners: list[int] = []
-    for i, kinds in enumerate(asked):
-        pairs = [pair for some in kinds.values() for pair in some]
-        rows += [encoder.row(prompt, target=target) for prompt, all_ in pairs for target in all_]
+    for i, (kinds, context) in enumerate(zip(asked, contexts, strict=True)):
+        for prompt, targets in (pair for some in kinds.values() for pair in some):
+            rows += [encoder.row(join(context, prompt), target=target) for target in targets]
         owners += [i] * (len(rows) - len(owners))
     if edits is None or not rows:
         row_scores = iter(score_rows(model, rows))
     else:
         row_scores = iter(score_edited(model, rows, edits, owners))
     scores = [_by_kind(kinds, row_scores) for kinds in asked]
-    edited = edits is not None if edited is None else edited
     asks = [scoring.written(record, edited) for record in records]
     if not any(asks):
         return scores
-    texts = written_answers(model, encoder, asks, edits)
+    after = [[ask.after(text) for ask in some] for some, text in zip(asks, contexts, strict=True)]
+    texts = written_answers(model, encoder, after, edits)
     judged = [scoring.judged(one, edited, some) for one, some in zip(records, texts, strict=True)]
     return [{**one, **more} for one, more in zip(scores, judged, strict=True)]
 
@@ -159,6 +164,13 @@ def generate_texts(
     """
     if not scoring.generates:
         return [None] * len(records)
+    contexts, edits = parted(edits, len(records))
+    if any(contexts):
+        return [
+            text
+            for i, context in enumerate(contexts)
+            for text in _generated(model, encoder, scoring, records, [i], before=context)
+        ]
     if edits is None or can_share_passes(model, edits):
         together = max(1, _TEXTS // max(len(scoring.continued(record)[0]) for record in records))
         acts = None if edits is None else acting_each(model, edits)
@@ -182,10 +194,17 @@ def _generated(
     records: Sequence[Record],
     some: Sequence[int],
     acts: Context | None = None,
+    before: str = "",
 ) -> list[GeneratedText]:
-    """Return the text of some records; `acts` makes the context of a pass, from owners of texts."""
+    """Return the text of some records; `acts` makes the context of a pass, from owners of texts.
+
+    `before` stands before the prompts; it is no part of the texts, and does not shorten them.
+    """
     prompts, seeds = zip(*(scoring.continued(records[i]) for i in some), strict=True)
+    prompts = tuple([join(before, prompt) for prompt in group] for group in prompts)
     owners = [i for i, group in zip(some, prompts, strict=True) for _ in group]
     context = nullcontext if acts is None else partial(acts, owners)
-    each = continue_each(model, prompts, seeds, encoder=encoder, context=context)
+    length = _LENGTH + len(encoder.ids(before))
+    each = continue_each(model, prompts, seeds, length, encoder=encoder, context=context)
+    each = [[text.removeprefix(before) for text in texts] for texts in each]
     return [scoring.generated(records[i], texts) for i, texts in zip(some, each, strict=True)]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.evaluation.benchmarks import Record, Scores
+from transformer_lens_rome.evaluation.contexts import parted
 from transformer_lens_rome.evaluation.divergence import divergences
 from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow, record_digest
 from transformer_lens_rome.evaluation.scoring import Scoring, generate_texts, score_records
@@ -200,9 +201,12 @@ class ScoreTogether:
 
         def score(some: Sequence[int]) -> list[Scored]:
             chosen = [records[i] for i in some]
-            with applied(model, edit):
-                scores = score_records(model, self.encoder, self.scoring, chosen, edited=True)
-                texts = generate_texts(model, self.encoder, self.scoring, chosen)
+            _, on_weights = parted([edit], 1)
+            given = None if on_weights else [edit] * len(chosen)
+            known = (model, self.encoder, self.scoring, chosen, given)
+            with applied(model, *(on_weights or ())):
+                scores = score_records(*known, edited=True)
+                texts = generate_texts(*known)
             asked = [compared(self.scoring, record) for record in chosen]
             kls = divergences(model, self.encoder, asked, [edit] * len(chosen))
             parts = zip(scores, texts, kls, strict=True)

@@ -13,7 +13,7 @@ from transformer_lens_rome.edits.ledger import applied
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.continuations import greedy_continuations
-from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.encoder import Encoder, join
 from transformer_lens_rome.prompts.scores import Context
 
 _TEXTS = 32  # in a pass
@@ -31,6 +31,11 @@ class Ask(NamedTuple):
     prompt: str
     n_tokens: int
     whole: bool = False
+
+    def after(self, text: str) -> Ask:
+        """Return the prompt after a text, of which the answer's length does not depend."""
+        more = len(text) if self.whole else 0  # a character for a token, as released
+        return Ask(join(text, self.prompt), self.n_tokens + more, self.whole)
 
 
 class WrittenScore(NamedTuple):
