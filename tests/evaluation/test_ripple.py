@@ -205,6 +205,18 @@ def test_tests_are_scored_on_the_models_own_words(gpt2, path, tmp_path):
     assert not other.before[0].scores["Relation_Specificity"][0].passed
 
 
+def test_tests_are_asked_only_if_a_condition_is_met(gpt2, path):
+    unmet = {"Relation_Specificity": [case([query("Eva", ("Eva",))], [query("Ida", ("zzz",))])]}
+    records = RippleEdits.load(path(item(**unmet), item(**TESTED)))
+    options = {"n_tokens": 2}
+    found = evaluate_benchmark(
+        gpt2, "rippleedits", records, RandomEdits(), options=options, progress=False
+    )
+    assert found.unmet == {0} and found.after[1].scores
+    assert set(found.before[0].scores) == {"rewrite", "Relation_Specificity, condition"}
+    assert "1 of 2 records count" in found.table()
+
+
 def test_an_answer_is_as_long_as_released(gpt2, path):
     (record,) = RippleEdits.load(path(item(Relation_Specificity=[GOOD])))
     found = evaluate_benchmark(gpt2, "rippleedits", [record], None, progress=False)

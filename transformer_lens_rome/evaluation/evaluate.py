@@ -77,7 +77,8 @@ def evaluate_benchmark(
     """
     scoring = get_benchmark(benchmark).scoring
     given = dict(options or {})
-    if unknown := sorted(set(given) - set(signature(scoring).parameters)):
+    known_options = {name for name in signature(scoring).parameters if not name.startswith("_")}
+    if unknown := sorted(set(given) - known_options):
         raise ValueError(f"the benchmark {benchmark!r} has no option {', '.join(unknown)}")
     known = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
     return Run(model, records, method, scoring(**given), *known).results()

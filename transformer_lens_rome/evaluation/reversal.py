@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -186,6 +186,12 @@ class ReversalScoring(Scoring):
 
     protocol: ClassVar[str] = "reversal"
     both: bool = False
+    _first: bool = field(default=False, repr=False)
+
+    @property
+    def first(self) -> ReversalScoring:
+        """A scoring of whether the fact is known in both directions."""
+        return replace(self, _first=True)
 
     @property
     def edit_setting(self) -> dict[str, Any]:
@@ -201,12 +207,14 @@ class ReversalScoring(Scoring):
         request = record.request
         old = record.reverse.replace("{}", str(request.target_true))
         new = record.reverse.replace("{}", request.target_new)
-        return {
+        asked: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             "rewrite": [(request.text, (request.target_new,))],
             "forward": [(request.text, (str(request.target_true),))],
             "backward": [(old, (request.subject,))],
-            "reverse": [(new, (subject,)) for subject in record.subjects],
         }
+        if not self._first:
+            asked["reverse"] = [(new, (subject,)) for subject in record.subjects]
+        return asked
 
 
 def is_known(scores: Scores) -> bool:

@@ -14,7 +14,7 @@ Since the prompt is searched too, a test whose prompt contains the answer always
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
@@ -57,6 +57,12 @@ class RippleScoring(Scoring):
     protocol: ClassVar[str] = "rippleedits"
     in_prompt: bool = True
     n_tokens: int | None = None
+    _first: bool = field(default=False, repr=False)
+
+    @property
+    def first(self) -> RippleScoring:
+        """A scoring of the conditions, and of the edited prompt."""
+        return replace(self, _first=True)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -69,7 +75,7 @@ class RippleScoring(Scoring):
             Ask(query.prompt, len(query.prompt) + _MORE, whole=True)
             if self.n_tokens is None
             else Ask(query.prompt, self.n_tokens)
-            for _, test in _tests(record, edited)
+            for _, test in self._tests(record, edited)
             for query in test.queries
         ]
 
@@ -77,7 +83,7 @@ class RippleScoring(Scoring):
         """Return for each test, by criterion, what was written and whether it passes."""
         rest = iter(texts)
         scores: dict[str, list[WrittenScore]] = {}
-        for kind, test in _tests(record, edited):
+        for kind, test in self._tests(record, edited):
             some = [next(rest) for _ in test.queries]
             passes = [
                 query.answered_by(query.prompt + text if self.in_prompt else text)
@@ -87,16 +93,16 @@ class RippleScoring(Scoring):
             scores.setdefault(kind, []).append(WrittenScore(some, passed))
         return scores
 
-
-def _tests(record: RippleRecord, edited: bool) -> Iterator[tuple[str, RippleTest]]:
-    """Yield the tests of a record with their kinds: did the edit take, and the others."""
-    request = record.request
-    yield "rewrite", RippleTest((Query(request.text, ((request.target_new,),)),))
-    for criterion, tests in record.tests.items():
-        for test in tests:
-            yield criterion, test
-            if not edited:  # a test without conditions has none to meet
-                yield _condition(criterion), RippleTest(test.conditions, all_of=True)
+    def _tests(self, record: RippleRecord, edited: bool) -> Iterator[tuple[str, RippleTest]]:
+        """Yield the tests of a record with their kinds: did the edit take, and the others."""
+        request = record.request
+        yield "rewrite", RippleTest((Query(request.text, ((request.target_new,),)),))
+        for criterion, tests in record.tests.items():
+            for test in tests:
+                if not self._first:
+                    yield criterion, test
+                if not edited:  # a test without conditions has none to meet
+                    yield _condition(criterion), RippleTest(test.conditions, all_of=True)
 
 
 def ripple_metrics(scores: Scores, before: Scores) -> dict[str, float]:

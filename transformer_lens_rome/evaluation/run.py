@@ -142,7 +142,8 @@ class Run:
         """Score every record with the unedited model; all methods of a folder share its file."""
         path = None if self.out is None else Path(self.out).with_name(UNEDITED)
         with _opened(path, setting, self._data()) as file:
-            return self._rows(ScoreUnedited(self.scoring, encoder), file, "unedited")
+            counts = get_benchmark(self.scoring.protocol).counts
+            return self._rows(ScoreUnedited(self.scoring, encoder, counts), file, "unedited")
 
     def _without_edit(self, before: Mapping[int, RecordRow]) -> list[RecordRow]:
         """Return the rows of records that are not edited, because they do not count."""

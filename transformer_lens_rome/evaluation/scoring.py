@@ -49,6 +49,14 @@ class Scoring:
         return {}
 
     @property
+    def first(self) -> Scoring | None:
+        """A scoring of what decides whether a record counts, if that is less than everything.
+
+        The unedited model is then asked everything only about records that count.
+        """
+        return None
+
+    @property
     def edit_setting(self) -> dict[str, Any]:
         """Everything that only the edits depend on, as plain values."""
         return {}

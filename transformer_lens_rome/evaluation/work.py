@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,23 +45,38 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreUnedited:
-    """Makes the rows of records with the unedited model; it can be pickled, for workers."""
+    """Makes the rows of records with the unedited model; it can be pickled, for workers.
+
+    Attributes:
+        scoring: What is asked about a record.
+        encoder: Encodes the prompts of the scoring.
+        counts: Whether a record counts, from its scores; None: all do.
+    """
 
     scoring: Scoring
     encoder: Encoder
+    counts: Callable[[Scores], bool] | None = None
 
     def __call__(self, model: Model, records: Sequence[Record]) -> list[RecordRow]:
         """Return the rows; a record that cannot be scored gets the reason, and fails alone."""
         started = time.perf_counter()
 
-        def score(some: Sequence[Record]) -> list[Scored]:
-            scores = score_records(model, self.encoder, self.scoring, some)
-            texts = generate_texts(model, self.encoder, self.scoring, some)
-            return list(map(Scored, scores, texts))
-
-        each = tried(score, records)
+        each = tried(partial(self._scored, model), records)
         seconds = _seconds_each(started, records)
         return [_row(record, one, seconds=seconds) for record, one in zip(records, each)]
+
+    def _scored(self, model: Model, records: Sequence[Record]) -> list[Scored]:
+        """Score records; ask everything only about those that count."""
+        scores: list[Scores] = []
+        chosen = list(range(len(records)))
+        if self.counts is not None and self.scoring.first is not None:
+            scores = score_records(model, self.encoder, self.scoring.first, records)
+            chosen = [i for i in chosen if self.counts(scores[i])]
+        some = [records[i] for i in chosen]
+        more = score_records(model, self.encoder, self.scoring, some)
+        by_record = {**dict(enumerate(scores)), **dict(zip(chosen, more, strict=True))}
+        texts = generate_texts(model, self.encoder, self.scoring, records)
+        return [Scored(by_record[i], text) for i, text in enumerate(texts)]
 
 
 @dataclass(frozen=True)
