@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 from helpers.evaluation_setting import RECORDS, RandomEdits, assert_alike, seconds_apart
@@ -20,6 +21,7 @@ from transformer_lens_rome.evaluation import (
     get_benchmark,
     register_benchmark,
 )
+from transformer_lens_rome.evaluation.work import ScoreUnedited
 
 
 class Recall(Scoring):
@@ -106,3 +108,15 @@ def test_a_row_is_scored_failed_or_unmet():
     with pytest.raises(ValueError, match="or is unmet"):
         RecordRow(1, "r", failed="no", unmet=True)
     assert RecordRow(1, "r", unmet=True).to_json() == {"case_id": 1, "record": "r", "unmet": True}
+
+
+@pytest.mark.parametrize("name", benchmark_names())
+def test_the_work_on_each_benchmark_can_be_sent_to_workers(name, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Q: a? A: b")
+    benchmark = get_benchmark(name)
+    options = {"few_shot": tmp_path / "prompts.txt"} if name == "mquake" else {}
+    scoring = benchmark.scoring(**options)
+    assert scoring.protocol == name and set(benchmark.panels) <= set(benchmark.columns)
+    sent = pickle.loads(pickle.dumps(ScoreUnedited(scoring, None, benchmark.counts)))
+    assert sent.scoring == scoring and sent.scoring.setting == scoring.setting
+    assert sent.counts is benchmark.counts
