@@ -6,6 +6,7 @@ MODEL is gemma or smollm2. BENCHMARK is reversal (DATA: the folder of LRE's fact
 rippleedits, mquake (with --few-shot FILE, the published multihop-prompts.txt), counterfact or zsre.
 METHOD is a registered name, such as rome, memit, ft+l and in-context, or "unedited"; each has its
 defaults. The first N records of DATA are scored; --both writes reverse facts too (reversal).
+--tokens N shortens written answers, which RippleEdits as released makes very long.
 
 Rows go to examples/results/implications/MODEL/BENCHMARK as they come; a run that was stopped goes
 on where it was. The table of the methods named is printed at the end.
@@ -38,12 +39,13 @@ def main() -> None:
     parser.add_argument("methods", nargs="+", metavar="METHOD")
     parser.add_argument("--first", type=int, metavar="N", help="number of records")
     parser.add_argument("--few-shot", metavar="FILE", help="mquake: the few-shot prompt")
+    parser.add_argument("--tokens", type=int, metavar="N", help="length of written answers")
     parser.add_argument("--both", action="store_true", help="reversal: write reverse facts too")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args()
     records = get_benchmark(args.benchmark).load(args.data, limit=args.first, strict=False)
     print(f"{len(records)} records, {len(getattr(records, 'skipped', ()))} left out of the file")
-    options = {"few_shot": args.few_shot, "both": args.both}
+    options = {"few_shot": args.few_shot, "both": args.both, "n_tokens": args.tokens}
     options = {name: value for name, value in options.items() if value}
     model, folder = load_demo_model(args.model), args.results / args.model / args.benchmark
     paths = []
