@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,16 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CLASSES, make_model, newest
+from helpers.evaluation_setting import RandomEdits
 from helpers.rome_setting import LAYER, NEAR, REQUEST, keys_and_values, random_moment
 from helpers.tiny_tokenizer import tiny_tokenizer
 from transformers import AutoTokenizer
 
 import transformer_lens_rome
 from transformer_lens_rome import RomeConfig, applied, compute_rome_edit
-from transformer_lens_rome.evaluation import CounterFactRecord
+from transformer_lens_rome.evaluation import CounterFactRecord, benchmarks
 from transformer_lens_rome.methods import base as methods
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.prompts.encoder import Encoder
+from transformer_lens_rome.prompts.scores import target_log_probs
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "examples" / "guide"
@@ -234,6 +237,26 @@ def test_the_added_method_is_evaluated(several_keys, capsys):
     assert not space["results"].failed
     said = capsys.readouterr().out
     assert "| several keys | 1 | 0 |" in said and "| rome | 1 | 0 |" in said
+
+
+def test_the_added_benchmark_is_evaluated(gpt2, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmarks, "_REGISTRY", dict(benchmarks._REGISTRY))
+    path = tmp_path / "requests.json"
+    one = {"prompt": "{} is in", "subject": "The tower", "target_new": "Paris"}
+    path.write_text(json.dumps([one, {"prompt": "no subject"}]))
+    space = {"model": gpt2, "method": RandomEdits(), "path": path, "__name__": "page"}
+    for block in blocks(GUIDE / "adding_a_benchmark.md"):
+        run(block, space)
+    results = space["results"]
+    assert "the request lacks" in space["records"].skipped[0] and len(results.after) == 1
+    question = "Question: Is it true that The tower is in Paris? Answer:"
+    expected = target_log_probs(gpt2, [question] * 2, ["Yes", "No"])
+    score = results.before[0].scores["judgement"][0]
+    for found, log_probs in zip((score.new, score.true), expected, strict=True):
+        assert list(found) == pytest.approx(log_probs.tolist(), abs=1e-3)
+    yes, no = (one.mean().item() for one in expected)
+    assert results.metrics(edited=False)[0]["J"] == float(yes > no)
+    assert "| RandomEdits | 1 | 0 |" in capsys.readouterr().out
 
 
 @newest

@@ -23,7 +23,8 @@ from shapes import SHAPES, random_model
 
 from transformer_lens_rome import EditRequest, RomeConfig, SecondMoment, compute_rome_edit
 from transformer_lens_rome.evaluation import CounterFactRecord
-from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_records
+from transformer_lens_rome.evaluation.counterfact import CounterFactScoring
+from transformer_lens_rome.evaluation.scoring import score_records
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 

@@ -167,7 +167,7 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
     for more, words in (
         (["--statistics", "file"], "--statistics is for rome, not for 'ft'"),
         (["--snippets", "file"], "give --generate too"),
-        (["--dataset", "zsre", "--generate"], "zsRE has none of this; leave out --generate"),
+        (["--dataset", "zsre", "--generate"], "zsre has none of this; leave out --generate"),
         (["--editor", "file"], "--editor is for ke, ke-cf, mend, mend-cf, not for 'ft'"),
     ):
         status, said = evaluate("ft", *more)

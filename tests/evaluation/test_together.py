@@ -14,7 +14,8 @@ from helpers.rome_setting import LAYER, factored_edit
 
 from transformer_lens_rome import EditRequest, applied, evaluate_counterfact, get_method
 from transformer_lens_rome.evaluation import Results, evaluate_zsre
-from transformer_lens_rome.evaluation.scoring import CounterFactScoring, score_records
+from transformer_lens_rome.evaluation.counterfact import CounterFactScoring
+from transformer_lens_rome.evaluation.scoring import score_records
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.model.adapter import Weight
 from transformer_lens_rome.prompts.encoder import Encoder

@@ -89,7 +89,8 @@ def test_every_method_of_the_package_is_registered_and_tried():
     files = Path(base.__file__).parent.rglob("*.py")
     names = [re.findall(r'^register_method\("(.+?)"', file.read_text(), re.M) for file in files]
     assert {name for some in names for name in some} == set(base._REGISTRY)
-    assert {name.split(",")[0] for name in MAKE} == set(base._REGISTRY)
+    changing = set(base._REGISTRY) - {"in-context"}  # which changes no weight
+    assert {name.split(",")[0] for name in MAKE} == changing
 
 
 def test_options_are_those_of_the_fields():

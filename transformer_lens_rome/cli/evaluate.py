@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 from transformer_lens_rome.cli.load_model import load_model
 from transformer_lens_rome.evaluation import (
-    CounterFact,
     References,
     Results,
-    Zsre,
+    benchmark_names,
     comparison,
-    evaluate_counterfact,
-    evaluate_zsre,
+    evaluate_benchmark,
+    get_benchmark,
     latex,
     markdown,
 )
@@ -24,6 +24,10 @@ from transformer_lens_rome.statistics.second_moment import SecondMoment
 
 TABLES = {"markdown": markdown, "latex": latex}
 
+READING = ("true_paraphrases",)
+"""Arguments of the command that are options of some benchmarks' loaders."""
+ASKING = ("generate", "attributes", "counterfact_plus", "both", "few_shot")
+"""Arguments of the command that are options of some benchmarks' scorings."""
 OPTIONS = {"layer": "layer", "statistics": "second_moment", "editor": "editor"}
 """Arguments of the command that are options of some methods, and the options' names."""
 
@@ -38,8 +42,8 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
         help="file for the rows (.jsonl), which a stopped run continues from; for 'unedited', "
         "the file unedited.jsonl in the folder of the other runs",
     )
-    run.add_argument("--records", help="the data set's file (default for CounterFact: downloaded)")
-    run.add_argument("--dataset", choices=("counterfact", "zsre"), default="counterfact")
+    run.add_argument("--records", help="the data set's file or folder (CounterFact: downloaded)")
+    run.add_argument("--dataset", choices=benchmark_names(), default="counterfact")
     run.add_argument("--limit", type=int, help="number of records to use, from the first")
     run.add_argument("--lenient", action="store_true", help="leave out invalid records")
     run.add_argument(
@@ -59,6 +63,10 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
     )
     run.add_argument("--generate", action="store_true", help="generate text, for GE")
     run.add_argument("--snippets", help="attribute_snippets.json, for RS ('download' fetches it)")
+    run.add_argument(
+        "--both", action="store_true", help="reversal: write the reverse fact too, after the fact"
+    )
+    run.add_argument("--few-shot", help="mquake: file of the published few-shot prompt")
     run.add_argument(
         "--batch-size", type=int, help="number of records that are edited and scored together"
     )
@@ -86,6 +94,7 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
 def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Score a method; `table` can print the same table again from the file."""
     _check(options)
+    reading, asking = _of_benchmark(options)
     given = {option: getattr(options, argument) for argument, option in OPTIONS.items()}
     given = {option: value for option, value in given.items() if value is not None}
     if options.statistics is not None:
@@ -100,26 +109,13 @@ def run_evaluate(options: argparse.Namespace) -> dict[str, Any]:
         "ray_address": options.ray,
         "progress": not options.json,
     }
-    strict = not options.lenient
-    if options.dataset == "zsre":
-        limit = 10_000 if options.limit is None else options.limit
-        questions = Zsre.load(options.records, limit=limit, strict=strict)
-        left_out = questions.skipped
-        model = load_model(options.model, options.model_class, device=options.device)
-        results = evaluate_zsre(model, questions, method, **shared)
-    else:
-        ids = read_items(options.true_paraphrases)[0] if options.true_paraphrases else ()
-        reading = {"limit": options.limit, "strict": strict, "true_paraphrases": ids}
-        records = CounterFact.load(options.records, **reading)
-        left_out = records.skipped
-        references = None
-        if options.snippets:
-            path = None if options.snippets == "download" else options.snippets
-            references = References.extract(records, path)
-        model = load_model(options.model, options.model_class, device=options.device)
-        names = ("generate", "attributes", "counterfact_plus")
-        asked = {name: getattr(options, name) for name in names} | {"references": references}
-        results = evaluate_counterfact(model, records, method, **shared, **asked)
+    records = get_benchmark(options.dataset).load(options.records, **reading)
+    if options.snippets:
+        path = None if options.snippets == "download" else options.snippets
+        asking["references"] = References.extract(records, path)
+    model = load_model(options.model, options.model_class, device=options.device)
+    results = evaluate_benchmark(model, options.dataset, records, method, options=asking, **shared)
+    left_out = getattr(records, "skipped", ())
     failed = {str(case): reason for case, reason in results.failed.items()}
     report = {"table": results.table(), "left_out": list(left_out), "failed": failed}
     return report | ({"seconds": results.seconds} if results.after else {})
@@ -145,8 +141,35 @@ def _check(options: argparse.Namespace) -> None:
             )
     if options.editor is None and options.method in methods_with("editor"):
         raise ValueError(f"{options.method!r} has to be trained; give the editor's file, --editor")
-    for name in ("generate", "snippets", "attributes", "counterfact_plus", "true_paraphrases"):
-        if options.dataset == "zsre" and getattr(options, name):
-            raise ValueError(f"zsRE has none of this; leave out --{name.replace('_', '-')}")
     if options.snippets and not options.generate:
         raise ValueError("--snippets are for generated text; give --generate too")
+
+
+def _of_benchmark(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the benchmark's loader and of its scoring.
+
+    Raises:
+        ValueError: An option is given that the benchmark does not have.
+    """
+    benchmark = get_benchmark(options.dataset)
+    loader, scoring = (signature(one).parameters for one in (benchmark.load, benchmark.scoring))
+    reading: dict[str, Any] = {"strict": not options.lenient}
+    if options.limit is not None:
+        reading["limit"] = options.limit
+    asking: dict[str, Any] = {"seed": options.seed} if "seed" in scoring else {}
+    known: dict[str, tuple[Any, dict[str, Any]]] = {
+        **{name: (loader, reading) for name in READING},
+        **{name: (scoring, asking) for name in ASKING},
+        "snippets": (["snippets"] if "references" in scoring else [], {}),
+    }
+    for name, (parameters, given) in known.items():
+        if not (value := getattr(options, name)):
+            continue
+        if name not in parameters:
+            raise ValueError(
+                f"{options.dataset} has none of this; leave out --{name.replace('_', '-')}"
+            )
+        given[name] = value
+    if ids := reading.get("true_paraphrases"):
+        reading["true_paraphrases"] = read_items(ids)[0]
+    return reading, asking

@@ -82,9 +82,9 @@ def export_lora(
             processed; a matrix is fused with another in the checkpoint, or tied to another.
     """
     every = _listed(edits)
-    checkpoint = Checkpoint.of(model, hf_model)
     for edit in every:
         ledgers_for(model, edit, force=force)  # each fits the model
+    checkpoint = Checkpoint.of(model, hf_model)
     each = [factors_of(edit, rank) for edit in every]
     modules = {_module(checkpoint, model, where): pair for where, pair in _stacked(each).items()}
     if base_model is None:

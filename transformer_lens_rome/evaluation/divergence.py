@@ -15,9 +15,10 @@ from torch import Tensor
 from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.contexts import parted
 from transformer_lens_rome.model import passes
 from transformer_lens_rome.model.protocol import Model
-from transformer_lens_rome.prompts.encoder import Encoder, Row, pad
+from transformer_lens_rome.prompts.encoder import Encoder, Row, join, pad
 from transformer_lens_rome.prompts.scores import Context
 
 _TEXTS = 16  # in a pass
@@ -39,6 +40,12 @@ def divergences(
         edits: Independent edits; they share passes if the model allows it.
     """
     rows = [[encoder.row(p) for some in kinds.values() for p in some] for kinds in prompts]
+    contexts, on_weights = parted(edits, len(edits))
+    if on_weights is None:
+        return [
+            _in_context(model, encoder, kinds, text)
+            for kinds, text in zip(prompts, contexts, strict=True)
+        ]
     owned = [(row, owner) for owner, some in enumerate(rows) for row in some]
     if owned and can_share_passes(model, edits):
         flat = _divergences(model, owned, acting_each(model, edits))
@@ -50,6 +57,21 @@ def divergences(
     return [
         {kind: [next(values) for _ in some] for kind, some in kinds.items()} for kinds in prompts
     ]
+
+
+def _in_context(
+    model: Model, encoder: Encoder, kinds: Mapping[str, Sequence[str]], text: str
+) -> dict[str, list[float]]:
+    """Return the KL of the next token after each prompt, with and without a text before it."""
+    kls: dict[str, list[float]] = {}
+    for kind, prompts in kinds.items():
+        kls[kind] = []
+        for prompt in prompts:
+            edited, unedited = (
+                _next_log_probs(model, [encoder.row(one)]) for one in (join(text, prompt), prompt)
+            )
+            kls[kind].append((edited.exp() * (edited - unedited)).sum().item())
+    return kls
 
 
 def _written(model: Model, edit: Edit) -> Context:

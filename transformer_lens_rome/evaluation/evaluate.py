@@ -20,18 +20,68 @@ Choices that the paper and the released code leave open:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
+from transformer_lens_rome.evaluation.benchmarks import Record, get_benchmark
+from transformer_lens_rome.evaluation.counterfact import CounterFactScoring
 from transformer_lens_rome.evaluation.generation import References
 from transformer_lens_rome.evaluation.records import CounterFactRecord
 from transformer_lens_rome.evaluation.results import Results
+from transformer_lens_rome.evaluation.reversal import ReversalRecord, ReversalScoring
 from transformer_lens_rome.evaluation.run import Run
-from transformer_lens_rome.evaluation.scoring import CounterFactScoring, ZsreScoring
-from transformer_lens_rome.evaluation.zsre import ZsreRecord
+from transformer_lens_rome.evaluation.zsre import ZsreRecord, ZsreScoring
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
+
+
+@model_call
+def evaluate_benchmark(
+    model: Model,
+    benchmark: str,
+    records: Sequence[Record],
+    method: str | EditMethod | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    out: Any = None,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    workers: int = 1,
+    ray_address: str | None = None,
+    progress: bool = True,
+    batch_size: int | None = None,
+    together: int | None = None,
+) -> Results:
+    """Score a method on a registered benchmark; the model is left as it was.
+
+    Args:
+        model: A HookedTransformer or TransformerBridge without edits on it.
+        benchmark: The benchmark's name, see `benchmark_names`.
+        records: From the benchmark's loader, `get_benchmark(name).load`.
+        method: A method or its registered name. None: the unedited model.
+        options: The options of the benchmark's scoring, by name.
+        out: As in `evaluate_counterfact`; so are the other arguments.
+        seed: The seed of the method's draws.
+        prepend_bos: Overrides the checkpoint's BOS rule, for scoring.
+        workers: The number of copies of the model that run in parallel.
+        ray_address: The address of an existing Ray cluster.
+        progress: Show a progress bar.
+        batch_size: The number of records that are edited and scored together.
+        together: The number of records whose facts are written by one edit.
+
+    Raises:
+        ValueError: No benchmark has this name, it has no such option, or as in
+            `evaluate_counterfact`.
+    """
+    scoring = get_benchmark(benchmark).scoring
+    given = dict(options or {})
+    known_options = {name for name in signature(scoring).parameters if not name.startswith("_")}
+    if unknown := sorted(set(given) - known_options):
+        raise ValueError(f"the benchmark {benchmark!r} has no option {', '.join(unknown)}")
+    known = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
+    return Run(model, records, method, scoring(**given), *known).results()
 
 
 @model_call
@@ -115,3 +165,29 @@ def evaluate_zsre(
     """Score a method on zsRE with its metrics; the arguments are as in `evaluate_counterfact`."""
     options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
     return Run(model, records, method, ZsreScoring(), *options).results()
+
+
+@model_call
+def evaluate_reversal(
+    model: Model,
+    records: Sequence[ReversalRecord],
+    method: str | EditMethod | None,
+    *,
+    both: bool = False,
+    out: Any = None,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    workers: int = 1,
+    ray_address: str | None = None,
+    progress: bool = True,
+    batch_size: int | None = None,
+    together: int | None = None,
+) -> Results:
+    """Score how much a fact s -> o* changes what the model says about o*; see `reversal`.
+
+    With `both`, the reverse fact o* -> s is written as a second request: together with the first
+    by a method that has `compute_many`, else after it. The other arguments are as in
+    `evaluate_counterfact`.
+    """
+    options = (out, seed, prepend_bos, workers, ray_address, progress, batch_size, together)
+    return Run(model, records, method, ReversalScoring(both), *options).results()

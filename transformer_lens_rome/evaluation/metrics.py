@@ -62,7 +62,7 @@ NAMES = (
     *("AS", "AM", "GE", "RS", "EA", "PA", "CA", "NA"),
 )
 """The columns of a table, in order."""
-S_OF = {"counterfact": ("ES", "PS", "NS"), "zsre": ("EA", "PA", "NA")}
+S_OF = ("ES", "PS", "NS")
 
 
 class PromptScore(NamedTuple):
@@ -153,24 +153,31 @@ def _prompt_metrics(score: PromptScore, for_true: bool) -> tuple[float, float, f
 
 
 def summarise(
-    rows: Sequence[Mapping[str, float]], *, protocol: str = "counterfact", seed: int = 0
+    rows: Sequence[Mapping[str, float]],
+    *,
+    columns: Sequence[str] = NAMES,
+    s_of: Sequence[str] = S_OF,
+    plain: Sequence[str] = (),
+    seed: int = 0,
 ) -> dict[str, Estimate]:
     """Return averages over records, in percent, with 95% intervals.
 
     GE is in hundredths of bits, NKL and NKL+ in hundredths of nats.
 
     Args:
-        rows: From `record_metrics` or `zsre_metrics`. A metric that no record has is left out.
-        protocol: "counterfact" or "zsre"; it selects the three metrics of S.
+        rows: The metrics of each record, by name. A metric that no record has is left out.
+        columns: The names of the metrics, in order.
+        s_of: The metrics of which S is the harmonic mean; empty for no S.
+        plain: The metrics that are no fractions, and are averaged as they are.
         seed: The seed of the bootstrap of S.
     """
     estimates = {}
-    for name in NAMES[1:]:
-        if values := [100 * row[name] for row in rows if name in row]:
+    for name in columns:
+        scale = 1 if name in plain else 100
+        if values := [scale * row[name] for row in rows if name in row]:
             half = half_width(stdev(values), len(values)) if len(values) > 1 else math.nan
             estimates[name] = Estimate(fmean(values), half, len(values))
-    parts = S_OF[protocol]
-    complete = [[row[part] for part in parts] for row in rows if set(parts) <= set(row)]
+    complete = [[row[part] for part in s_of] for row in rows if s_of and set(s_of) <= set(row)]
     if complete:
         estimates = {"S": _score(complete, seed)} | estimates
     return estimates
@@ -196,7 +203,11 @@ def _score(rows: Sequence[Sequence[float]], seed: int, times: int = 1000) -> Est
 
 @torch_defaults()
 def paired_difference(
-    one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]], name: str
+    one: Sequence[Mapping[str, float]],
+    other: Sequence[Mapping[str, float]],
+    name: str,
+    *,
+    scale: float = 100,
 ) -> tuple[Estimate, float]:
     """Compare two methods on the same records: mean difference, and a sign-flip test's p-value.
 
@@ -204,15 +215,16 @@ def paired_difference(
         one: Rows of `record_metrics`, for the same records in the same order as `other`.
         other: The rows to subtract.
         name: A metric that is a mean over records (not S).
+        scale: 100 for a fraction, 1 for another number.
 
     Returns:
-        The difference in percentage points with its interval, and the two-sided p-value from
-        10,000 random choices of signs (or from all choices if there are fewer).
+        The difference in percentage points, or the metric's unit, with its interval, and the
+        two-sided p-value from 10,000 random choices of signs (or from all if there are fewer).
     """
     if len(one) != len(other):
         raise ValueError(f"the runs have {len(one)} and {len(other)} records; pair them first")
     differences = torch.tensor(
-        [100 * (a[name] - b[name]) for a, b in zip(one, other, strict=True)], dtype=torch.float64
+        [scale * (a[name] - b[name]) for a, b in zip(one, other, strict=True)], dtype=torch.float64
     )
     n = len(differences)
     half = half_width(differences.std().item(), n) if n > 1 else math.nan

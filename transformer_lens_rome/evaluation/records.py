@@ -217,15 +217,15 @@ def as_record(item: Any, true_paraphrases: Collection[int] = ()) -> CounterFactR
 
 
 def _published(item: Mapping[str, Any]) -> CounterFactRecord:
-    rewrite = _field(item, "requested_rewrite", Mapping)
-    new, true = (_field(rewrite, name, Mapping) for name in ("target_new", "target_true"))
+    rewrite = field_of(item, "requested_rewrite", Mapping)
+    new, true = (field_of(rewrite, name, Mapping) for name in ("target_new", "target_true"))
     return CounterFactRecord(
         case_id=_case_id(item),
         request=_request(
-            prompt=_field(rewrite, "prompt", str),
-            subject=_field(rewrite, "subject", str),
-            new=_field(new, "str", str, within="target_new"),
-            true=_field(true, "str", str, within="target_true"),
+            prompt=field_of(rewrite, "prompt", str),
+            subject=field_of(rewrite, "subject", str),
+            new=field_of(new, "str", str, within="target_new"),
+            true=field_of(true, "str", str, within="target_true"),
         ),
         paraphrase_prompts=_texts(item, "paraphrase_prompts"),
         neighborhood_prompts=_texts(item, "neighborhood_prompts"),
@@ -238,26 +238,26 @@ def _published(item: Mapping[str, Any]) -> CounterFactRecord:
 
 
 def _flat(item: Mapping[str, Any], true_paraphrases: Collection[int]) -> CounterFactRecord:
-    prompt, subject = _field(item, "prompt", str), _field(item, "subject", str)
+    prompt, subject = field_of(item, "prompt", str), field_of(item, "subject", str)
     if "{}" not in prompt:
         if (times := prompt.count(subject) if subject else 0) != 1:
             raise ValueError(
                 f"subject: {subject!r:.60} occurs {times} times in the prompt {prompt!r:.200}"
             )
         prompt = prompt.replace(subject, "{}")
-    case_id, other = _case_id(item), (_text(item, "rephrase_prompt"),)
+    case_id, other = _case_id(item), (text_of(item, "rephrase_prompt"),)
     is_paraphrase = case_id in true_paraphrases
     return CounterFactRecord(
         case_id=case_id,
         request=_request(
             prompt=prompt,
             subject=subject,
-            new=_field(item, "target_new", str),
-            true=_field(item, "ground_truth", str),
+            new=field_of(item, "target_new", str),
+            true=field_of(item, "ground_truth", str),
         ),
         paraphrase_prompts=other if is_paraphrase else (),
         continuation_prompts=() if is_paraphrase else other,
-        neighborhood_prompts=(_text(item, "locality_prompt"),),
+        neighborhood_prompts=(text_of(item, "locality_prompt"),),
     )
 
 
@@ -270,8 +270,12 @@ def _request(*, prompt: str, subject: str, new: str, true: str) -> EditRequest:
         raise ValueError(f"request: {error}") from error
 
 
-def _field(item: Mapping[str, Any], name: str, kind: type, within: str = "") -> Any:
-    """Return a field, or raise ValueError if it is missing or of another type."""
+def field_of(item: Mapping[str, Any], name: str, kind: type, within: str = "") -> Any:
+    """Return a field of an item; `within` is the field's place, for messages.
+
+    Raises:
+        ValueError: The field is missing or of another type.
+    """
     full = f"{within}.{name}" if within else name
     if name not in item:
         raise ValueError(f"{full}: it is missing")
@@ -282,7 +286,7 @@ def _field(item: Mapping[str, Any], name: str, kind: type, within: str = "") -> 
 
 def _name(item: Mapping[str, Any], name: str, within: str = "") -> str:
     """Return an optional text field, or "" if it is missing."""
-    return "" if item.get(name) is None else _field(item, name, str, within)
+    return "" if item.get(name) is None else field_of(item, name, str, within)
 
 
 def _case_id(item: Mapping[str, Any]) -> int:
@@ -292,8 +296,13 @@ def _case_id(item: Mapping[str, Any]) -> int:
     return case_id
 
 
-def _text(item: Mapping[str, Any], name: str) -> str:
-    if not stripped(text := _field(item, name, str)):
+def text_of(item: Mapping[str, Any], name: str) -> str:
+    """Return a text of an item.
+
+    Raises:
+        ValueError: The text is missing, of another type, or empty.
+    """
+    if not stripped(text := field_of(item, name, str)):
         raise ValueError(f"{name}: it is empty")
     return text
 
@@ -302,7 +311,7 @@ def _texts(item: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """Return a list of texts; it may be missing or empty, and then there is no such metric."""
     if name not in item:
         return ()
-    texts = _field(item, name, list)
+    texts = field_of(item, name, list)
     for j, text in enumerate(texts):
         if not isinstance(text, str) or not stripped(text):
             raise ValueError(f"{name}[{j}]: it is {text!r:.60}, not a text")

@@ -10,15 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens_rome.evaluation.metrics import (
-    KINDS,
-    NAMES,
-    Estimate,
-    paired_difference,
-    record_metrics,
-    summarise,
-    zsre_metrics,
-)
+from transformer_lens_rome.evaluation.benchmarks import Benchmark, get_benchmark
+from transformer_lens_rome.evaluation.metrics import Estimate, paired_difference, summarise
 from transformer_lens_rome.evaluation.rows import RecordRow, row_reader
 from transformer_lens_rome.files.run_file import read_run
 from transformer_lens_rome.showing import Shown, figure
@@ -27,21 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PROTOCOLS = {
-    "counterfact": (
-        "CounterFact, in percent, half of the 95% interval in brackets. ES, PS: p(new) > p(true) "
-        "after the prompt and after paraphrases; NS: p(true) > p(new) at neighbours; EM, PM, NM: "
-        "the mean differences; EA, PA, NA: all tokens of the new (NA: true) target are top tokens; "
-        "p: the geometric mean over the target's tokens, teacher-forced; S: the harmonic mean of "
-        "ES, PS and NS, with a bootstrap's interval."
-    ),
-    "zsre": (
-        "zsRE, in percent, half of the 95% interval in brackets. EA, PA: tokens of the new answer "
-        "that are top tokens, teacher-forced, after the question and its rephrasing; NA: the same "
-        "of the true answer to an unrelated question; S: the harmonic mean of the three, with a "
-        "bootstrap's interval."
-    ),
-}
 _LATEX = {letter: f"\\{letter}" for letter in "_&%#${}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -49,17 +27,6 @@ _LATEX = {letter: f"\\{letter}" for letter in "_&%#${}"} | {
 }
 UNEDITED = "unedited.jsonl"
 """The name of the file with the unedited model's scores, in the folder of the methods' files."""
-
-NOTES = {
-    "CS": "CS, CM, CA: as PS, PM, PA, after the flat file's rephrase_prompt, which is a paraphrase "
-    "in one record of six only; so it is not PS, and S does not count it.",
-    "NS+": "NS+, NM+: at neighbours, with the edited fact in front.",
-    "NKL": "NKL, NKL+: KL(edited || unedited) of the next token there, in hundredths of nats.",
-    "AS": "AS, AM: as ES, EM, at prompts about subjects of which the new target is true.",
-    "GE": "GE: entropy of bigrams and trigrams of generated text, in hundredths of bits; RS: "
-    "TF-IDF cosine with reference texts.",
-}
-"""The sentences that a legend adds for a column, by the column's name."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +49,7 @@ class Results(Shown):
 
     @classmethod
     def load(cls, path: Any) -> Results:
-        """Read a run that `evaluate_counterfact(out=path)` wrote; it may be unfinished.
+        """Read the file of an evaluation (its argument `out`); the run may be unfinished.
 
         Raises:
             ValueError: The file is not a run or is damaged, or `unedited.jsonl` belongs to another
@@ -111,20 +78,36 @@ class Results(Shown):
         return _failed(self.after or self.before)
 
     def metrics(self, *, edited: bool | None = None) -> dict[int, dict[str, float]]:
-        """Return ES to NA of each record, as fractions; by default after the edits, if any."""
+        """Return the metrics of each record that counts, as fractions, by the metric's name.
+
+        By default they are those after the edits, if there are any.
+        """
         edited = bool(self.after) if edited is None else edited
         rows = self.after if edited else self.before
-        metrics_of = zsre_metrics if self.protocol == "zsre" else record_metrics
-        return {
-            case: metrics_of(row.scores) | row.metrics()
-            for case, row in rows.items()
-            if row.scores is not None
-        }
+        metrics = {}
+        for case, row in rows.items():
+            if row.scores is not None and case not in self.unmet:
+                before = self.before[case].scores if case in self.before else None
+                metrics[case] = self.benchmark.metrics(row.scores, before or {}) | row.metrics()
+        return metrics
+
+    @property
+    def unmet(self) -> set[int]:
+        """Return the cases of records that do not count, see `Benchmark.counts`."""
+        counts = self.benchmark.counts
+        if self.after or counts is None:
+            return {case for case, row in self.after.items() if row.unmet}
+        return {case for case, row in self.before.items() if row.scores and not counts(row.scores)}
 
     @property
     def protocol(self) -> str:
-        """Return the name of the data set: "counterfact" or "zsre"."""
+        """Return the name of the benchmark, such as "counterfact"."""
         return self.setting.get("protocol", "counterfact")
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Return the registered benchmark of this run."""
+        return get_benchmark(self.protocol)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -140,10 +123,11 @@ class Results(Shown):
     def scores(
         self, *, edited: bool | None = None, cases: Collection[int] | None = None
     ) -> dict[str, Estimate]:
-        """Return S, ES, EM and so on in percent, with 95% intervals; by default of all records."""
+        """Return the averages in the benchmark's columns, by default of all records."""
         metrics = self.metrics(edited=edited)
         rows = [row for case, row in metrics.items() if cases is None or case in cases]
-        return summarise(rows, protocol=self.protocol)
+        of = self.benchmark
+        return summarise(rows, columns=of.columns, s_of=of.s_of, plain=of.plain)
 
     def compare(self, other: Results) -> dict[str, tuple[Estimate, float]]:
         """Return differences to another method on the records of both runs, and p-values.
@@ -159,8 +143,12 @@ class Results(Shown):
         if not both:
             raise ValueError("the runs have no record in common")
         one, two = ([run[case] for case in both] for run in (mine, theirs))
-        names = [name for name in NAMES[1:] if all(name in row for row in (*one, *two))]
-        return {name: paired_difference(one, two, name) for name in names}
+        compared = {}
+        for name in self.benchmark.columns:
+            if all(name in row for row in (*one, *two)):
+                scale = 1 if name in self.benchmark.plain else 100
+                compared[name] = paired_difference(one, two, name, scale=scale)
+        return compared
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a pandas DataFrame, one row per record: metrics before and after, and seconds."""
@@ -184,7 +172,7 @@ class Results(Shown):
         return styles[style]([self, *others])
 
     def plot(self, *others: Results) -> Figure:
-        """Plot S, ES, PS and NS of the unedited model, this method and others, as bars."""
+        """Plot the main metrics of the unedited model, this method and others, as bars."""
         return figure(self, *others)
 
 
@@ -199,10 +187,14 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
     for run in runs:
         if run.after:
             scores.append((run.name, run.scores(cases=cases), _failed(run.after, cases)))
-    shown = [name for name in NAMES if any(name in estimates for _, estimates, _ in scores)]
+    shown = [
+        name
+        for name in runs[0].benchmark.columns
+        if any(name in estimates for _, estimates, _ in scores)
+    ]
     rows = []
     for name, estimates, failed in scores:
-        n = len(cases) - len(failed)
+        n = len(cases - runs[0].unmet) - len(failed)
         rows.append([name, str(n), str(len(failed)), *(str(estimates.get(m, "")) for m in shown)])
     return ["method", "records", "failed", *shown], rows
 
@@ -264,8 +256,28 @@ def _check_comparable(runs: Sequence[Results]) -> None:
 
 def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
     """Return the sentences below a table: what its columns are, and on which records."""
-    notes = [note for name, note in NOTES.items() if name in shown]
-    return " ".join([PROTOCOLS[runs[0].protocol], *notes, *_together(runs), _records_of(runs)])
+    of = runs[0].benchmark
+    notes = [note for name, note in of.notes.items() if name in shown]
+    counted = []
+    if of.counts is not None:
+        n, some = len(_common(runs)), len(_common(runs) - runs[0].unmet)
+        counted = [f"{some} of {n} records count: those for which {of.condition}."]
+        counted += _numbers(runs)
+    return " ".join([of.legend, *notes, *counted, *_together(runs), _records_of(runs)])
+
+
+def _numbers(runs: Sequence[Results]) -> Iterator[str]:
+    """Yield the sentence that says on how many records each column stands."""
+    cases = _common(runs)
+    scores = [("unedited", runs[0].scores(edited=False, cases=cases))]
+    scores += [(_plain(run.name), run.scores(cases=cases)) for run in runs if run.after]
+    listed = [
+        f"{name}: {', '.join(f'{column} {one.n}' for column, one in estimates.items())}"
+        for name, estimates in scores
+        if estimates
+    ]
+    if listed:
+        yield f"Numbers of records: {'; '.join(listed)}."
 
 
 def _together(runs: Sequence[Results]) -> Iterator[str]:
@@ -284,7 +296,7 @@ def _records_of(runs: Sequence[Results]) -> str:
     cases = _common(runs)
     every = set().union(*(run.after or run.before for run in runs))
     scores = [row.scores for case, row in runs[0].before.items() if case in cases and row.scores]
-    kinds = [kind for kind in KINDS if any(kind in one for one in scores)]
+    kinds = [kind for kind in runs[0].benchmark.kinds if any(kind in one for one in scores)]
     prompts = (
         f"{fmean(len(one.get(kind, ())) for one in scores):.3g} {kind.replace('_', ' ')}"
         for kind in kinds

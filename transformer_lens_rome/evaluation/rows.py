@@ -1,10 +1,11 @@
 """The row of a record: what a run measured on it, and how this stands in the run's file.
 
 every row      case_id, record (digits of a sha256)
-scored row     scores: {kind: [[log-probabilities of each target, correctness of each], ...]},
-               generation: {texts, GE, RS}, kl: {kind: [KL at each prompt, ...]}, seconds,
-               edit_seconds, health
+scored row     scores: {kind: [[log-probabilities of each target, correctness of each], ...]}, or
+               other scores that the benchmark names, generation: {texts, GE, RS},
+               kl: {kind: [KL at each prompt, ...]}, seconds, edit_seconds, health
 failed row     failed: the reason
+unmet row      unmet: true, for a record that does not count, see `benchmarks`
 """
 
 from __future__ import annotations
@@ -15,22 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
-from transformer_lens_rome.evaluation.metrics import KINDS, KL_NAMES, AnswerScore, PromptScore
-from transformer_lens_rome.evaluation.records import CounterFactRecord
-from transformer_lens_rome.evaluation.zsre import ZsreRecord
+from transformer_lens_rome.evaluation.benchmarks import (
+    Benchmark,
+    Scores,
+    benchmark_names,
+    get_benchmark,
+)
+from transformer_lens_rome.evaluation.metrics import KL_NAMES, AnswerScore, PromptScore
 from transformer_lens_rome.files.fields import fits, make
 
-Record = CounterFactRecord | ZsreRecord
-Scores = Mapping[str, Sequence[Any]]
-"""By kind of prompt, a `PromptScore` (CounterFact) or an `AnswerScore` (zsRE) for each prompt."""
-
-SCORE_OF: dict[str, type[PromptScore] | type[AnswerScore]] = {
-    "counterfact": PromptScore,
-    "zsre": AnswerScore,
-}
-"""The score of one prompt, by protocol."""
 _ABOVE_ZERO = 1e-3  # rounding may lift a log-probability above 0 by this much
 _LONGEST = 1e9  # seconds
 
@@ -70,6 +66,8 @@ class RecordRow:
         kl: By kind of prompt, KL(edited || unedited) of the next token after each prompt, in nats;
             None for the unedited model, and if it was not asked for.
         failed: The reason if the record failed.
+        unmet: True if the record does not count: the unedited model does not meet the benchmark's
+            condition, so the record was not edited.
         seconds: Duration of edit, scoring and undo; the mean over the records of a batch.
         edit_seconds: Duration of the edit alone, likewise; None for the unedited model.
         health: The edit's health, without its losses, or that of the record's fact if the edit
@@ -82,13 +80,14 @@ class RecordRow:
     generation: GeneratedText | None = None
     kl: Mapping[str, Sequence[float]] | None = None
     failed: str | None = None
+    unmet: bool | None = None
     seconds: float | None = None
     edit_seconds: float | None = None
     health: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if (self.scores is None) == (self.failed is None):
-            raise ValueError("a row needs either scores or the reason of a failure")
+        if (self.scores is not None) + (self.failed is not None) + bool(self.unmet) != 1:
+            raise ValueError("a row needs either scores or the reason of a failure, or is unmet")
         if self.edit_seconds is not None and self.seconds is None:
             raise ValueError("seconds is missing")
         check_range("seconds", self.seconds, _LONGEST)
@@ -116,20 +115,20 @@ class RecordRow:
         return asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None})
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], protocol: str) -> RecordRow:
-        """Return the row of a line that `to_json` made.
+    def from_json(cls, row: Mapping[str, Any], benchmark: Benchmark) -> RecordRow:
+        """Return the row of a line that `to_json` made, in a run on a benchmark.
 
         Raises:
             ValueError: A field is missing, unknown, or has an invalid value.
         """
         if "scores" in row:
-            row = {**row, "scores": _typed(row["scores"], protocol)}
+            row = {**row, "scores": _typed(row["scores"], benchmark)}
         return make(cls, row)
 
 
 def row_reader(first: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], RecordRow]:
     """Return a function that makes rows of the lines of a run with this first line."""
-    return partial(RecordRow.from_json, protocol=protocol_of(first))
+    return partial(RecordRow.from_json, benchmark=get_benchmark(protocol_of(first)))
 
 
 def protocol_of(first: Mapping[str, Any]) -> str:
@@ -144,12 +143,12 @@ def protocol_of(first: Mapping[str, Any]) -> str:
     method, protocol = setting.get("method", {"name": ""}), setting.get("protocol", "counterfact")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError("its method has no name")
-    if not isinstance(protocol, str) or protocol not in SCORE_OF:
-        raise ValueError(f"its protocol is {protocol!r:.40}")
+    if not isinstance(protocol, str) or protocol not in benchmark_names():
+        raise ValueError(f"its protocol is {protocol!r:.40}, which is no registered benchmark")
     return protocol
 
 
-def record_digest(record: Record) -> str:
+def record_digest(record: Any) -> str:
     """Return the first sixteen digits of the sha256 of all fields of a record."""
     text = json.dumps(asdict(record), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -168,28 +167,40 @@ def check_log_probs(kind: str, *values: Sequence[float]) -> None:
         raise ValueError(f"scores of {kind[:40]!r} are not log-probabilities")
 
 
-def _typed(scores: Any, protocol: str) -> Scores:
-    """Return scores read from a file with the type of their protocol."""
+def _typed(scores: Any, benchmark: Benchmark) -> Scores:
+    """Return scores read from a file with the types that their benchmark names."""
     if not fits(scores, Mapping) or not all(fits(one, list[list]) for one in scores.values()):
         raise ValueError("scores are not lists of prompts, by kind")
-    score = SCORE_OF[protocol]
+    typed = {}
     for kind, prompts in scores.items():
+        if kind not in benchmark.kinds:
+            raise ValueError(f"scores of {kind[:40]!r}, which is no kind of prompt")
+        score: Any = benchmark.kinds[kind]
         if any(len(prompt) != len(score._fields) for prompt in prompts):
             raise ValueError(f"scores of {kind[:40]!r} need {', '.join(score._fields)} a prompt")
-    return {kind: [score(*prompt) for prompt in prompts] for kind, prompts in scores.items()}
+        typed[kind] = [score(*prompt) for prompt in prompts]
+    return typed
 
 
 def _check_scores(scores: Scores) -> None:
-    """Raise ValueError if scores are not numbers, of unknown kinds, or those of the edit miss."""
+    """Raise ValueError if scores have values of other types, or those of the edit are missing."""
     if not scores.get("rewrite"):
         raise ValueError("scores of rewrite are missing")
     for kind, prompts in scores.items():
-        if kind not in KINDS:
-            raise ValueError(f"scores of {kind[:40]!r}, which is no kind of prompt")
         for prompt in prompts:
-            values, correct = prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]
-            if not fits([*values], list[list]) or not fits([*correct], list[list[bool]]):
-                raise ValueError(f"scores of {kind[:40]!r} need a list of values for each target")
-            check_log_probs(kind, *values)
-            if [*map(len, values)] != [*map(len, correct)] or not all(values):
-                raise ValueError(f"scores of {kind[:40]!r} differ in length or are empty")
+            if isinstance(prompt, (PromptScore, AnswerScore)):
+                _check_log_prob_score(kind, prompt)
+                continue
+            for (name, hint), value in zip(get_type_hints(type(prompt)).items(), prompt):
+                if not fits(value, hint):
+                    raise ValueError(f"{name} in the scores of {kind[:40]!r} is {value!r:.40}")
+
+
+def _check_log_prob_score(kind: str, prompt: PromptScore | AnswerScore) -> None:
+    """Raise ValueError if a score does not have equally many log-probabilities and flags."""
+    values, correct = prompt[: len(prompt) // 2], prompt[len(prompt) // 2 :]
+    if not fits([*values], list[list]) or not fits([*correct], list[list[bool]]):
+        raise ValueError(f"scores of {kind[:40]!r} need a list of values for each target")
+    check_log_probs(kind, *values)
+    if [*map(len, values)] != [*map(len, correct)] or not all(values):
+        raise ValueError(f"scores of {kind[:40]!r} differ in length or are empty")

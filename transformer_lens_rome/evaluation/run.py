@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tqdm.auto import tqdm
 
 from transformer_lens_rome.distributed import in_order, on_workers
 from transformer_lens_rome.edits.ledger import check_unedited
+from transformer_lens_rome.evaluation.benchmarks import Record, get_benchmark
 from transformer_lens_rome.evaluation.results import UNEDITED, Results
-from transformer_lens_rome.evaluation.rows import Record, RecordRow, record_digest, row_reader
+from transformer_lens_rome.evaluation.rows import RecordRow, record_digest, row_reader
 from transformer_lens_rome.evaluation.scoring import Scoring
 from transformer_lens_rome.evaluation.work import ScoreEdited, ScoreTogether, ScoreUnedited
 from transformer_lens_rome.files.run_file import RunFile
@@ -67,6 +69,7 @@ class Run:
             before = self._before(encoder, unedited)
             return Results("unedited", unedited, before, {}, self._data())
         edited = unedited | {"seed": self.seed, "method": described(method)} | self._batches()
+        edited |= self.scoring.edit_setting
         name = edited["method"]["name"]
         known = self.scoring, encoder, method, fingerprint, self.seed
         work: Work = ScoreEdited(*known, self.batch_size)
@@ -76,7 +79,7 @@ class Run:
             self.out, edited, self._data()
         ) as file:  # first: a wrong file is rejected before any work
             before = self._before(encoder, unedited)
-            after = self._rows(work, file, name)
+            after = self._rows(work, file, name, self._without_edit(before))
         fingerprint.check(self.model, "the run")
         return Results(name, edited, before, after, self._data())
 
@@ -139,15 +142,34 @@ class Run:
         """Score every record with the unedited model; all methods of a folder share its file."""
         path = None if self.out is None else Path(self.out).with_name(UNEDITED)
         with _opened(path, setting, self._data()) as file:
-            return self._rows(ScoreUnedited(self.scoring, encoder), file, "unedited")
+            counts = get_benchmark(self.scoring.protocol).counts
+            return self._rows(ScoreUnedited(self.scoring, encoder, counts), file, "unedited")
 
-    def _rows(self, work: Work, file: File | None, name: str) -> dict[int, RecordRow]:
-        """Return every record's row, from the run's file, or computed and written to the file."""
+    def _without_edit(self, before: Mapping[int, RecordRow]) -> list[RecordRow]:
+        """Return the rows of records that are not edited, because they do not count."""
+        counts = get_benchmark(self.scoring.protocol).counts
+        if counts is None:
+            return []
+        rows = []
+        for row in before.values():
+            if row.scores is None:
+                reason = f"the unedited model cannot be scored: {row.failed}"
+                rows.append(RecordRow(row.case_id, row.record, failed=reason))
+            elif not counts(row.scores):
+                rows.append(RecordRow(row.case_id, row.record, unmet=True))
+        return rows
+
+    def _rows(
+        self, work: Work, file: File | None, name: str, known: Sequence[RecordRow] = ()
+    ) -> dict[int, RecordRow]:
+        """Return every record's row: from the run's file, of those known, or computed."""
         rows = self._written_rows(file) if file else {}
-        missing = [record for record in self.records if record.case_id not in rows]
+        given = {row.case_id for row in known}
+        missing = [one for one in self.records if one.case_id not in rows.keys() | given]
         counts = {"total": len(self.records), "initial": len(rows)}
+        counted = [record for record in self.records if record.case_id not in given]
         with tqdm(desc=name, disable=not self.progress, **counts) as bar:
-            for row in self._computed_rows(work, missing):
+            for row in chain(known, self._computed_rows(work, missing, counted)):
                 if row.case_id in rows:  # written before its batch was stopped half-way
                     continue
                 rows[row.case_id] = row
@@ -168,13 +190,18 @@ class Run:
                 rows[record.case_id] = row
         return rows
 
-    def _computed_rows(self, work: Work, records: Sequence[Record]) -> Iterator[RecordRow]:
-        """Yield the row of each record as soon as it is known, in any order."""
+    def _computed_rows(
+        self, work: Work, records: Sequence[Record], counted: Sequence[Record]
+    ) -> Iterator[RecordRow]:
+        """Yield the row of each record as soon as it is known, in any order.
+
+        `counted` are all records that are edited, of which batches are made with `together`.
+        """
         size = max(1, min(self._size(work), -(-len(records) // self.workers)))
         chunks = [records[i : i + size] for i in range(0, len(records), size)]
         if isinstance(work, ScoreTogether) and self.together is not None:  # the same in every run
-            starts = range(0, len(self.records), self.together)
-            whole = [self.records[i : i + self.together] for i in starts]
+            starts = range(0, len(counted), self.together)
+            whole = [counted[i : i + self.together] for i in starts]
             ids = {record.case_id for record in records}
             chunks = [some for some in whole if any(one.case_id in ids for one in some)]
         if self.workers > 1 or self.ray_address is not None:

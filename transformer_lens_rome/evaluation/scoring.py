@@ -4,38 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from transformer_lens_rome.edits.in_passes import acting_each, can_share_passes, score_edited
-from transformer_lens_rome.edits.kinds import Edit
+from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.edits.ledger import applied
-from transformer_lens_rome.evaluation.generation import References, cleaned, fluency
-from transformer_lens_rome.evaluation.metrics import KL_NAMES, AnswerScore, PromptScore
-from transformer_lens_rome.evaluation.records import CounterFactRecord
-from transformer_lens_rome.evaluation.rows import SCORE_OF, GeneratedText, Record, Scores
-from transformer_lens_rome.evaluation.zsre import ZsreRecord
+from transformer_lens_rome.evaluation.benchmarks import Record, Scores
+from transformer_lens_rome.evaluation.contexts import parted
+from transformer_lens_rome.evaluation.metrics import AnswerScore, PromptScore
+from transformer_lens_rome.evaluation.rows import GeneratedText
+from transformer_lens_rome.evaluation.written import Ask, written_answers
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.prompts.continuations import continue_each
-from transformer_lens_rome.prompts.encoder import Encoder, Row
+from transformer_lens_rome.prompts.encoder import Encoder, Row, join
 from transformer_lens_rome.prompts.scores import Context, TargetScore, score_rows
 
 Asked = Mapping[str, Sequence[tuple[str, Sequence[str]]]]
-"""By kind of prompt, the prompts with the targets that are scored after each."""
+"""By kind of prompt, the prompts with the targets that are scored after each: one target gives an
+`AnswerScore`, two give a `PromptScore`."""
 
-
+_LENGTH = 100
+"""The number of tokens of a generated text, with its prompt."""
 _TEXTS = 64
 """The number of texts that share passes while they are written, unless one record has more."""
 
 
-class Scoring(Protocol):
-    """The questions about the records of one data set.
+class Scoring:
+    """The questions about the records of a benchmark; it can be pickled, for workers.
+
+    A benchmark defines `asked`, or `written` and `judged`, and overrides what else it needs.
 
     Attributes:
-        protocol: The data set's name; it selects the metrics of the results.
+        protocol: The benchmark's name.
     """
 
     protocol: ClassVar[str]
@@ -43,144 +46,54 @@ class Scoring(Protocol):
     @property
     def setting(self) -> dict[str, Any]:
         """Everything else that the numbers depend on, as plain values."""
-        ...
+        return {}
+
+    @property
+    def first(self) -> Scoring | None:
+        """A scoring of what decides whether a record counts, if that is less than everything.
+
+        The unedited model is then asked everything only about records that count.
+        """
+        return None
+
+    @property
+    def edit_setting(self) -> dict[str, Any]:
+        """Everything that only the edits depend on, as plain values."""
+        return {}
+
+    def requests(self, record: Any) -> tuple[EditRequest, ...]:
+        """Return the facts that a record's edit writes."""
+        return (record.request,)
 
     @property
     def generates(self) -> bool:
         """True if the model writes text about each record."""
-        ...
+        return False
 
     @property
     def kl_kinds(self) -> tuple[str, ...]:
         """The kinds of prompts at which the next token's distributions are compared."""
-        ...
+        return ()
 
     def asked(self, record: Any) -> Asked:
         """Return the prompts of a record, with the targets after each."""
-        ...
+        return {}
+
+    def written(self, record: Any, edited: bool) -> Sequence[Ask]:
+        """Return the prompts that the model answers in its own words; `edited`: after the edit."""
+        return ()
+
+    def judged(self, record: Any, edited: bool, texts: Sequence[str]) -> Scores:
+        """Return the scores of what the model wrote after the prompts of `written`, by kind."""
+        raise NotImplementedError
 
     def continued(self, record: Any) -> tuple[Sequence[str], int]:
         """Return the prompts that the model continues, and the seed of its draws."""
-        ...
+        raise NotImplementedError
 
     def generated(self, record: Any, texts: Sequence[str]) -> GeneratedText:
         """Return a record's texts with their GE and RS."""
-        ...
-
-
-@dataclass(frozen=True)
-class CounterFactScoring:
-    """Score both targets after every prompt of a record, and optionally generated text.
-
-    Attributes:
-        attributes: Score the attribute prompts too.
-        counterfact_plus: Score the neighbours with the edited fact in front of them too, and
-            compare the next token's distributions (CounterFact+, arXiv:2305.17553).
-        generate: Also generate text about the subject, for GE, and for RS if there are references.
-        references: The reference texts of RS.
-        seed: The seed of sampling; the draws of a record depend on it and on `case_id` only.
-    """
-
-    protocol: ClassVar[str] = "counterfact"
-    attributes: bool = False
-    generate: bool = False
-    references: References | None = None
-    seed: int = 0
-    counterfact_plus: bool = False
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """The options, and what generated text depends on."""
-        setting: dict[str, Any] = {"attributes": self.attributes, "generate": self.generate}
-        if self.generate:
-            setting["references"] = self.references.digest if self.references else None
-            setting["generation_seed"] = self.seed
-        return setting | ({"counterfact_plus": True} if self.counterfact_plus else {})
-
-    @property
-    def generates(self) -> bool:
-        """True if the model writes text about each record."""
-        return self.generate
-
-    def asked(self, record: CounterFactRecord) -> Asked:
-        """Return every prompt of a record, with both targets after it.
-
-        Raises:
-            ValueError: The record has no true target.
-        """
-        request = record.request
-        if request.target_true is None:
-            raise ValueError(
-                f"record {record.case_id} has no true target; CounterFact scores both targets, so "
-                "give the request target_true="
-            )
-        kinds = {
-            "rewrite": (request.text,),
-            "paraphrase": record.paraphrase_prompts,
-            "continuation": record.continuation_prompts,
-            "neighborhood": record.neighborhood_prompts,
-        }
-        if self.counterfact_plus:
-            fact = f"{request.text} {request.target_new.strip()}. "
-            kinds["neighborhood_plus"] = tuple(fact + text for text in record.neighborhood_prompts)
-        if self.attributes:
-            kinds["attribute"] = record.attribute_prompts
-        targets = (request.target_new, request.target_true)
-        return {
-            kind: [(prompt, targets) for prompt in kinds[kind]] for kind in kinds if kinds[kind]
-        }
-
-    @property
-    def kl_kinds(self) -> tuple[str, ...]:
-        """The kinds of prompts at which the next token's distributions are compared."""
-        return tuple(KL_NAMES) if self.counterfact_plus else ()
-
-    def continued(self, record: CounterFactRecord) -> tuple[Sequence[str], int]:
-        """Return the generation prompts; without them, the prompt and its paraphrases."""
-        prompts = record.generation_prompts or (record.request.text, *record.paraphrase_prompts)
-        return prompts, (self.seed << 32) + record.case_id
-
-    def generated(self, record: CounterFactRecord, texts: Sequence[str]) -> GeneratedText:
-        """Return a record's texts with their GE, and their RS if there are references."""
-        texts = [cleaned(text) for text in texts]
-        rs = self.references.consistency(record, texts) if self.references else None
-        return GeneratedText(tuple(texts), fluency(texts), rs)
-
-
-@dataclass(frozen=True)
-class ZsreScoring:
-    """Score the answer to a question and its rephrasing, and the answer to an unrelated one."""
-
-    protocol: ClassVar[str] = "zsre"
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """Nothing: zsRE has no options."""
-        return {}
-
-    kl_kinds: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def generates(self) -> bool:
-        """False: zsRE has no generated text."""
-        return False
-
-    def asked(self, record: ZsreRecord) -> Asked:
-        """Return the three questions, each with its answer."""
-        new = (record.request.target_new,)
-        return {
-            "rewrite": [(record.request.text, new)],
-            "paraphrase": [(record.rephrase, new)],
-            "neighborhood": [(record.locality_prompt, (record.locality_answer,))],
-        }
-
-    def continued(self, record: ZsreRecord) -> tuple[Sequence[str], int]:
-        """Raise TypeError: zsRE has no generated text."""
-        raise TypeError("zsRE has no generated text")
-
-    def generated(self, record: ZsreRecord, texts: Sequence[str]) -> GeneratedText:
-        """Raise TypeError: zsRE has no generated text."""
-        raise TypeError("zsRE has no generated text")
+        raise NotImplementedError
 
 
 def score_records(
@@ -189,40 +102,55 @@ def score_records(
     scoring: Scoring,
     records: Sequence[Record],
     edits: Sequence[Edit] | None = None,
+    *,
+    edited: bool | None = None,
 ) -> list[Scores]:
     """Return, for each record, the score of every prompt, by kind.
 
-    The prompts of all records share passes. With `edits`, one for each record, a record is scored
-    as with its edit on the model, and with no other; the model has no edit on it before and after.
+    The prompts of all records share passes.
+
+    Args:
+        model: The model.
+        encoder: Encodes the prompts.
+        scoring: What is asked about a record.
+        records: The records.
+        edits: For each record, its edit; it is scored as with this edit on the model, and with no
+            other. The model has no edit on it before and after. None: the model as it is.
+        edited: Whether the scores are of an edited model. None: if there are `edits`.
 
     Raises:
         ValueError: A log-probability is not a number, or a prompt is longer than the context.
     """
+    edited = edits is not None if edited is None else edited
+    contexts, edits = parted(edits, len(records))
     asked = [scoring.asked(record) for record in records]
     rows: list[Row] = []
     owners: list[int] = []
-    for i, kinds in enumerate(asked):
-        pairs = [pair for some in kinds.values() for pair in some]
-        rows += [encoder.row(prompt, target=target) for prompt, all_ in pairs for target in all_]
+    for i, (kinds, context) in enumerate(zip(asked, contexts, strict=True)):
+        for prompt, targets in (pair for some in kinds.values() for pair in some):
+            rows += [encoder.row(join(context, prompt), target=target) for target in targets]
         owners += [i] * (len(rows) - len(owners))
-    if edits is None:
+    if edits is None or not rows:
         row_scores = iter(score_rows(model, rows))
     else:
         row_scores = iter(score_edited(model, rows, edits, owners))
-    score = SCORE_OF[scoring.protocol]
-    return [_by_kind(kinds, row_scores, score) for kinds in asked]
+    scores = [_by_kind(kinds, row_scores) for kinds in asked]
+    asks = [scoring.written(record, edited) for record in records]
+    if not any(asks):
+        return scores
+    after = [[ask.after(text) for ask in some] for some, text in zip(asks, contexts, strict=True)]
+    texts = written_answers(model, encoder, after, edits)
+    judged = [scoring.judged(one, edited, some) for one, some in zip(records, texts, strict=True)]
+    return [{**one, **more} for one, more in zip(scores, judged, strict=True)]
 
 
-def _by_kind(
-    asked: Asked,
-    row_scores: Iterator[TargetScore],
-    score: type[PromptScore] | type[AnswerScore],
-) -> Scores:
+def _by_kind(asked: Asked, row_scores: Iterator[TargetScore]) -> Scores:
     """Return the scores of one record's prompts, by kind, from the scores of its rows in order."""
     scores: dict[str, list[Any]] = {}
     for kind, pairs in asked.items():
         scores[kind] = []
         for _, targets in pairs:
+            score: Any = AnswerScore if len(targets) == 1 else PromptScore
             by_target = [next(row_scores) for _ in targets]
             if not all(torch.isfinite(one.log_probs).all() for one in by_target):
                 raise ValueError("the model gives log-probabilities that are not finite numbers")
@@ -244,6 +172,13 @@ def generate_texts(
     """
     if not scoring.generates:
         return [None] * len(records)
+    contexts, edits = parted(edits, len(records))
+    if any(contexts):
+        return [
+            text
+            for i, context in enumerate(contexts)
+            for text in _generated(model, encoder, scoring, records, [i], before=context)
+        ]
     if edits is None or can_share_passes(model, edits):
         together = max(1, _TEXTS // max(len(scoring.continued(record)[0]) for record in records))
         acts = None if edits is None else acting_each(model, edits)
@@ -267,10 +202,17 @@ def _generated(
     records: Sequence[Record],
     some: Sequence[int],
     acts: Context | None = None,
+    before: str = "",
 ) -> list[GeneratedText]:
-    """Return the text of some records; `acts` makes the context of a pass, from owners of texts."""
+    """Return the text of some records; `acts` makes the context of a pass, from owners of texts.
+
+    `before` stands before the prompts; it is no part of the texts, and does not shorten them.
+    """
     prompts, seeds = zip(*(scoring.continued(records[i]) for i in some), strict=True)
+    prompts = tuple([join(before, prompt) for prompt in group] for group in prompts)
     owners = [i for i, group in zip(some, prompts, strict=True) for _ in group]
     context = nullcontext if acts is None else partial(acts, owners)
-    each = continue_each(model, prompts, seeds, encoder=encoder, context=context)
+    length = _LENGTH + len(encoder.ids(before))
+    each = continue_each(model, prompts, seeds, length, encoder=encoder, context=context)
+    each = [[text.removeprefix(before) for text in texts] for texts in each]
     return [scoring.generated(records[i], texts) for i, texts in zip(some, each, strict=True)]

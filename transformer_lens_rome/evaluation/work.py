@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from transformer_lens_rome.edits.kinds import Edit
 from transformer_lens_rome.edits.ledger import applied
+from transformer_lens_rome.evaluation.benchmarks import Record, Scores
+from transformer_lens_rome.evaluation.contexts import parted
 from transformer_lens_rome.evaluation.divergence import divergences
-from transformer_lens_rome.evaluation.rows import (
-    GeneratedText,
-    Record,
-    RecordRow,
-    Scores,
-    record_digest,
-)
+from transformer_lens_rome.evaluation.rows import GeneratedText, RecordRow, record_digest
 from transformer_lens_rome.evaluation.scoring import Scoring, generate_texts, score_records
+from transformer_lens_rome.evaluation.several import edit_of
 from transformer_lens_rome.files.fields import as_read
 from transformer_lens_rome.methods.base import EditMethod
 from transformer_lens_rome.methods.batches import tried
@@ -48,23 +45,38 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreUnedited:
-    """Makes the rows of records with the unedited model; it can be pickled, for workers."""
+    """Makes the rows of records with the unedited model; it can be pickled, for workers.
+
+    Attributes:
+        scoring: What is asked about a record.
+        encoder: Encodes the prompts of the scoring.
+        counts: Whether a record counts, from its scores; None: all do.
+    """
 
     scoring: Scoring
     encoder: Encoder
+    counts: Callable[[Scores], bool] | None = None
 
     def __call__(self, model: Model, records: Sequence[Record]) -> list[RecordRow]:
         """Return the rows; a record that cannot be scored gets the reason, and fails alone."""
         started = time.perf_counter()
 
-        def score(some: Sequence[Record]) -> list[Scored]:
-            scores = score_records(model, self.encoder, self.scoring, some)
-            texts = generate_texts(model, self.encoder, self.scoring, some)
-            return list(map(Scored, scores, texts))
-
-        each = tried(score, records)
+        each = tried(partial(self._scored, model), records)
         seconds = _seconds_each(started, records)
         return [_row(record, one, seconds=seconds) for record, one in zip(records, each)]
+
+    def _scored(self, model: Model, records: Sequence[Record]) -> list[Scored]:
+        """Score records; ask everything only about those that count."""
+        scores: list[Scores] = []
+        chosen = list(range(len(records)))
+        if self.counts is not None and self.scoring.first is not None:
+            scores = score_records(model, self.encoder, self.scoring.first, records)
+            chosen = [i for i in chosen if self.counts(scores[i])]
+        some = [records[i] for i in chosen]
+        more = score_records(model, self.encoder, self.scoring, some)
+        by_record = {**dict(enumerate(scores)), **dict(zip(chosen, more, strict=True))}
+        texts = generate_texts(model, self.encoder, self.scoring, records)
+        return [Scored(by_record[i], text) for i, text in enumerate(texts)]
 
 
 @dataclass(frozen=True)
@@ -118,10 +130,11 @@ class ScoreEdited:
     def _edits(self, model: Model, records: Sequence[Record]) -> list[Edit | Exception]:
         """Return the edit of each record, or why there is none."""
         compute_each = getattr(self.method, "compute_each", None)
-        if compute_each is not None and len(records) > 1:
+        single = all(len(self.scoring.requests(record)) == 1 for record in records)
+        if compute_each is not None and single and len(records) > 1:
 
             def together(some: Sequence[Record]) -> list[Any]:
-                requests = [record.request for record in some]
+                requests = [request for one in some for request in self.scoring.requests(one)]
                 options = {"seed": self.seed, "batch_size": self.batch_size}
                 return list(compute_each(model, requests, **options))
 
@@ -129,7 +142,7 @@ class ScoreEdited:
 
         def one(some: Sequence[Record]) -> list[Edit]:
             (record,) = some
-            return [self.method.compute(model, record.request, seed=self.seed)]
+            return [edit_of(self.method, model, self.scoring.requests(record), seed=self.seed)]
 
         edits = []
         for record in records:
@@ -188,23 +201,27 @@ class ScoreTogether:
     def _edit(self, model: Model, some: Sequence[Sequence[Record]]) -> list[Edit]:
         """Return the edit of the only batch."""
         (records,) = some
-        requests = [record.request for record in records]
+        requests = [request for record in records for request in self.scoring.requests(record)]
         return [self.method.compute_many(model, requests, seed=self.seed)]
 
     def _scored(
         self, model: Model, records: Sequence[Record], edit: Edit
     ) -> tuple[list[Scored | Exception], dict[int, Any]]:
         """Return the scores of each record, or the error, and the health of those written."""
-        written = [i for i, record in enumerate(records) if record.request in edit.requests]
+        facts_of = [self.scoring.requests(record) for record in records]
+        written = [i for i, facts in enumerate(facts_of) if set(facts) <= set(edit.requests)]
         each: list[Any] = [ValueError("the edit of its batch leaves it out")] * len(records)
-        whole = [{k: v for k, v in edit.health.to_dict().items() if k not in ("losses", "facts")}]
-        facts = [asdict(fact) for fact in edit.health.facts] or whole * len(written)
+        whole = {k: v for k, v in edit.health.to_dict().items() if k not in ("losses", "facts")}
+        healths = dict(zip(edit.requests, map(asdict, edit.health.facts)))
 
         def score(some: Sequence[int]) -> list[Scored]:
             chosen = [records[i] for i in some]
-            with applied(model, edit):
-                scores = score_records(model, self.encoder, self.scoring, chosen)
-                texts = generate_texts(model, self.encoder, self.scoring, chosen)
+            _, on_weights = parted([edit], 1)
+            given = None if on_weights else [edit] * len(chosen)
+            known = (model, self.encoder, self.scoring, chosen, given)
+            with applied(model, *(on_weights or ())):
+                scores = score_records(*known, edited=True)
+                texts = generate_texts(*known)
             asked = [compared(self.scoring, record) for record in chosen]
             kls = divergences(model, self.encoder, asked, [edit] * len(chosen))
             parts = zip(scores, texts, kls, strict=True)
@@ -212,7 +229,7 @@ class ScoreTogether:
 
         for i, one in zip(written, tried(score, written, FAILURES), strict=True):
             each[i] = one
-        return each, dict(zip(written, facts, strict=True))
+        return each, {i: healths.get(facts_of[i][0], whole) for i in written}
 
 
 def compared(scoring: Scoring, record: Record) -> dict[str, list[str]]:

@@ -11,16 +11,25 @@ answer are encoded once, together. The two are equal unless a token is only part
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar
 
 from transformer_lens_rome.edits.kinds import EditRequest
-from transformer_lens_rome.evaluation.records import leave_out, read_items
+from transformer_lens_rome.evaluation.benchmarks import Benchmark, register_benchmark
+from transformer_lens_rome.evaluation.metrics import AnswerScore, zsre_metrics
+from transformer_lens_rome.evaluation.record_list import RecordList, read_records
+from transformer_lens_rome.evaluation.records import text_of
+from transformer_lens_rome.evaluation.scoring import Asked, Scoring
 from transformer_lens_rome.files.cache import cache_folder
-from transformer_lens_rome.files.strict_json import stripped
 
 URL = "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
+LEGEND = (
+    "zsRE, in percent, half of the 95% interval in brackets. EA, PA: tokens of the new answer "
+    "that are top tokens, teacher-forced, after the question and its rephrasing; NA: the same "
+    "of the true answer to an unrelated question; S: the harmonic mean of the three, with a "
+    "bootstrap's interval."
+)
 _FIELDS = ("subject", "src", "rephrase", "loc", "loc_ans")
 
 
@@ -44,18 +53,8 @@ class ZsreRecord:
 
 
 @dataclass(frozen=True)
-class Zsre(Sequence[ZsreRecord]):
-    """A list of records, and the reasons why other records of the file were left out.
-
-    Attributes:
-        records: The records in the file's order.
-        skipped: The reason for each record that was left out.
-        digest: sha256 of the file.
-    """
-
-    records: tuple[ZsreRecord, ...]
-    skipped: tuple[str, ...] = ()
-    digest: str = ""
+class Zsre(RecordList[ZsreRecord]):
+    """The records of a zsRE file, see `RecordList`."""
 
     @classmethod
     def load(cls, path: Any = None, *, limit: int | None = 10_000, strict: bool = False) -> Zsre:
@@ -80,35 +79,14 @@ class Zsre(Sequence[ZsreRecord]):
                     f"zsRE is published without a checksum, so it is not downloaded; get {URL} and "
                     f"give its path, or save it as {path}"
                 )
-        items, digest = read_items(path)
-        records: list[ZsreRecord] = []
-        faults: list[str] = []
-        for i, item in enumerate(items[:limit]):
-            try:
-                records.append(_record(i, item))
-            except ValueError as error:
-                faults.append(f"record {i}: {error}")
-        leave_out(path, faults, len(items), strict or not records)
-        return cls(tuple(records), tuple(faults), digest)
-
-    @overload
-    def __getitem__(self, index: int) -> ZsreRecord: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[ZsreRecord, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> ZsreRecord | tuple[ZsreRecord, ...]:
-        return self.records[index]
-
-    def __len__(self) -> int:
-        return len(self.records)
+        return cls(*read_records(path, _record, limit=limit, strict=strict))
 
 
 def _record(i: int, item: Any) -> ZsreRecord:
     """Return one record, or raise ValueError with the name of the invalid field."""
     if not isinstance(item, Mapping):
         raise ValueError(f"it is a {type(item).__name__}, not an object")
-    subject, question, rephrase, locality, answer = (_text(item, name) for name in _FIELDS)
+    subject, question, rephrase, locality, answer = (text_of(item, name) for name in _FIELDS)
     answers = item.get("answers")
     if not isinstance(answers, list) or not answers or not isinstance(answers[0], str):
         raise ValueError(f"answers: it is {answers!r:.60}, not a list of texts")
@@ -123,8 +101,37 @@ def _record(i: int, item: Any) -> ZsreRecord:
     return ZsreRecord(i, request, rephrase, f"{locality}?", answer)
 
 
-def _text(item: Mapping[str, Any], name: str) -> str:
-    text = item.get(name)
-    if not isinstance(text, str) or not stripped(text):
-        raise ValueError(f"{name}: it is {text!r:.60}, not a text")
-    return text
+@dataclass(frozen=True)
+class ZsreScoring(Scoring):
+    """Score the answer to a question and its rephrasing, and the answer to an unrelated one."""
+
+    protocol: ClassVar[str] = "zsre"
+
+    def asked(self, record: ZsreRecord) -> Asked:
+        """Return the three questions, each with its answer."""
+        new = (record.request.target_new,)
+        return {
+            "rewrite": [(record.request.text, new)],
+            "paraphrase": [(record.rephrase, new)],
+            "neighborhood": [(record.locality_prompt, (record.locality_answer,))],
+        }
+
+
+register_benchmark(
+    Benchmark(
+        name="zsre",
+        load=Zsre.load,
+        scoring=ZsreScoring,
+        kinds=dict.fromkeys(("rewrite", "paraphrase", "neighborhood"), AnswerScore),
+        metrics=lambda scores, before: zsre_metrics(scores),
+        columns=("S", "EA", "PA", "NA"),
+        legend=LEGEND,
+        s_of=("EA", "PA", "NA"),
+        panels={
+            "S": "score",
+            "EA": "efficacy",
+            "PA": "generalization",
+            "NA": "specificity",
+        },
+    )
+)

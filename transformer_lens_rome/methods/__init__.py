@@ -16,6 +16,7 @@ from transformer_lens_rome.methods.hypernetworks.mend import Mend
 from transformer_lens_rome.methods.hypernetworks.published_editors import convert_editor
 from transformer_lens_rome.methods.hypernetworks.trained_editor import TrainedEditor
 from transformer_lens_rome.methods.hypernetworks.training import Training
+from transformer_lens_rome.methods.in_context import InContext
 from transformer_lens_rome.methods.knowledge_neurons import KnowledgeNeurons
 from transformer_lens_rome.methods.mass_config import MemitConfig
 from transformer_lens_rome.methods.mass_history import History, extended_history
@@ -28,6 +29,7 @@ __all__ = [
     "EditMethod",
     "FineTuning",
     "History",
+    "InContext",
     "KnowledgeEditor",
     "KnowledgeNeurons",
     "Memit",

@@ -152,9 +152,21 @@ def continue_each(
 
 @model_call
 def greedy_continuations(
-    model: Model, prompts: Sequence[str], n_tokens: int = 20, *, encoder: Encoder | None = None
+    model: Model,
+    prompts: Sequence[str],
+    n_tokens: int | Sequence[int] = 20,
+    *,
+    encoder: Encoder | None = None,
+    context: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[str]:
     """Return the continuation of each prompt in which each token is the most probable one.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        n_tokens: The number of tokens of each continuation, or one number for each prompt.
+        encoder: Encodes the prompts. None: that of the checkpoint.
+        context: Returns the context in which each pass over all texts runs, in their order.
 
     Raises:
         ValueError: A prompt has no tokens.
@@ -163,9 +175,14 @@ def greedy_continuations(
     check_texts("prompts", prompts)
     rows = [encoder.row(prompt) for prompt in prompts]
     lengths = [len(row.ids) for row in rows]
-    width = max(lengths, default=0) + n_tokens
-    tokens = _continued(model, rows, width, lambda logits, _: logits.argmax(-1, keepdim=True))
-    new = [row[n : n + n_tokens] for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    counts = [n_tokens] * len(rows) if isinstance(n_tokens, int) else list(n_tokens)
+    ends = [sum(pair) for pair in zip(lengths, counts, strict=True)]
+
+    def best(logits: Float[Tensor, "n d_vocab"], column: int) -> Int[Tensor, "n 1"]:
+        return logits.argmax(-1, keepdim=True)
+
+    tokens = _continued(model, rows, max(ends, default=0), best, context)
+    new = [row[n:end] for row, n, end in zip(tokens.tolist(), lengths, ends, strict=True)]
     return encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 

@@ -1,4 +1,4 @@
-"""Bar plots of editing methods: S, ES, PS and NS with their intervals."""
+"""Bar plots of editing methods: the main metrics of a benchmark with their intervals."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from transformer_lens_rome.viz.figures import new_figure, plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLES = {"S": "score", "ES": "efficacy", "PS": "generalization", "NS": "specificity"}
-
 
 def plot_results(runs: Sequence[Results]) -> Figure:
     """Plot one panel per metric and one bar per method; the unedited model is also a line.
 
     Args:
-        runs: Runs of one model and data set. For zsRE the panels show shares of correct tokens.
+        runs: Runs of one model and data set.
     """
     columns = [("unedited", runs[0].scores(edited=False))]
     columns += [(run.name, run.scores()) for run in runs if run.after]
-    zsre = runs[0].protocol == "zsre"
-    figure = new_figure(2.2 * len(_TITLES), 2.6)
-    panels = figure.subplots(1, len(_TITLES), sharey=True)
-    for ax, (metric, title) in zip(panels, _TITLES.items(), strict=True):
-        metric = metric.replace("S", "A") if zsre and len(metric) > 1 else metric
+    titles = runs[0].benchmark.panels
+    figure = new_figure(2.2 * len(titles), 2.6)
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for ax, (metric, title) in zip(panels, titles.items(), strict=True):
         for place, (name, scores) in enumerate(columns):
             if metric not in scores:
                 continue

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from transformer_lens_rome.edit_report import EditReport, PromptChange
 from transformer_lens_rome.edits.base import Edit
+from transformer_lens_rome.edits.context_edit import ContextEdit
 from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
 from transformer_lens_rome.evaluation.results import Results
@@ -115,6 +116,11 @@ def _(edit: Edit, *, interactive: bool = True) -> View:
     ]
     header = ("fact", "token", "P(target)", "s", "absorbed", "warnings")
     return stack(asked, view(edit.health), table(facts, header))
+
+
+@view.register
+def _(edit: ContextEdit, *, interactive: bool = True) -> View:
+    return stack(f"before every prompt: {edit.text}")
 
 
 @view.register
