@@ -24,14 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from paper_table import RESULTS, table_records
 
 from transformer_lens_rome import CounterFact, EditRequest, MemitConfig, evaluate_counterfact
 from transformer_lens_rome.demo import load_demo_model
-from transformer_lens_rome.edits.export_lora import factors_of
-from transformer_lens_rome.edits.kinds import FactoredEdit
 from transformer_lens_rome.edits.ledger import apply_edit
+from transformer_lens_rome.edits.several import SeveralEdits
 from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.methods import get_method
 from transformer_lens_rome.methods.mass_method import Memit
@@ -75,7 +73,7 @@ class OneAfterAnother:
 
     def compute_many(
         self, model: Any, requests: Sequence[EditRequest], *, seed: int = 0
-    ) -> FactoredEdit:
+    ) -> SeveralEdits:
         """Write the batches, take them off again, and return their sum."""
         method, edits, applied = self.method, [], []
         try:
@@ -92,26 +90,11 @@ class OneAfterAnother:
         finally:
             for one in reversed(applied):
                 one.revert()
-        return summed(edits, requests)
+        return SeveralEdits.of(edits)
 
-    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> FactoredEdit:
+    def compute(self, model: Any, request: EditRequest, *, seed: int = 0) -> SeveralEdits:
         """Compute the edit of one fact."""
         return self.compute_many(model, [request], seed=seed)
-
-
-def summed(edits: Sequence[Any], requests: Sequence[EditRequest]) -> FactoredEdit:
-    """Return one edit with the factors of several, each made on the model with those before it."""
-    factors: dict[Any, list[Any]] = {}
-    hashes: dict[Any, str] = {}
-    for edit in edits:
-        for where, both in factors_of(edit).items():
-            factors.setdefault(where, []).append(both)
-            hashes.setdefault(where, edit.made_on()[where])
-    joined = {
-        where: (torch.cat([left for left, _ in each], 1), torch.cat([right for _, right in each]))
-        for where, each in factors.items()
-    }
-    return FactoredEdit.of(joined, hashes, request=requests[0], requests=tuple(requests))
 
 
 def method_of(setting: str, known: dict[Any, Any]) -> Any:
