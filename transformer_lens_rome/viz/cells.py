@@ -1,9 +1,6 @@
-"""The view of each kind of result, in a notebook cell and on a page."""
+"""The views of edits, their comparisons, and runs, in a notebook cell and on a page."""
 
 from __future__ import annotations
-
-from jaxtyping import Float
-from torch import Tensor
 
 from transformer_lens_rome.edit_report import EditReport, PromptChange
 from transformer_lens_rome.edits.base import Edit
@@ -11,83 +8,15 @@ from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
 from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import view
-from transformer_lens_rome.tracing.averages import CATEGORIES, AverageSevered, AverageTrace
-from transformer_lens_rome.tracing.kinds import KINDS
-from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
+from transformer_lens_rome.viz.findings import finding
+from transformer_lens_rome.viz.heat import heat_map
 from transformer_lens_rome.viz.interactive import (
     attention_before_and_after,
     log_probs_before_and_after,
-    tokens_by_layer,
 )
-from transformer_lens_rome.viz.page import (
-    View,
-    beside,
-    heat_map,
-    layer_names,
-    stack,
-    table,
-    token_labels,
-)
-
-
-@view.register
-def _(trace: CausalTrace, *, interactive: bool = True) -> View:
-    """Show the heat map, and tokens coloured by indirect effect with a choice of the layer."""
-    kind = KINDS[trace.kind]
-    restored = kind.states + (f" in {trace.window} layers" if trace.window > 1 else "")
-    shown = heat_map(
-        trace.scores.T,
-        token_labels(trace.tokens, trace.subject_positions),
-        colour=kind.colour,
-        low=trace.p_corrupted,
-        high=trace.scores.max().item(),
-        caption=f"{trace.answer.strip()!r}: clean {trace.p_clean:.3g}, corrupted "
-        f"{trace.p_corrupted:.3g}, and with {restored} restored",
-        unit=trace.metric.replace("_", " "),
-    )
-    if not interactive:
-        return shown
-    return stack(shown, "Indirect effect; choose a layer:", tokens_by_layer(trace))
-
-
-@view.register
-def _(average: AverageTrace, *, interactive: bool = True) -> View:
-    """Show a heat map: one row per category of token, one column per layer."""
-    rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, average.n.tolist(), strict=True)]
-    return heat_map(
-        average.indirect_effect,
-        rows,
-        colour=KINDS[average.kind].colour,
-        low=0.0,
-        high=average.indirect_effect.nan_to_num(0.0).max().item(),
-        caption=f"{KINDS[average.kind].name}, window {average.window}: mean over "
-        f"{average.n_facts} facts, clean {average.p_clean:.3g}, "
-        f"corrupted {average.p_corrupted:.3g}",
-        unit="average indirect effect",
-    )
-
-
-@view.register
-def _(severed: SeveredTrace, *, interactive: bool = True) -> View:
-    return _paths(severed.effects, severed.sever)
-
-
-@view.register
-def _(severed: AverageSevered, *, interactive: bool = True) -> View:
-    return _paths(severed.effects, severed.sever)
-
-
-def _paths(effects: Float[Tensor, "2 layer"], sever: str) -> View:
-    """Show a heat map of the effects of restoring, with ordinary and with severed paths."""
-    return heat_map(
-        effects,
-        ["ordinary", f"{sever} severed"],
-        colour=KINDS["resid"].colour,
-        low=0.0,
-        high=effects.max().item(),
-        caption="effect of restoring the last subject token, with paths ordinary and severed",
-        unit="indirect effect",
-    )
+from transformer_lens_rome.viz.page import View, stack, table
+from transformer_lens_rome.viz.traces import trace_panel
+from transformer_lens_rome.viz.words import layer_names
 
 
 @view.register
@@ -142,10 +71,12 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
         )
         for one in report.prompts
     ]
-    header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
+    header = ("prompt", "before", "after", "P(target)", "KL", "the value that changes most")
+    traces = [trace_panel(report.before, "before"), trace_panel(report.after, "after")]
     shown = stack(
         f"{report.request.text} -> {report.request.target_new} ({layer_names(report.layers)})",
-        beside(*(view(trace, interactive=False) for trace in (report.before, report.after))),
+        finding(report),
+        heat_map(*traces),
         table(prompts, header),
         _neurons(report),
     )
@@ -157,7 +88,7 @@ def _shift(change: PromptChange, several: bool) -> str:
     if change.value_shift is None:
         return "no W_out changes"
     place = f" in layer {change.layer}" if several else ""
-    return f"{change.value_shift:.2f} at {change.token!r}{place}"
+    return f"at {change.token!r}{place}, by {change.value_shift:.0%} of its norm"
 
 
 def _neurons(report: EditReport) -> str:
@@ -182,11 +113,11 @@ def _explored(report: EditReport) -> View:
 
     before, after = report.log_probs
     return stack(
+        "Log-probability of each token; point at a token to see the model's predictions there:",
+        log_probs_before_and_after(report.ids, before, after, text),
         f"Attention in layer {report.attention_layer}, where it changed most (the edit is in "
         f"{layer_names(report.layers)}):",
         attention_before_and_after(list(report.tokens), *report.attention),
-        "Log-probability of each token; point at a token to see the model's predictions there:",
-        log_probs_before_and_after(report.ids, before, after, text),
     )
 
 
