@@ -1,6 +1,7 @@
 """Views of results: static figures (matplotlib), interactive ones (circuitsvis), saved pages."""
 
 import transformer_lens_rome.viz.cells  # noqa: F401  (registers the views in `showing`)
+import transformer_lens_rome.viz.comparison  # noqa: F401
 import transformer_lens_rome.viz.traces  # noqa: F401
 from transformer_lens_rome.viz.bars import plot_results
 from transformer_lens_rome.viz.edit_figure import plot_edit

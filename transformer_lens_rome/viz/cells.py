@@ -6,7 +6,6 @@ from transformer_lens_rome.edit_report import EditReport, PromptChange
 from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
-from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import view
 from transformer_lens_rome.viz.findings import finding
 from transformer_lens_rome.viz.heat import heat_map
@@ -15,7 +14,7 @@ from transformer_lens_rome.viz.interactive import (
     log_probs_before_and_after,
 )
 from transformer_lens_rome.viz.page import View, stack, table
-from transformer_lens_rome.viz.traces import trace_panel
+from transformer_lens_rome.viz.traces import difference, trace_panel
 from transformer_lens_rome.viz.words import layer_names
 
 
@@ -47,12 +46,6 @@ def _(edit: Edit, *, interactive: bool = True) -> View:
 
 
 @view.register
-def _(results: Results, *, interactive: bool = True) -> View:
-    rows = [(name, str(value)) for name, value in results.scores().items()]
-    return table([("method", results.name), *rows])
-
-
-@view.register
 def _(texts: Generations, *, interactive: bool = True) -> View:
     return table(texts.rows(), ("prompt", "model", "goes on"))
 
@@ -73,10 +66,12 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
     ]
     header = ("prompt", "before", "after", "P(target)", "KL", "the value that changes most")
     traces = [trace_panel(report.before, "before"), trace_panel(report.after, "after")]
+    if interactive:
+        traces.append(difference(report.before, report.after))
     shown = stack(
         f"{report.request.text} -> {report.request.target_new} ({layer_names(report.layers)})",
         finding(report),
-        heat_map(*traces),
+        heat_map(*traces, interactive=interactive),
         table(prompts, header),
         _neurons(report),
     )

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens_rome.edit_report import EditReport
-from transformer_lens_rome.evaluation.results import Results
+from transformer_lens_rome.evaluation.metrics import S_OF, Estimate
+from transformer_lens_rome.evaluation.results import Results, common_cases
 from transformer_lens_rome.tracing.averages import AverageTrace
 from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.patching import window_of
@@ -155,23 +156,25 @@ def _top(top: Sequence[tuple[str, float]]) -> str:
 @finding.register
 def _(results: Results, *others: Results) -> str:
     runs = [run for run in (results, *others) if run.after]
-    scores = sorted(((run.scores(), run.name) for run in runs), key=_rank, reverse=True)
-    named = [(name, one["S"]) for one, name in scores if "S" in one]
-    if not named:
-        return "No run has edits with prompts of every kind, so there is no score S to compare."
-    (best, score), *rest = named
-    unedited = results.scores(edited=False).get("S")
-    than = f", where the unedited model has {unedited.mean:.1f}" if unedited else ""
-    after = f"; next is {readable(rest[0][0])} with {_percent(rest[0][1])}" if rest else ""
-    of = f"Of {len(named)} methods, {readable(best)} has the highest" if rest else f"{best} has the"
-    return f"{of} score S, {_percent(score)}{than}{after}."
+    if not runs:
+        return "This is the unedited model; there is no method to judge."
+    cases = common_cases((results, *others))
+    scores = {readable(run.name): run.scores(cases=cases) for run in runs}
+    unedited = results.scores(edited=False, cases=cases)
+    said = []
+    for metric in ("S",) if "S" in unedited else S_OF[results.protocol]:
+        known = {name: one[metric] for name, one in scores.items() if metric in one}
+        if known and metric in unedited:
+            best = max(known, key=lambda name: known[name].mean)
+            said.append(
+                f"the highest {metric} is {best}'s, {_percent(known[best])} (unedited "
+                f"{unedited[metric].mean:.1f})"
+            )
+    if not said:
+        return "There is no metric that all runs have."
+    return f"Of {len(runs)} method{'s' * (len(runs) > 1)}, {'; '.join(said)}."
 
 
-def _rank(scores: Any) -> float:
-    score = scores[0].get("S")
-    return -math.inf if score is None else score.mean
-
-
-def _percent(estimate: Any) -> str:
+def _percent(estimate: Estimate) -> str:
     interval = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.1f}"
     return f"{estimate.mean:.1f}{interval}"

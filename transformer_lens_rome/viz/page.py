@@ -1,13 +1,16 @@
 """HTML that needs no network: in a notebook cell, or as one saved file.
 
+A `View` names the programs that make it explorable. A page holds each once. In a notebook, a view
+with programs is a page in a frame, so its style and its programs meet nothing of the notebook's.
+
 circuitsvis uses the network each time it renders, and its saved figures refer to a server. But its
-package contains the whole program. A `View` includes that program once per notebook output and once
-per saved file.
+package contains the whole program, which a page holds compressed.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import io
 import re
@@ -23,8 +26,6 @@ from circuitsvis.utils.render import RenderedHTML
 from transformer_lens_rome.showing import view
 from transformer_lens_rome.viz.words import readable
 
-_ASSETS = Path(__file__).parent / "assets"
-
 
 @dataclass(frozen=True)
 class View:
@@ -32,30 +33,58 @@ class View:
 
     Attributes:
         body: The HTML.
-        interactive: Whether it needs the circuitsvis program, which is not part of `body`.
+        programs: The programs that readers need to explore it, which are not part of `body`: "map"
+            for heat maps, "circuits" for figures of circuitsvis.
     """
 
     body: str = field(repr=False)
-    interactive: bool = False
+    programs: frozenset[str] = frozenset()
+
+    @property
+    def interactive(self) -> bool:
+        """Whether readers can explore it."""
+        return bool(self.programs)
 
     def _repr_html_(self) -> str:
-        program = f"<script>{circuitsvis_program()}</script>" if self.interactive else ""
-        return f'{program}<style>{asset("page.css")}</style><div class="tlr">{self.body}</div>'
+        if not self.programs:
+            return f'<style>{asset("page.css")}</style><div class="tlr">{self.body}</div>'
+        page = html.escape(_document(self, "a result"))
+        style = "width:100%;height:600px;border:0"
+        return f'<iframe title="a result" style="{style}" srcdoc="{page}"></iframe>'
 
 
 @cache
 def asset(name: str) -> str:
     """Return a file of this package that goes into pages."""
-    return (_ASSETS / name).read_text(encoding="utf-8")
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
 
 
 @cache
 def circuitsvis_program() -> str:
-    """Return the JavaScript that defines `CircuitsVis`, escaped for an HTML file."""
+    """Return the JavaScript that defines `CircuitsVis`, compressed, as base64 text."""
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     lines = path.read_text(encoding="utf-8").splitlines()
     program = "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
-    return program.replace("</", "<\\/")
+    return base64.b64encode(gzip.compress(program.encode(), mtime=0)).decode()
+
+
+def _document(shown: View, title: str, heading: str = "") -> str:
+    """Return a whole page that shows a view."""
+    name = html.escape(readable(title))
+    figures, scripts = "", []
+    if shown.programs:
+        scripts = [asset("page.js"), *(asset(f"{one}.js") for one in sorted(shown.programs))]
+    if "circuits" in shown.programs:
+        packed = f'<script type="text/plain" class="tlr-circuitsvis">{circuitsvis_program()}'
+        figures = f"<script>const tlrFigures = [];</script>{packed}</script>"
+    script = f"<script>{''.join(scripts)}</script>" if scripts else ""
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{name}</title><link rel="icon" href="data:,"><style>{asset("page.css")}</style>'
+        f'<script type="application/json" class="tlr-state">{{}}</script>{figures}</head>'
+        f'<body><main class="tlr">{heading}{shown.body}</main>{script}</body></html>'
+    )
 
 
 def stack(*items: Any) -> View:
@@ -67,13 +96,17 @@ def stack(*items: Any) -> View:
     """
     views = [_view(item) for item in items]
     body = "".join(f'<div class="tlr-item">{view.body}</div>' for view in views)
-    return View(body, any(view.interactive for view in views))
+    return View(body, _programs(views))
 
 
 def beside(*items: View) -> View:
     """Arrange views next to each other, or below each other in a narrow window."""
     body = "".join(f"<div>{item.body}</div>" for item in items)
-    return View(f'<div class="tlr-beside">{body}</div>', any(item.interactive for item in items))
+    return View(f'<div class="tlr-beside">{body}</div>', _programs(items))
+
+
+def _programs(views: Iterable[View]) -> frozenset[str]:
+    return frozenset().union(*(view.programs for view in views))
 
 
 def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> None:
@@ -84,14 +117,10 @@ def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> N
         items: As in `stack`.
         title: The page's title and heading.
     """
-    heading, path = html.escape(title), Path(path)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<title>{heading}</title><link rel="icon" href="data:,"></head>'
-        f"<body>{stack(View(f'<h1>{heading}</h1>'), *items)._repr_html_()}</body></html>",
-        encoding="utf-8",
-    )
+    heading = f"<h1>{html.escape(readable(title))}</h1>"
+    path.write_text(_document(stack(*items), title, heading), encoding="utf-8")
 
 
 @view.register
@@ -139,7 +168,9 @@ def component(rendered: Any) -> View:
     end = source.rindex("</script>")
     script = source[call:end].replace("<", "\\u003c")  # no text may end the script
     place = f'<div class="tlr-light"><div id="{name}"></div></div>'
-    return View(f'{place}<script type="module">{script}</script>', interactive=True)
+    without = "<noscript>This figure needs JavaScript.</noscript>"
+    body = f"{place}{without}<script>tlrFigures.push(() => {{ {script} }})</script>"
+    return View(body, frozenset({"circuits"}))
 
 
 # ---------------------------------------------------------------- static parts

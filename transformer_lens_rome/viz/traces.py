@@ -11,7 +11,7 @@ from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.findings import finding, restored, scored
 from transformer_lens_rome.viz.heat import Panel, heat_map
 from transformer_lens_rome.viz.page import View
-from transformer_lens_rome.viz.words import token_labels
+from transformer_lens_rome.viz.words import readable, token_labels
 
 _METRICS = {
     "probability": "probability",
@@ -23,23 +23,23 @@ _METRICS = {
 @view.register
 def _(trace: CausalTrace, *others: CausalTrace, interactive: bool = True) -> View:
     """Show a heat map of tokens and layers; others are choices of the same map."""
-    return heat_map(*map(trace_panel, (trace, *others)))
+    return heat_map(*map(trace_panel, (trace, *others)), interactive=interactive)
 
 
 @view.register
 def _(average: AverageTrace, *others: AverageTrace, interactive: bool = True) -> View:
     """Show a heat map of categories of tokens and layers; others are choices of the same map."""
-    return heat_map(*map(_average_panel, (average, *others)))
+    return heat_map(*map(_average_panel, (average, *others)), interactive=interactive)
 
 
 @view.register
 def _(severed: SeveredTrace, *others: SeveredTrace, interactive: bool = True) -> View:
-    return heat_map(*map(_severed_panel, (severed, *others)))
+    return heat_map(*map(_severed_panel, (severed, *others)), interactive=interactive)
 
 
 @view.register
 def _(severed: AverageSevered, *others: AverageSevered, interactive: bool = True) -> View:
-    return heat_map(*map(_severed_panel, (severed, *others)))
+    return heat_map(*map(_severed_panel, (severed, *others)), interactive=interactive)
 
 
 def trace_panel(trace: CausalTrace, run: str = "") -> Panel:
@@ -57,8 +57,7 @@ def trace_panel(trace: CausalTrace, run: str = "") -> Panel:
         caption=f"{run and f'{run}: '}{finding(trace)} {unit} is {trace.p_clean:.3g} clean and "
         f"{trace.p_corrupted:.3g} corrupted, over {n} sample{'s' * (n > 1)} of noise.",
         choice={
-            **({"run": run} if run else {}),
-            "answer": trace.answer.strip(),
+            **({"run": run} if run else {"answer": readable(trace.answer.strip())}),
             **_setting(trace),
             "metric": _METRICS[trace.metric],
         },
@@ -66,7 +65,9 @@ def trace_panel(trace: CausalTrace, run: str = "") -> Panel:
         whole=trace.total_effect,
         samples=trace.samples.transpose(1, 2),
         bases=trace.corrupted_samples.tolist(),
+        clean=trace.p_clean,
         metric=trace.metric,
+        logarithm=trace.metric == "probability",
         tokens=True,
         kept=(*trace.subject_positions, len(trace.tokens) - 1),
     )
@@ -89,8 +90,9 @@ def difference(before: CausalTrace, after: CausalTrace) -> Panel:
         panel,
         unit=answers,
         caption=f"difference: what restoring brings back of {answers}, on the same noise.",
+        base=None,
         whole=None,
-        metric="",
+        logarithm=False,
     )
 
 
@@ -118,19 +120,21 @@ def _average_panel(average: AverageTrace) -> Panel:
 def _severed_panel(severed: SeveredTrace | AverageSevered) -> Panel:
     name = KINDS[severed.sever].name
     layers = range(severed.effects.shape[1])
-    answer = f"P({severed.answer.strip()})" if isinstance(severed, SeveredTrace) else "P(answer)"
+    answer = readable(severed.answer.strip()) if isinstance(severed, SeveredTrace) else "answer"
+    unit = f"P({answer})"
     return Panel(
         effects=severed.effects,
         half_width=severed.half_width,
         rows=["ordinary", f"{name} severed"],
         columns=[str(layer) for layer in layers],
         cells=[f"the state after layer {layer} at the last subject token" for layer in layers],
-        unit=answer,
+        unit=unit,
         colours=_colours("resid"),
-        caption=f"Effect of restoring the last subject token on {answer}, with paths ordinary and "
+        caption=f"Effect of restoring the last subject token on {unit}, with paths ordinary and "
         f"with {name} severed.",
         choice={"severed": name},
         axes="path and layer",
+        joins="with paths",
     )
 
 
