@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformer_lens_rome.edit_report import EditReport, PromptChange
 from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.health import EditHealth, said
@@ -55,14 +57,14 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
     """Show traces, answers and neurons, then interactive log-probabilities and attention."""
     prompts = [
         (
-            one.prompt,
+            f"{number}. {one.prompt}",
             _likeliest(one.top_before),
             _likeliest(one.top_after),
             f"{one.p_before:.3g} to {one.p_after:.3g}",
             f"{one.divergence:.3g}",
             _shift(one, len(report.layers) > 1),
         )
-        for one in report.prompts
+        for number, one in enumerate(report.prompts, 1)
     ]
     header = ("prompt", "before", "after", "P(target)", "KL", "the value that changes most")
     traces = [trace_panel(report.before, "before"), trace_panel(report.after, "after")]
@@ -73,6 +75,7 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
         finding(report),
         heat_map(*traces, interactive=interactive),
         table(prompts, header),
+        *_lens(report),
         _neurons(report),
     )
     return stack(shown, _explored(report)) if interactive else shown
@@ -84,6 +87,27 @@ def _shift(change: PromptChange, several: bool) -> str:
         return "no W_out changes"
     place = f" in layer {change.layer}" if several else ""
     return f"at {change.token!r}{place}, by {change.value_shift:.0%} of its norm"
+
+
+def _lens(report: EditReport) -> list[Any]:
+    """Return a table of the tokens that the change writes, and of those that get it."""
+    if report.lens is None:
+        return []
+    lens = report.lens
+    heard = (
+        f"{one.token!r} of prompt {one.prompt + 1} ({one.share:.0%})"
+        for one in lens.hears
+        if one.share >= 0.01
+    )
+    target = f"{report.request.target_new.strip()!r} is raised as number {lens.target_rank:,}"
+    rows = [
+        ("raises", ", ".join(repr(token) for token, _ in lens.raises)),
+        ("lowers", ", ".join(repr(token) for token, _ in lens.lowers)),
+        ("the target", f"{target} of all tokens; the blocks above do the rest"),
+        ("at (last subject token: 100%)", ", ".join(heard)),
+    ]
+    said = f"Edit lens: what the change of W_out in layer {lens.layer} writes, read as if it were"
+    return [f"{said} the last state, and the tokens at which it writes:", table(rows)]
 
 
 def _neurons(report: EditReport) -> str:
