@@ -29,16 +29,21 @@ def settings(model: str, first: int) -> str:
     return settings_table(RESULTS / "settings" / model, choosing_records()[:first])
 
 
+def _complete(folder: Path, n: int) -> dict[str, Results]:
+    """Return the runs of a folder that have n records, by name."""
+    paths = {name: folder / f"{name}.jsonl" for name in METHODS}
+    runs = {name: Results.load(path) for name, path in paths.items() if path.exists()}
+    return {name: run for name, run in runs.items() if len(run.after) == n}
+
+
 def paper(model: str, columns: str) -> str:
-    """Return some columns of the paper's table; GE is of the runs that generated text."""
+    """Return some columns of the paper's table, with the runs that have all records.
+
+    GE is of the runs that generated text.
+    """
     folder = RESULTS / "counterfact" / model
-    names = [name for name in METHODS if (folder / f"{name}.jsonl").exists()]
-    runs = {name: Results.load(folder / f"{name}.jsonl") for name in names}
-    texts = {
-        name: Results.load(path)
-        for name in names
-        if (path := folder / "generated" / f"{name}.jsonl").exists()
-    }
+    runs, texts = _complete(folder, 200), _complete(folder / "generated", 50)
+    names = list(runs)
     head = columns.split()
     lines = ["| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name in ("unedited", *names):
