@@ -14,6 +14,7 @@ from test_docs import GUIDE, blocks
 from test_docs import run as run_block
 
 from transformer_lens_rome import rate, viz
+from transformer_lens_rome.rate import page
 from transformer_lens_rome.rate.key import QUESTIONS, SAME, Key
 
 ROME, FT = run("rome"), run("ft+l")
@@ -53,10 +54,10 @@ def test_the_key_tells_which_text_is_whose(built):
 def test_a_page_does_not_name_its_methods(tmp_path):
     runs = [run(name, text="{subject} is in {i}") for name in ("rome", "ft+l", "unedited")]
     rate.build(*runs, records=RECORDS, out=tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8").lower()
-    page = page.replace("transformer_lens_rome", "").replace("fromentries", "")
-    assert not [name for name in ("rome", "ft+l", "unedited") if name in page]
-    assert "which text is most fluent?" in page
+    text = (tmp_path / "page.html").read_text(encoding="utf-8").lower()
+    text = text.replace("transformer_lens_rome", "").replace("fromentries", "")
+    assert not [name for name in ("rome", "ft+l", "unedited") if name in text]
+    assert "which text is most fluent?" in text
 
 
 @pytest.mark.parametrize("names", [("rome", "ft+l"), ("rome", "ft+l", "unedited")])
@@ -86,11 +87,11 @@ def test_hostile_text_ends_no_script_and_runs_nowhere(tmp_path):
     runs = [run(name, hostile, text=EVIL + "{name}") for name in ("rome", "ft+l")]
     path = tmp_path / "page.html"
     rate.build(*runs, records=hostile, out=path)
-    page = path.read_text(encoding="utf-8")
-    assert page.count("</script>") == 2 and "<img" not in page and "<!--" not in page
+    text = path.read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and "<img" not in text and "<!--" not in text
     texts = [text for item in content(path)["items"] for text in item["texts"]]
     assert sorted(texts) == [EVIL + "ft+l"] * 2 + [EVIL + "rome"] * 2
-    (allowed,) = re.findall(r'Security-Policy" content="([^"]*)"', page)
+    (allowed,) = re.findall(r'Security-Policy" content="([^"]*)"', text)
     assert "unsafe" not in allowed and allowed.startswith("default-src &#x27;none&#x27;; script-")
 
 
@@ -126,6 +127,13 @@ def test_the_key_of_another_page_is_not_written_over(built):
         rate.build(ROME, FT, records=RECORDS, out=path, seed=1)
     assert path.read_text(encoding="utf-8") == before
     assert rate.build(ROME, FT, records=RECORDS, out=path) == key
+
+
+def test_a_page_with_other_questions_is_another_page(built, monkeypatch, tmp_path):
+    """So a page of an older version of this package is told from one of a newer version."""
+    monkeypatch.setitem(page._ASKED, "fluency", "Which text is {} beautiful?")
+    other = rate.build(ROME, FT, records=RECORDS, out=tmp_path / "other.html")
+    assert other.items == built[0].items and other.page != built[0].page
 
 
 @pytest.mark.parametrize(
@@ -188,6 +196,8 @@ def test_the_shares_are_those_of_a_count_by_hand(built, tmp_path):
     assert shares[SAME].mean == pytest.approx(100 / 21) and found.n_answers["fluency"] == 21
     assert f"Rater {0:016x} left 6 of 48 questions unanswered." in found.notes
     assert math.isnan(found.agreement["fluency"]) and "over items only" in found.notes[1]
+    assert found.table().split("\n")[2].endswith(" | - |")
+    assert [ax.get_title() for ax in found.plot().axes] == [*QUESTIONS]
 
 
 def test_intervals_are_over_raters_too(built, tmp_path):

@@ -92,7 +92,7 @@ class Preferences(Shown):
                 question,
                 str(self.n_answers[question]),
                 *(str(shares[name]) for name in names),
-                f"{self.agreement[question]:.2f}",
+                "-" if math.isnan(alpha := self.agreement[question]) else f"{alpha:.2f}",
             ]
             for question, shares in self.shares.items()
         ]

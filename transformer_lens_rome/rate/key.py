@@ -47,7 +47,7 @@ class Key:
     Attributes:
         methods: The names of the methods, two to four.
         items: The items, in the order of the page.
-        texts: The sha256 of the facts and texts that the page shows.
+        texts: The sha256 of the questions, facts and texts that the page shows.
         seed: The seed of the choice and the orders.
 
     Raises:

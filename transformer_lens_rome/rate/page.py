@@ -11,7 +11,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -64,8 +64,9 @@ def build(
     if len(runs) < 2:
         raise ValueError(f"a page compares 2 to {len(LETTERS)} runs, got {len(runs)}")
     key_items, items = drawn_items(runs, records, n_items, seed)
-    shown = json.dumps([asdict(item) for item in items])
-    key = Key(methods, key_items, hashlib.sha256(shown.encode()).hexdigest(), seed)
+    content = _content(items)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    key = Key(methods, key_items, digest, seed)
     path, key_path = Path(out), Path(out).with_suffix(".key.json")
     if key_path.exists() and Key.load(key_path) != key:
         raise ValueError(
@@ -74,23 +75,25 @@ def build(
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     key.save(key_path)
-    path.write_text(_document(key.page, items), encoding="utf-8")
+    path.write_text(_document({"page": key.page, **content}), encoding="utf-8")
     return key
 
 
-def _document(page: str, items: Sequence[Item]) -> str:
-    """Return the page as HTML."""
+def _content(items: Sequence[Item]) -> dict[str, Any]:
+    """Return everything that the page shows, but for the words that are part of its program."""
     n = len(items[0].texts)
-    content = {
+    word = "more" if n == 2 else "most"
+    return {
         "format": FORMAT,
-        "page": page,
-        "questions": {
-            name: text.format("more" if n == 2 else "most") for name, text in _ASKED.items()
-        },
+        "questions": {name: text.format(word) for name, text in _ASKED.items()},
         "same": SAME,
         "letters": LETTERS[:n],
         "items": [asdict(item) for item in items],
     }
+
+
+def _document(content: Mapping[str, Any]) -> str:
+    """Return the page as HTML."""
     program, style = _asset("rate.js"), _asset("rate.css")
     allowed = (
         f"default-src 'none'; script-src '{_hash(program)}'; style-src '{_hash(style)}'; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens_rome.rate.analysis import Preferences
@@ -22,16 +23,16 @@ def plot_preferences(preferences: Preferences) -> Figure:
     for ax, (question, shares) in zip(panels, preferences.shares.items(), strict=True):
         for place, (name, share) in enumerate(shares.items()):
             around = [[share.mean - share.low], [share.high - share.mean]]
-            known = share.low == share.low
             ax.bar(
                 place,
                 share.mean,
-                yerr=around if known else None,
+                yerr=None if math.isnan(share.low) else around,
                 color="#999999" if name == SAME else f"C{place}",
                 error_kw={"linewidth": 0.8},
             )
         alpha = preferences.agreement[question]
-        ax.set_title(f"{question} (alpha {alpha:.2f})", fontsize=10)
+        agreement = "" if math.isnan(alpha) else f" (alpha {alpha:.2f})"
+        ax.set_title(f"{question}{agreement}", fontsize=10)
         names = [plain(name) for name in shares]
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     panels[0].set_ylim(0, 105)
