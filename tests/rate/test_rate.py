@@ -68,7 +68,10 @@ def test_each_method_is_as_often_at_each_place(tmp_path, names):
         seen = [item.order[place] for item in key.items]
         assert [seen.count(one) for one in range(len(names))] == [24 // len(names)] * len(names)
     orders = [item.order for item in key.items]
-    assert len(set(orders[: len(set(orders))])) == math.factorial(len(names))
+    n = math.factorial(len(names))
+    rounds = {tuple(orders[i : i + n]) for i in range(0, len(orders), n)}
+    assert {len(set(one)) for one in rounds} == {n}, "each order once a round"
+    assert len(rounds) > 1, "and each round in another order"
 
 
 def test_the_seed_decides_the_page(tmp_path):
