@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 
 import pytest
@@ -260,6 +261,40 @@ def test_the_layer_that_moves_most_is_the_one_whose_neurons_are_shown(gpt2, stro
     assert "(layers 0, 2)" in page and f"in layer {strong}" in page
 
 
+@torch.no_grad()
+def test_the_lens_reads_lambda_and_hears_u(gpt2):
+    edit = random_edit(gpt2)
+    report = show_edit(gpt2, edit, PROMPTS, **OPTIONS)
+    encoder = Encoder.of(gpt2)
+    keys = [run(gpt2, one.prompt)[1] @ edit.u for one in report.prompts]
+    last = encoder.templated_row("{} is in", edit.request.subject).subject[-1]
+    at_subject = keys[0][last]
+    sign = at_subject.sign()  # the subject's key may call up the opposite of Lambda
+    logits = gpt2.unembed(gpt2.ln_final((sign * edit.lam)[None, None]))[0, 0]
+    logits = logits - gpt2.unembed(gpt2.ln_final(torch.zeros_like(edit.lam)[None, None]))[0, 0]
+    lens = report.lens
+    assert lens.layer == LAYER == report.shares_layer
+    for found, best in ((lens.raises, logits.topk(10)), (lens.lowers, (-logits).topk(10))):
+        assert [token for token, _ in found] == [
+            encoder.tokenizer.decode([i]) for i in best.indices.tolist()
+        ]
+        torch.testing.assert_close(
+            torch.tensor([x for _, x in found]), logits[best.indices], rtol=1e-2, atol=1e-3
+        )
+    for one in lens.hears:
+        wanted = keys[one.prompt][one.position] / at_subject
+        assert one.share == pytest.approx(wanted.item(), rel=1e-3, abs=1e-5)
+        token = encoder.ids(report.prompts[one.prompt].prompt)[one.position]
+        assert one.token == encoder.tokenizer.decode([token])
+    every = sorted((k / at_subject).item() for row in keys for k in row)
+    assert [one.share for one in lens.hears] == pytest.approx(every[:-11:-1], rel=1e-3, abs=1e-5)
+    paris = encoder.row(edit.request.text, None, "Paris").ids[-1]
+    assert lens.target_rank == 1 + logits.argsort(descending=True).tolist().index(paris)
+    page = html.unescape(report._repr_html_())
+    assert f'raises</td><td dir="auto">{lens.raises[0][0]!r}, ' in page
+    assert f"'Paris' is raised as number {lens.target_rank} of all tokens" in page
+
+
 @pytest.mark.slow
 def test_an_edit_without_w_out_says_that_no_value_is_added_to(gpt2):
     left = torch.zeros(w_out(gpt2, LAYER).shape)
@@ -268,6 +303,7 @@ def test_an_edit_without_w_out_says_that_no_value_is_added_to(gpt2):
     for edit in (kinds_of_several(gpt2)["no W_out"], of_bias):
         report = show_edit(gpt2, edit, force=True, **OPTIONS)
         assert report.shares is report.shares_layer is report.prompts[0].value_shift is None
+        assert report.lens is None
         assert report.prompts[0].divergence > 1e-4
         for ask in (report.top_neurons, lambda report=report: report.neurons_for(0.5)):
             with pytest.raises(ValueError, match="changes no W_out"):
@@ -313,13 +349,14 @@ def test_a_file_from_when_an_edit_had_one_layer_is_still_read(gpt2, tmp_path):
     report, path = show_edit(gpt2, random_edit(gpt2), PROMPTS, **OPTIONS), tmp_path / "report"
     report.save(path)
     tensors, info = read_tensors(path, EditReport.FORMAT)
-    del info["layers"], info["shares_layer"]
+    del info["layers"], info["shares_layer"], info["lens"]
     for prompt in info["prompts"]:
         assert prompt.pop("layer") == LAYER
     write_tensors(path, tensors, info)
     again = EditReport.load(path)
-    assert again.layers == (LAYER,) and again.shares_layer == LAYER
-    assert again._repr_html_() == report._repr_html_()
+    assert again.layers == (LAYER,) and again.shares_layer == LAYER and again.lens is None
+    same = dataclasses.replace(report, lens=None)
+    assert again._repr_html_() == same._repr_html_()
 
 
 # ---------------------------------------------------------------- looking at it

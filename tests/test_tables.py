@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import newest
 
 SCRIPTS = Path(__file__).parents[1] / "examples" / "scripts"
 
@@ -17,6 +18,7 @@ def tables(monkeypatch):
     return tables
 
 
+@newest
 @pytest.mark.slow
 def test_the_command_changes_no_page(tables):
     marked = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens_rome.edits.added_values import AddedValues, added_values
 from transformer_lens_rome.edits.kinds import Edit, EditRequest
 from transformer_lens_rome.edits.ledger import AppliedEdit, active_edits, applied, without
+from transformer_lens_rome.edits.lens import EditLens, edit_lens
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.model import passes, refusals
 from transformer_lens_rome.model.adapter import Point
@@ -81,8 +82,9 @@ class EditReport(Result, Shown):
         attention: Attention patterns before and after, in the layer where they changed most.
         attention_layer: The layer of `attention`.
         layers: Every edited layer.
-        shares_layer: The layer of `shares`: of the layers whose W_out changes, the one where the
-            value at that token changes most, `||k delta|| / ||v||`.
+        shares_layer: The layer of `shares` and `lens`: of the layers whose W_out changes, the one
+            where the value at that token changes most, `||k delta|| / ||v||`.
+        lens: That layer's change read in tokens. None if the edit changes no W_out.
     """
 
     request: EditRequest
@@ -99,6 +101,7 @@ class EditReport(Result, Shown):
     attention_layer: int
     layers: tuple[int, ...] = ()
     shares_layer: int | None = None
+    lens: EditLens | None = None
 
     FORMAT: ClassVar[str] = "transformer_lens_rome.edit_report.1"
 
@@ -201,7 +204,7 @@ def show_edit(
         after=after,
         prompts=tuple(_changes(encoder, was, now, added)),
         layers=tuple(layers),
-        **_neurons(added),
+        **_inside(model, encoder, added, was),
         **_explorable(encoder, was, now),
     )
 
@@ -261,11 +264,16 @@ def _log_probs(
     return logits.float().log_softmax(-1).cpu()
 
 
-def _neurons(added: Sequence[AddedValues]) -> dict[str, Any]:
-    """Return the shares of neurons, of the layer where the subject's value changes most."""
+def _inside(
+    model: Model, encoder: Encoder, added: Sequence[AddedValues], was: _State
+) -> dict[str, Any]:
+    """Return the neurons and the lens of the layer where the subject's value changes most."""
     most = max(added, key=lambda one: one.at_subject, default=None)
-    shares, layer = (None, None) if most is None else (most.shares, most.layer)
-    return {"shares": shares, "shares_layer": layer}
+    if most is None:
+        return {"shares": None}
+    target = was.full_ids[len(was.ids[0])]
+    lens = edit_lens(model, encoder, most, was.ids, target)
+    return {"shares": most.shares, "shares_layer": most.layer, "lens": lens}
 
 
 def _changes(

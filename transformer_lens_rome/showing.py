@@ -11,8 +11,13 @@ from typing import Any
 
 
 @singledispatch
-def view(thing: Any, *, interactive: bool = True) -> Any:
+def view(thing: Any, *others: Any, interactive: bool = True) -> Any:
     """Return a `viz.View` of something; `interactive=False` leaves out what needs a program.
+
+    Args:
+        thing: What is shown.
+        others: More of its kind, to compare with it.
+        interactive: Whether readers can explore it.
 
     Raises:
         ValueError: Nobody has said how such a thing is shown.
@@ -33,9 +38,14 @@ def figure(thing: Any, *others: Any, **options: Any) -> Any:
 class Shown:
     """A result that can be looked at: as the last value of a notebook cell, and by `show()`."""
 
-    def show(self) -> Any:
-        """Return everything there is to see and explore, as a `viz.View`."""
-        return view(self)
+    def show(self, *others: Any) -> Any:
+        """Return everything there is to see and explore, as a `viz.View`.
+
+        Args:
+            others: More results of the same kind, to choose from or to compare: traces of other
+                kinds or windows, averages, runs of other methods.
+        """
+        return view(self, *others)
 
     def _repr_html_(self) -> str:
         return view(self, interactive=False)._repr_html_()

@@ -5,7 +5,8 @@
 MODEL is gemma or smollm2. RECORDS is CounterFact in the published schema. The first 200 records
 that are not in examples/results/choosing_records.json are scored, with attribute prompts and with
 CounterFact+; for the first 50 of them, text is generated after their first three generation
-prompts. Each method has its defaults. FOLDER is where `train_editors.py` put KE and MEND.
+prompts. Each method has its defaults. FOLDER is where `train_editors.py` put KE and MEND. Beside
+the paper's methods, NAME may be `in-context`: the fact before each prompt, and no changed weight.
 
 Rows of the methods that are named go to examples/results/counterfact/MODEL as they come; a run that
 was stopped goes on where it was. `examples/scripts/tables.py` makes the tables.

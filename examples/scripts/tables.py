@@ -20,7 +20,7 @@ from transformer_lens_rome.evaluation import Results
 
 EXAMPLES = Path(__file__).parents[1]
 PAGES = [EXAMPLES.parent / "README.md", *sorted((EXAMPLES / "guide").glob("*.md"))]
-METHODS = ("ft", "ft+l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome")
+METHODS = ("ft", "ft+l", "kn", "ke", "ke-cf", "mend", "mend-cf", "rome", "in-context")
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

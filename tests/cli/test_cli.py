@@ -19,9 +19,11 @@ from transformer_lens_rome import (
     RankOneEdit,
     SecondMoment,
     get_method,
+    load_edit,
     target_log_probs,
 )
 from transformer_lens_rome.cli.commands import main
+from transformer_lens_rome.cli.diff import aligned
 from transformer_lens_rome.cli.load_model import load_model
 from transformer_lens_rome.methods.base import methods_with
 from transformer_lens_rome.methods.mass_config import default_layers
@@ -100,9 +102,41 @@ def test_edit_reports_what_it_did(checkpoint, statistics, tmp_path, capsys):
 @needs_bridge
 def test_edit_prints_for_people(checkpoint, statistics, capsys):
     arguments = ["edit", str(checkpoint), PROMPT, SUBJECT, TARGET, "--layer", "1"]
-    assert main([*arguments, "--statistics", str(statistics), "--released"]) == 0
+    assert main([*arguments, "--statistics", str(statistics), "--released", "--diff"]) == 0
     shown = capsys.readouterr().out
     assert "P(target)" in shown and "byte_identical: True" in shown
+    before, after = (
+        next(x for x in shown.splitlines() if f"  {w}" in x) for w in ("before", "after")
+    )
+    assert before.split("...")[0] != after.split("...")[0] and "[" in before + after
+
+
+def test_equal_words_are_aligned():
+    before, after = aligned("in Seattle, Washington. It is old", "in Paris. It is very old")
+    assert before == "in [Seattle, Washington.] It is        old"
+    assert after == "in [Paris.]               It is [very] old"
+    assert aligned("the same", "the same") == ("the same", "the same")
+    assert aligned("", "new") == ("", "[new]")
+
+
+@needs_bridge
+def test_many_facts_are_written_and_undone(checkpoint, statistics, tmp_path, capsys):
+    subjects = ("The Space Needle", "The tower", "The old city")
+    facts = [{"prompt": "{} is in", "subject": x, "target_new": "Rome"} for x in subjects]
+    path, saved = tmp_path / "facts.json", tmp_path / "edit.safetensors"
+    path.write_text(json.dumps(facts))
+    arguments = ["edit-many", str(checkpoint), str(path), "--layers", "1", "--json"]
+    arguments += ["--statistics", str(statistics)]
+    assert main([*arguments, "--save", str(saved)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["written"] == 3 and report["layers"] == [1] and not report["left out"]
+    assert report["P(target)"]["after"] > report["P(target)"]["before"]
+    assert report["byte_identical"] and report["file"]["reloads_equal"]
+    assert [request.subject for request in load_edit(saved).requests] == list(subjects)
+    path.write_text(json.dumps(facts[:1] * 2))
+    assert main(arguments) == 2 and "leave one out" in capsys.readouterr().err
+    path.write_text("{}")
+    assert main(arguments) == 2 and "no list of facts" in capsys.readouterr().err
 
 
 def test_a_bad_request_is_one_line_and_status_2(capsys):
@@ -123,6 +157,8 @@ def test_trace_says_where(checkpoint, tmp_path, capsys):
     assert report["last_subject_token"] == trace.scores[:, trace.subject_last].tolist()
     assert f"{trace.scores.max().item():.3g}" in report["best"][0]
     assert "CircuitsVis.render(" in shown.read_text()
+    assert main([*arguments, "--method", "gradient"]) == 0
+    assert "Spearman" in json.loads(capsys.readouterr().out)["estimate"]
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
-import html
+import gzip
+import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from circuitsvis.tokens import colored_tokens
 from transformer_lens_rome import viz
 from transformer_lens_rome.edits.kinds import EditHealth
 from transformer_lens_rome.tracing.averages import average_severed, average_traces
-from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz import page
 
@@ -87,24 +86,29 @@ def test_a_saved_page_holds_the_program_once_and_points_nowhere(tmp_path):
     viz.save_html(path, *everything(), title="Five & more")
     text = path.read_text()
     program = page.circuitsvis_program()
-    assert text.count(program) == 1 and len(program) > 1e6
-    rest = text.replace(program, "")
+    assert text.count(program) == 1 and len(text) < 1_000_000
+    rest = text.replace(program, "").replace("http://www.w3.org/2000/svg", "")  # a name, no address
     assert not re.search(r"https?:|src=\"(?!data:)|import |@import|url\(", rest)
     assert "<title>Five &amp; more</title>" in rest and "A &lt;b&gt; paragraph" in rest
-    assert rest.count("CircuitsVis.render(") == 6  # a trace, two log-probs, two attentions, tokens
+    assert rest.count("CircuitsVis.render(") == 5  # two log-probs, two attentions, tokens
+    unpacked = gzip.decompress(base64.b64decode(program))
+    assert len(unpacked) > 1e6 and b"sourceMappingURL" not in unpacked
 
 
-def test_every_script_ends_where_it_should():
-    shown = viz.stack(*everything())._repr_html_()
-    for script in re.findall(r"<script[^>]*>(.*?)</script>", shown, flags=re.S):
-        assert script.count("CircuitsVis.render(") <= 1
-        assert script.rstrip().endswith((")", ";"))
-    assert shown.count("<div") == shown.count("</div>") + page.circuitsvis_program().count("<div")
+def test_every_script_ends_where_it_should(tmp_path):
+    viz.save_html(tmp_path / "page.html", *everything())
+    text = (tmp_path / "page.html").read_text()
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", text, flags=re.S)
+    assert max(script.count("CircuitsVis.render(") for script in scripts) == 1
+    data = re.findall(r'"tlr-data">(.*?)</script>', text)
+    assert len(data) == 4 and all(json.loads(one)[0]["effects"] for one in data)
+    rest = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    assert rest.count("<div") == rest.count("</div>") and "alert" not in rest
 
 
 def test_a_page_without_interactive_parts_is_small(tmp_path):
     viz.save_html(tmp_path / "page.html", "words", AVERAGES[0])
-    assert (tmp_path / "page.html").stat().st_size < 20_000
+    assert (tmp_path / "page.html").stat().st_size < 40_000
     with pytest.raises(ValueError, match="not a list"):
         viz.save_html(tmp_path / "other.html", [1])
 
@@ -117,41 +121,7 @@ def test_another_circuitsvis_is_noticed():
         page.component(rendered)
 
 
-def test_tokens_are_coloured_by_indirect_effect():
-    body = viz.tokens_by_layer(TRACE).body
-    assert "\\u003c\\u2060bos>" in body and "<bos>" not in body
-    values = re.search(r'"values": (\[\[.*?\]\])', body)[1]
-    torch.testing.assert_close(torch.tensor(eval(values)), TRACE.indirect_effect.T)
-    assert '"layer 6"' in body
-
-
 # ---------------------------------------------------------------- in a notebook cell
-
-
-def cells(shown):
-    """Number and colour of every cell of a heat map."""
-    found = re.findall(r'title="([^"]*): ([-.\de]+|nan)"[^>]*rgb\((\d+),(\d+),(\d+)\)', shown)
-    return {html.unescape(name): (float(x), (int(r), int(g), int(b))) for name, x, r, g, b in found}
-
-
-def test_a_cell_shows_a_trace_as_a_heat_map():
-    found = cells(TRACE._repr_html_())
-    assert len(found) == 7 * 5
-    for layer in range(7):
-        number, _ = found[f"Space* layer {layer}"]
-        assert number == pytest.approx(TRACE.scores[layer, 1].item(), rel=1e-3)
-    colours = [colour for _, colour in sorted(found.values())]
-    assert colours[0][0] > colours[-1][0] and colours[-1] == KINDS["mlp"].colour
-    assert "Seattle" in TRACE._repr_html_() and "<script" not in TRACE._repr_html_()
-
-
-def test_a_cell_shows_averages_and_bars():
-    found = cells(AVERAGES[0]._repr_html_())
-    number, _ = found["last token (n = 2) layer 3"]
-    assert number == pytest.approx(AVERAGES[0].indirect_effect[5, 3].item(), rel=1e-3)
-    found = cells(average_severed([SEVERED, SEVERED])._repr_html_())
-    number, _ = found["attn severed layer 2"]
-    assert number == pytest.approx(SEVERED.effects[1, 2].item(), rel=1e-3)
 
 
 def test_a_cell_shows_health():
@@ -184,12 +154,18 @@ def test_the_heat_map_of_a_trace(matplotlib):
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
+def test_cells_that_noise_explains_are_hatched(matplotlib):
+    (ax, _) = dataclasses.replace(TRACE, samples=TRACE.samples - 0.4).plot().axes
+    white = (TRACE.indirect_effect - 0.4).abs() <= TRACE.half_width
+    assert ax.collections[1].get_hatch() and 0 < white.sum() < white.numel()
+    assert torch.equal(torch.tensor(ax.collections[1].get_array().mask), ~white.T)
+
+
 def test_where_restoring_only_hurts_nothing_is_coloured(matplotlib):
     worse = dataclasses.replace(TRACE, samples=TRACE.samples * 0.01)
     assert worse.scores.max() < worse.p_corrupted
     low, high = worse.plot().axes[0].collections[0].get_clim()
     assert low == pytest.approx(worse.p_corrupted) and high > low
-    assert {colour for _, colour in cells(worse._repr_html_()).values()} == {(255, 255, 255)}
 
 
 def test_dollars_are_no_formulas(matplotlib):
@@ -222,7 +198,8 @@ def test_lines_have_bands_of_their_own_width(matplotlib):
 def test_severed_bars(matplotlib):
     other = dataclasses.replace(SEVERED, sever="mlp", severed=rand(3, 7))
     ax = viz.plot_severed(SEVERED, other).axes[0]
-    bars = [torch.tensor([bar.get_height() for bar in box]) for box in ax.containers]
+    boxes = [box for box in ax.containers if type(box).__name__ == "BarContainer"]
+    bars = [torch.tensor([bar.get_height() for bar in box]) for box in boxes]
     expected = [SEVERED.effects[0], SEVERED.effects[1], other.effects[1]]
     for found, wanted in zip(bars, expected, strict=True):
         torch.testing.assert_close(found.float(), wanted)
@@ -235,28 +212,3 @@ def test_without_matplotlib_the_call_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'transformer-lens-rome\[plot\]'"):
         TRACE.plot()
-
-
-# ---------------------------------------------------------------- in a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
-def test_a_browser_without_network_shows_every_part(tmp_path):
-    viz.save_html(tmp_path / "page.html", *everything())
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-        + ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
-        + ["--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path / 'page.html'}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "WebGL" not in line]
-    assert not said
-    made = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S)
-    assert "&lt;\u2060bos&gt;" in made and ">layer 6<" in made  # the layer chooser
-    assert made.count("Head Selector") == 2 and made.count("<canvas") >= 2
-    assert made.count("t2") >= 2  # the log-probabilities' tokens

@@ -13,25 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformer_lens_rome.cli.diff import aligned
+from transformer_lens_rome.cli.edit import add_edit_parsers, edit_and_undo
 from transformer_lens_rome.cli.evaluate import add_parsers
 from transformer_lens_rome.cli.load_model import load_model
 from transformer_lens_rome.demo import ASK, REQUEST, load_demo_model
-from transformer_lens_rome.edits.export_hf import export_hf
-from transformer_lens_rome.edits.kinds import EditRequest, RankOneEdit
-from transformer_lens_rome.edits.ledger import applied
-from transformer_lens_rome.methods.rome import RomeConfig, compute_rome_edit
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.default_layer import default_layer
 from transformer_lens_rome.model.load import default_class
-from transformer_lens_rome.model.protocol import Model
-from transformer_lens_rome.prompts.continuations import greedy_continuations
-from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.sampling import sampled_texts
-from transformer_lens_rome.prompts.scores import target_log_probs, top_tokens
 from transformer_lens_rome.statistics.collect import collect_second_moment
-from transformer_lens_rome.statistics.second_moment import SecondMoment
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 from transformer_lens_rome.tracing.causal_trace import causal_trace
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace
 from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.viz import save_html
 
@@ -77,20 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=run_demo)
 
-    edit = commands.add_parser("edit", parents=[shared, layer], help="edit a fact in any model")
-    edit.add_argument("model", help="hub name, folder, or 'demo'")
-    edit.add_argument("prompt", help="the prompt, with {} in place of the subject")
-    edit.add_argument("subject")
-    edit.add_argument("target")
-    edit.add_argument("--ask", action="append", default=[], help="another prompt to compare")
-    edit.add_argument(
-        "--statistics", help="a second-moment file (default: cached, downloaded or collected)"
-    )
-    edit.add_argument("--released", action="store_true", help="the released code's configuration")
-    edit.add_argument("--seed", type=int, default=0)
-    edit.add_argument("--save", help="file to write the edit to (safetensors)")
-    edit.add_argument("--export", help="folder to write the edited checkpoint to")
-    edit.set_defaults(run=run_edit)
+    add_edit_parsers(commands, shared, layer)
 
     stats = commands.add_parser(
         "statistics", parents=[shared, layer], help="collect a second moment"
@@ -108,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--answer", help="the answer (default: the model's top token)")
     trace.add_argument("--kind", choices=tuple(KINDS), default="resid")
     trace.add_argument("--window", type=int, default=10, help="layers restored at once")
+    trace.add_argument(
+        "--method",
+        choices=("exact", "gradient"),
+        default="exact",
+        help="'gradient' estimates all cells, and runs some exactly",
+    )
     trace.add_argument("--samples", type=int, default=10, help="number of noise samples")
     trace.add_argument("--seed", type=int, default=0)
     trace.add_argument("--save", help="file to write the trace to (safetensors)")
@@ -133,7 +120,7 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     collected = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "edit.safetensors"
-        report = _edit(model, REQUEST, layer, moment, ASK, options, path)
+        report = edit_and_undo(model, REQUEST, layer, moment, ASK, options, path)
     report["seconds"] |= {
         "load model": round(loaded - started, 1),
         "statistics": round(collected - loaded, 1),
@@ -142,20 +129,6 @@ def run_demo(options: argparse.Namespace) -> dict[str, Any]:
     if (peak := _peak_memory_gb()) is not None:
         report["peak_memory_gb"] = peak
     return report
-
-
-def run_edit(options: argparse.Namespace) -> dict[str, Any]:
-    """Edit one fact in any model, save or export the edit, undo it."""
-    request = EditRequest(options.prompt, options.subject, options.target)
-    if options.export and options.model_class == "hooked":
-        raise ValueError(
-            "a HookedTransformer has no Hugging Face model to export; use --model-class bridge, "
-            "or export_hf(model, folder, hf_model=...) in Python"
-        )
-    model = load_model(options.model, options.model_class, device=options.device)
-    moment = SecondMoment.load(options.statistics) if options.statistics else None
-    ask = [("asked", prompt) for prompt in options.ask]
-    return _edit(model, request, options.layer, moment, ask, options, options.save)
 
 
 def run_statistics(options: argparse.Namespace) -> dict[str, Any]:
@@ -198,6 +171,7 @@ def run_trace(options: argparse.Namespace) -> dict[str, Any]:
         answer=options.answer,
         kind=options.kind,
         window=options.window,
+        method=options.method,
         n_samples=options.samples,
         seed=options.seed,
         progress=not options.json,
@@ -208,8 +182,10 @@ def run_trace(options: argparse.Namespace) -> dict[str, Any]:
         save_html(options.html, trace, title=options.prompt)
     best = trace.scores.flatten().argsort(descending=True)[:5].tolist()
     cells = [divmod(i, len(trace.tokens)) for i in best]
+    estimated = {"estimate": str(trace)} if isinstance(trace, EstimatedTrace) else {}
     return {
         "model": adapter.model_name(model),
+        **estimated,
         "answer": trace.answer,
         "p_clean": trace.p_clean,
         "p_corrupted": trace.p_corrupted,
@@ -219,72 +195,6 @@ def run_trace(options: argparse.Namespace) -> dict[str, Any]:
         ],
         "last_subject_token": trace.scores[:, trace.subject_last].tolist(),
     }
-
-
-def _edit(
-    model: Model,
-    request: EditRequest,
-    layer: int | None,
-    moment: SecondMoment | None,
-    ask: list[tuple[str, str]],
-    options: argparse.Namespace,
-    save: Any,
-) -> dict[str, Any]:
-    """Compute, save, apply, compare and undo one edit; return a report of plain values."""
-    config = RomeConfig.released() if getattr(options, "released", False) else RomeConfig()
-    started = time.perf_counter()
-    edit = compute_rome_edit(
-        model,
-        request,
-        layer=layer,
-        second_moment=moment,
-        config=config,
-        seed=getattr(options, "seed", 0),
-        progress=not options.json,
-    )
-    seconds = time.perf_counter() - started
-    ask = [("edited prompt", request.text), *ask]
-    if save is not None:
-        edit.save(save)
-    hash_before = adapter.weight_hash(adapter.w_out(model, edit.layer))
-    before = _answers(model, request, ask)
-    with applied(model, edit):
-        after = _answers(model, request, ask)
-        if getattr(options, "export", None):
-            export_hf(model, options.export)
-    hash_undone = adapter.weight_hash(adapter.w_out(model, edit.layer))
-    report = {
-        "model": adapter.model_name(model),
-        "model_class": adapter.model_class(model),
-        "layer": edit.layer,
-        "request": f"{request.text} -> {request.target_new}",
-        "answers": [b | {"after": a["before"]} for b, a in zip(before, after, strict=True)],
-        "health": edit.health.to_dict(),
-        "undo": {"sha256_before": hash_before, "sha256_after_undo": hash_undone},
-        "byte_identical": hash_before == hash_undone,
-        "seconds": {"edit": round(seconds, 1)},
-    }
-    if save is not None:
-        same = RankOneEdit.load(save).digest == edit.digest
-        report["file"] = {"bytes": Path(save).stat().st_size, "reloads_equal": same}
-    return report
-
-
-def _answers(
-    model: Model, request: EditRequest, ask: list[tuple[str, str]]
-) -> list[dict[str, Any]]:
-    """Return the top next token, P(target) and the greedy continuation for each prompt."""
-    encoder = Encoder.of(model)
-    prompts = [prompt for _, prompt in ask]
-    targets = [request.target_new] * len(ask)
-    scores = target_log_probs(model, prompts, targets, encoder=encoder)
-    texts = greedy_continuations(model, prompts, 12, encoder=encoder)
-    answers = []
-    for (label, prompt), score, text in zip(ask, scores, texts, strict=True):
-        (token, p), *_ = top_tokens(model, prompt, 1, encoder=encoder)
-        numbers = {"top": token, "p_top": p, "p_target": score.sum().exp().item(), "text": text}
-        answers.append({"label": label, "prompt": prompt, "before": numbers})
-    return answers
 
 
 def _peak_memory_gb() -> float | None:
@@ -313,10 +223,10 @@ def _show(report: dict[str, Any]) -> None:
         if key == "answers":
             for answer in value:
                 print(f"\n[{answer['label']}] {answer['prompt']}")
-                for when in ("before", "after"):
-                    numbers = answer[when]
-                    text = " ".join(numbers["text"].split())
-                    print(f"  {when:6} P(target) {numbers['p_target']:.4f}   ... {text}")
+                whens = ("before", "after")
+                texts = [" ".join(answer[when]["text"].split()) for when in whens]
+                for when, text in zip(whens, aligned(*texts) if answer.get("diff") else texts):
+                    print(f"  {when:6} P(target) {answer[when]['p_target']:.4f}   ... {text}")
             print()
         elif isinstance(value, str) and "\n" in value:
             print(f"\n{value}\n")

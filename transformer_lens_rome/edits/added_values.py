@@ -24,12 +24,16 @@ class AddedValues(NamedTuple):
         shifts: For each text, the norm of the vector at each token, in units of the value's norm.
         at_subject: The shift at the edited prompt's last subject token.
         shares: The share of each neuron in the vector at that token. They sum to 1.
+        vector: The vector a at that token.
+        parts: For each text, `<k delta W, a> / ||a||^2` at each token: how much of a it gets.
     """
 
     layer: int
     shifts: list[Float[Tensor, "pos"]]
     at_subject: float
     shares: Float[Tensor, "d_mlp"]
+    vector: Float[Tensor, "d_model"]
+    parts: list[Float[Tensor, "pos"]]
 
 
 @torch.no_grad()
@@ -61,13 +65,10 @@ def added_values(
         keys = [one[Point("key", where.layer)][0].float().cpu() for one in read]
         values = [one[Point("value", where.layer)][0].float().cpu() for one in read]
         delta = edit.change(where).to(keys[0])
-        shifts = [(k @ delta).norm(dim=1) / v.norm(dim=1) for k, v in zip(keys, values)]
-        shares = _shares(keys[0][last], delta)
-        added.append(AddedValues(where.layer, shifts, shifts[0][last].item(), shares))
+        vectors = [k @ delta for k in keys]
+        shifts = [x.norm(dim=1) / v.norm(dim=1) for x, v in zip(vectors, values, strict=True)]
+        at = vectors[0][last]
+        parts = [x @ at / at.square().sum() for x in vectors]
+        shares = keys[0][last] * (delta @ at) / at.square().sum()
+        added.append(AddedValues(where.layer, shifts, shifts[0][last].item(), shares, at, parts))
     return added
-
-
-def _shares(key: Float[Tensor, "d_mlp"], delta: Float[Tensor, "d_mlp d_model"]) -> Tensor:
-    """Return each neuron's share of the vector that the change adds to the value of this key."""
-    added = key @ delta
-    return key * (delta @ added) / added.square().sum()

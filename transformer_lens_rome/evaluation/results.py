@@ -181,7 +181,7 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
 
     All rows are about the records that the runs have in common.
     """
-    cases = _common(runs)
+    cases = common_cases(runs)
     before = runs[0].scores(edited=False, cases=cases)
     scores = [("unedited", before, _failed(runs[0].before, cases))]
     for run in runs:
@@ -199,7 +199,7 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
     return ["method", "records", "failed", *shown], rows
 
 
-def _common(runs: Sequence[Results]) -> set[int]:
+def common_cases(runs: Sequence[Results]) -> set[int]:
     """Return the case ids of the records that all runs have."""
     check_comparable(runs)
     cases = set.intersection(*(set(run.after or run.before) for run in runs))
@@ -254,13 +254,13 @@ def check_comparable(runs: Sequence[Results]) -> None:
                 )
 
 
-def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
+def legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
     """Return the sentences below a table: what its columns are, and on which records."""
     of = runs[0].benchmark
     notes = [note for name, note in of.notes.items() if name in shown]
     counted = []
     if of.counts is not None:
-        n, some = len(_common(runs)), len(_common(runs) - runs[0].unmet)
+        n, some = len(common_cases(runs)), len(common_cases(runs) - runs[0].unmet)
         counted = [f"{some} of {n} records count: those for which {of.condition}."]
         counted += _numbers(runs)
     return " ".join([of.legend, *notes, *counted, *_together(runs), _records_of(runs)])
@@ -268,7 +268,7 @@ def _legend(runs: Sequence[Results], shown: Sequence[str]) -> str:
 
 def _numbers(runs: Sequence[Results]) -> Iterator[str]:
     """Yield the sentence that says on how many records each column stands."""
-    cases = _common(runs)
+    cases = common_cases(runs)
     scores = [("unedited", runs[0].scores(edited=False, cases=cases))]
     scores += [(_plain(run.name), run.scores(cases=cases)) for run in runs if run.after]
     listed = [
@@ -293,7 +293,7 @@ def _together(runs: Sequence[Results]) -> Iterator[str]:
 
 def _records_of(runs: Sequence[Results]) -> str:
     """Return the sentence that names the records and the number of prompts of each kind."""
-    cases = _common(runs)
+    cases = common_cases(runs)
     every = set().union(*(run.after or run.before for run in runs))
     scores = [row.scores for case, row in runs[0].before.items() if case in cases and row.scores]
     kinds = [kind for kind in runs[0].benchmark.kinds if any(kind in one for one in scores)]
@@ -320,7 +320,7 @@ def markdown(runs: Sequence[Results]) -> str:
         row[0] = _plain(row[0])
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     lines.insert(1, "|---" * len(head) + "|")
-    return "\n".join([*lines, "", _legend(runs, head)])
+    return "\n".join([*lines, "", legend(runs, head)])
 
 
 def latex(runs: Sequence[Results]) -> str:
@@ -332,7 +332,7 @@ def latex(runs: Sequence[Results]) -> str:
     spec = "l" + "r" * (len(head) - 1)
     return "\n".join(
         [
-            "% " + _legend(runs, head).replace("%", r"\%"),
+            "% " + legend(runs, head).replace("%", r"\%"),
             rf"\begin{{tabular}}{{{spec}}}",
             r"\toprule",
             lines[0],

@@ -26,7 +26,7 @@ LAYERS = {
     "gpt-j-6b": 5,
     "gpt-neox-20b": 15,
     "gemma-3-270m": 0,
-    "smollm2-135m-instruct": 2,
+    "smollm2-135m-instruct": 1,
 }
 """Released configurations (Meng et al. 2022; MEMIT's repository for NeoX); Gemma's and SmolLM2's
 are from test edits on records with true paraphrases (examples/guide/which_layer.md)."""

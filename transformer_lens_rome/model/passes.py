@@ -126,6 +126,16 @@ def unembed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor,
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+@torch.no_grad()
+def logits_of_vector(model: Model, vector: Float[Tensor, "d_model"]) -> Float[Tensor, "d_vocab"]:
+    """Return the logits of a residual that is this vector, less those of one that is 0."""
+    residuals = torch.stack([vector, torch.zeros_like(vector)]).to(
+        model.W_U.device, model.W_U.dtype
+    )
+    logits, nothing = unembed(model, residuals).float().cpu()
+    return logits - nothing
+
+
 def log_probs(
     model: Model, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
 ) -> Float[Tensor, "n k"]:

@@ -23,9 +23,11 @@ class StateKind:
         name: The name in titles.
         states: The restored states in a caption.
         windowed: Whether a window of layers is restored at once; if not, one layer.
-        colour: The colour of the highest score in a view, in RGB.
+        colour: The colour of the highest effect in a view, in RGB.
         colour_map: The matplotlib colour map of a figure.
         bar: The matplotlib colour of bars.
+        against: The colour of the lowest effect in a view. With `colour` it makes a pair that
+            colour-blind readers tell apart (ColorBrewer's PuOr, PRGn and RdBu).
     """
 
     point: Point
@@ -35,6 +37,7 @@ class StateKind:
     colour: tuple[int, int, int]
     colour_map: str
     bar: str
+    against: tuple[int, int, int] = (127, 59, 8)
 
     def at(self, layer: int) -> Point:
         """Return the point in one layer."""
@@ -59,6 +62,7 @@ KINDS: dict[str, StateKind] = {
         colour=(0, 68, 27),
         colour_map="Greens",
         bar="#20b020",
+        against=(64, 0, 75),
     ),
     "attn": StateKind(
         point=Point("attn_out"),
@@ -68,6 +72,7 @@ KINDS: dict[str, StateKind] = {
         colour=(103, 0, 13),
         colour_map="Reds",
         bar="#f3201b",
+        against=(5, 48, 97),
     ),
 }
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens_rome.files.intervals import half_width
 from transformer_lens_rome.files.result import Result
 from transformer_lens_rome.showing import Shown, figure
 from transformer_lens_rome.torch_states import torch_defaults
@@ -84,6 +85,12 @@ class CausalTrace(Result, Shown):
     def indirect_effect(self) -> Float[Tensor, "layer pos"]:
         """The gain due to restoring: scores - p_corrupted."""
         return self.scores - self.p_corrupted
+
+    @property
+    @torch_defaults()
+    def half_width(self) -> Float[Tensor, "layer pos"]:
+        """Half the 95% interval of the indirect effect over the samples; NaN for one sample."""
+        return _half_width(self.samples - self.corrupted_samples[:, None, None])
 
     @property
     def subject_last(self) -> int:
@@ -173,9 +180,23 @@ class SeveredTrace(Severed):
         """The figure's bars: ordinary and severed scores less the corrupted one."""
         return torch.stack([self.ordinary.mean(0), self.severed.mean(0)]) - self.p_corrupted
 
+    @property
+    @torch_defaults()
+    def half_width(self) -> Float[Tensor, "2 layer"]:
+        """Half the 95% interval of each bar over the samples; NaN for one sample."""
+        paths = torch.stack([self.ordinary, self.severed], 1)
+        return _half_width(paths - self.corrupted_samples[:, None, None])
+
     def to_dataframe(self) -> pd.DataFrame:
         """Return a pandas DataFrame with a row per layer and state of the path."""
         return table_of_paths(self.effects, self.sever)
+
+
+def _half_width(effects: Float[Tensor, "sample row column"]) -> Float[Tensor, "row column"]:
+    """Return 1.96 standard errors of the mean over samples; NaN for one sample."""
+    if len(effects) < 2:
+        return torch.full_like(effects[0], torch.nan)
+    return half_width(effects.std(0), len(effects))
 
 
 def check_severed_axes(ordinary: Tensor, severed: Tensor, n: int) -> None:

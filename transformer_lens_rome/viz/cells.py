@@ -1,94 +1,24 @@
-"""The view of each kind of result, in a notebook cell and on a page."""
+"""The views of edits, their comparisons, and runs, in a notebook cell and on a page."""
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any
 
 from transformer_lens_rome.edit_report import EditReport, PromptChange
 from transformer_lens_rome.edits.base import Edit
 from transformer_lens_rome.edits.context_edit import ContextEdit
 from transformer_lens_rome.edits.health import EditHealth, said
 from transformer_lens_rome.evaluation.qualitative import Generations
-from transformer_lens_rome.evaluation.results import Results
 from transformer_lens_rome.showing import view
-from transformer_lens_rome.tracing.averages import CATEGORIES, AverageSevered, AverageTrace
-from transformer_lens_rome.tracing.kinds import KINDS
-from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
+from transformer_lens_rome.viz.findings import finding
+from transformer_lens_rome.viz.heat import heat_map
 from transformer_lens_rome.viz.interactive import (
     attention_before_and_after,
     log_probs_before_and_after,
-    tokens_by_layer,
 )
-from transformer_lens_rome.viz.page import (
-    View,
-    beside,
-    heat_map,
-    layer_names,
-    stack,
-    table,
-    token_labels,
-)
-
-
-@view.register
-def _(trace: CausalTrace, *, interactive: bool = True) -> View:
-    """Show the heat map, and tokens coloured by indirect effect with a choice of the layer."""
-    kind = KINDS[trace.kind]
-    restored = kind.states + (f" in {trace.window} layers" if trace.window > 1 else "")
-    shown = heat_map(
-        trace.scores.T,
-        token_labels(trace.tokens, trace.subject_positions),
-        colour=kind.colour,
-        low=trace.p_corrupted,
-        high=trace.scores.max().item(),
-        caption=f"{trace.answer.strip()!r}: clean {trace.p_clean:.3g}, corrupted "
-        f"{trace.p_corrupted:.3g}, and with {restored} restored",
-        unit=trace.metric.replace("_", " "),
-    )
-    if not interactive:
-        return shown
-    return stack(shown, "Indirect effect; choose a layer:", tokens_by_layer(trace))
-
-
-@view.register
-def _(average: AverageTrace, *, interactive: bool = True) -> View:
-    """Show a heat map: one row per category of token, one column per layer."""
-    rows = [f"{name} (n = {n})" for name, n in zip(CATEGORIES, average.n.tolist(), strict=True)]
-    return heat_map(
-        average.indirect_effect,
-        rows,
-        colour=KINDS[average.kind].colour,
-        low=0.0,
-        high=average.indirect_effect.nan_to_num(0.0).max().item(),
-        caption=f"{KINDS[average.kind].name}, window {average.window}: mean over "
-        f"{average.n_facts} facts, clean {average.p_clean:.3g}, "
-        f"corrupted {average.p_corrupted:.3g}",
-        unit="average indirect effect",
-    )
-
-
-@view.register
-def _(severed: SeveredTrace, *, interactive: bool = True) -> View:
-    return _paths(severed.effects, severed.sever)
-
-
-@view.register
-def _(severed: AverageSevered, *, interactive: bool = True) -> View:
-    return _paths(severed.effects, severed.sever)
-
-
-def _paths(effects: Float[Tensor, "2 layer"], sever: str) -> View:
-    """Show a heat map of the effects of restoring, with ordinary and with severed paths."""
-    return heat_map(
-        effects,
-        ["ordinary", f"{sever} severed"],
-        colour=KINDS["resid"].colour,
-        low=0.0,
-        high=effects.max().item(),
-        caption="effect of restoring the last subject token, with paths ordinary and severed",
-        unit="indirect effect",
-    )
+from transformer_lens_rome.viz.page import View, stack, table
+from transformer_lens_rome.viz.traces import difference, trace_panel
+from transformer_lens_rome.viz.words import layer_names
 
 
 @view.register
@@ -124,12 +54,6 @@ def _(edit: ContextEdit, *, interactive: bool = True) -> View:
 
 
 @view.register
-def _(results: Results, *, interactive: bool = True) -> View:
-    rows = [(name, str(value)) for name, value in results.scores().items()]
-    return table([("method", results.name), *rows])
-
-
-@view.register
 def _(texts: Generations, *, interactive: bool = True) -> View:
     return table(texts.rows(), ("prompt", "model", "goes on"))
 
@@ -139,20 +63,25 @@ def _(report: EditReport, *, interactive: bool = True) -> View:
     """Show traces, answers and neurons, then interactive log-probabilities and attention."""
     prompts = [
         (
-            one.prompt,
+            f"{number}. {one.prompt}",
             _likeliest(one.top_before),
             _likeliest(one.top_after),
             f"{one.p_before:.3g} to {one.p_after:.3g}",
             f"{one.divergence:.3g}",
             _shift(one, len(report.layers) > 1),
         )
-        for one in report.prompts
+        for number, one in enumerate(report.prompts, 1)
     ]
-    header = ("prompt", "before", "after", "P(target)", "KL", "largest change of a value")
+    header = ("prompt", "before", "after", "P(target)", "KL", "the value that changes most")
+    traces = [trace_panel(report.before, "before"), trace_panel(report.after, "after")]
+    if interactive:
+        traces.append(difference(report.before, report.after))
     shown = stack(
         f"{report.request.text} -> {report.request.target_new} ({layer_names(report.layers)})",
-        beside(*(view(trace, interactive=False) for trace in (report.before, report.after))),
+        finding(report),
+        heat_map(*traces, interactive=interactive),
         table(prompts, header),
+        *_lens(report),
         _neurons(report),
     )
     return stack(shown, _explored(report)) if interactive else shown
@@ -163,7 +92,28 @@ def _shift(change: PromptChange, several: bool) -> str:
     if change.value_shift is None:
         return "no W_out changes"
     place = f" in layer {change.layer}" if several else ""
-    return f"{change.value_shift:.2f} at {change.token!r}{place}"
+    return f"at {change.token!r}{place}, by {change.value_shift:.0%} of its norm"
+
+
+def _lens(report: EditReport) -> list[Any]:
+    """Return a table of the tokens that the change writes, and of those that get it."""
+    if report.lens is None:
+        return []
+    lens = report.lens
+    heard = (
+        f"{one.token!r} of prompt {one.prompt + 1} ({one.share:.0%})"
+        for one in lens.hears
+        if one.share >= 0.01
+    )
+    target = f"{report.request.target_new.strip()!r} is raised as number {lens.target_rank:,}"
+    rows = [
+        ("raises", ", ".join(repr(token) for token, _ in lens.raises)),
+        ("lowers", ", ".join(repr(token) for token, _ in lens.lowers)),
+        ("the target", f"{target} of all tokens; the blocks above do the rest"),
+        ("at (last subject token: 100%)", ", ".join(heard)),
+    ]
+    said = f"Edit lens: what the change of W_out in layer {lens.layer} writes, read as if it were"
+    return [f"{said} the last state, and the tokens at which it writes:", table(rows)]
 
 
 def _neurons(report: EditReport) -> str:
@@ -188,11 +138,11 @@ def _explored(report: EditReport) -> View:
 
     before, after = report.log_probs
     return stack(
+        "Log-probability of each token; point at a token to see the model's predictions there:",
+        log_probs_before_and_after(report.ids, before, after, text),
         f"Attention in layer {report.attention_layer}, where it changed most (the edit is in "
         f"{layer_names(report.layers)}):",
         attention_before_and_after(list(report.tokens), *report.attention),
-        "Log-probability of each token; point at a token to see the model's predictions there:",
-        log_probs_before_and_after(report.ids, before, after, text),
     )
 
 

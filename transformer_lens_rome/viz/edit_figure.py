@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformer_lens_rome.edit_report import EditReport
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.viz.figures import new_figure, plain, plot_trace
-from transformer_lens_rome.viz.page import layer_names
+from transformer_lens_rome.viz.words import layer_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,9 +21,14 @@ def plot_edit(report: EditReport) -> Figure:
     heights = (0.24 * tokens + 1.2, max(2.2, 0.42 * n + 1.2))
     figure = new_figure(11, sum(heights))
     (one, two), (three, four) = figure.subplots(2, 2, height_ratios=heights)
-    plot_trace(report.before, ax=one)
+    traces = (report.before, report.after)
+    scale = (
+        min(trace.p_corrupted for trace in traces),
+        max(trace.scores.max().item() for trace in traces),
+    )
+    plot_trace(report.before, ax=one, scale=scale)
     one.set_title("before the edit", fontsize=10)
-    plot_trace(report.after, ax=two)
+    plot_trace(report.after, ax=two, scale=scale)
     two.set_title(f"after the edit of {layer_names(report.layers)}", fontsize=10)
     _answers(three, report)
     _neurons(four, report)

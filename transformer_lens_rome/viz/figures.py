@@ -12,13 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from transformer_lens_rome.extras import needed
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
 from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
-from transformer_lens_rome.viz.page import token_labels
+from transformer_lens_rome.viz.heat import holds_zero
+from transformer_lens_rome.viz.words import token_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,24 +30,27 @@ _LINES = ("C0", "C1", "C2", "C4", "C5", "C3")  # by category, as in the paper
 
 
 @figure_of.register(CausalTrace)
-def plot_trace(trace: CausalTrace, *, ax: Any = None) -> Figure:
+def plot_trace(
+    trace: CausalTrace, *, ax: Any = None, scale: tuple[float, float] | None = None
+) -> Figure:
     """Plot a heat map of the scores, one row per token and one column per layer (figure 1).
 
-    Stars mark subject tokens, and the scale starts at the corrupted run's score.
+    Stars mark subject tokens. Where the interval of the effect contains 0, the cell is hatched.
 
     Args:
         trace: The trace to draw.
         ax: Axes to draw on. None: a new figure.
+        scale: The scores with the lightest and the darkest colour. None: the corrupted run's score
+            and the highest one.
     """
     kind = KINDS[trace.kind]
     labels = [plain(label) for label in token_labels(trace.tokens, trace.subject_positions)]
     if ax is None:
         ax = new_figure(6.4, 1.2 + 0.24 * len(labels)).subplots()
-    low, high = trace.p_corrupted, trace.scores.max().item()
-    high = max(
-        high, low + 1e-9
-    )  # if no score exceeds the corrupted run, the scale still starts there
+    low, high = scale or (trace.p_corrupted, trace.scores.max().item())
+    high = max(high, low + 1e-9)  # if no score is above the corrupted run's, the scale starts there
     drawn = ax.pcolor(trace.scores.T.numpy(), cmap=kind.colour_map, vmin=low, vmax=high)
+    _hatch(ax, holds_zero(trace.indirect_effect, trace.half_width).T)
     ax.invert_yaxis()
     ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
     _layer_ticks(ax, trace.scores.shape[0], offset=0.5)
@@ -67,6 +73,7 @@ def plot_averages(averages: Sequence[AverageTrace]) -> Figure:
     for i, (average, ax) in enumerate(_panels(figure, averages, sharey=True)):
         effect = average.indirect_effect.clamp(min=0).numpy()
         drawn = ax.pcolor(effect, cmap=KINDS[average.kind].colour_map, vmin=0, vmax=high)
+        _hatch(ax, holds_zero(average.indirect_effect, average.half_width))
         if i == 0:
             names = average.categories
             ax.set_yticks([j + 0.5 for j in range(len(names))], names, fontsize=9)
@@ -185,6 +192,12 @@ def _layer_ticks(ax: Any, n_layers: int, offset: float = 0.0) -> None:
     """Set a tick at every fifth layer."""
     layers = range(0, n_layers, 5)
     ax.set_xticks([layer + offset for layer in layers], [str(layer) for layer in layers])
+
+
+def _hatch(ax: Any, cells: Bool[Tensor, "row column"]) -> None:
+    """Draw some cells of a heat map white and hatched."""
+    shown = torch.where(cells, 0.0, torch.nan).numpy()
+    ax.pcolor(shown, cmap="Greys", vmin=0, vmax=1, hatch="//////", edgecolor="0.85", linewidth=0)
 
 
 def _restored(result: CausalTrace | AverageTrace) -> str:

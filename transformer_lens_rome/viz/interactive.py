@@ -6,19 +6,10 @@ from collections.abc import Callable
 
 from circuitsvis.attention import attention_heads
 from circuitsvis.logits import token_log_probs
-from circuitsvis.tokens import colored_tokens_multi
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens_rome.tracing.results import CausalTrace
 from transformer_lens_rome.viz.page import View, beside, component, stack
-
-
-def tokens_by_layer(trace: CausalTrace) -> View:
-    """Show the prompt's tokens, coloured by indirect effect; point at a layer to choose it."""
-    labels = [f"layer {layer}" for layer in range(trace.scores.shape[0])]
-    tokens = [_text(token) for token in trace.tokens]
-    return component(colored_tokens_multi(tokens, trace.indirect_effect.T, labels))
 
 
 def log_probs_before_and_after(
@@ -53,8 +44,9 @@ def attention_before_and_after(
 ) -> View:
     """Show one layer's attention patterns before and after an edit, and the largest change."""
     shown = [_text(token) for token in tokens]
+    heads = [f"H{head}" for head in range(len(before))]  # longer names overlap on the buttons
     sides = [
-        stack(name, component(attention_heads(patterns.float().cpu(), shown)))
+        stack(name, component(attention_heads(patterns.float().cpu(), shown, heads)))
         for name, patterns in (("before", before), ("after", after))
     ]
     moved = (after - before).abs().max().item()

@@ -1,13 +1,16 @@
 """HTML that needs no network: in a notebook cell, or as one saved file.
 
+A `View` names the programs that make it explorable. A page holds each once. In a notebook, a view
+with programs is a page in a frame, so its style and its programs meet nothing of the notebook's.
+
 circuitsvis uses the network each time it renders, and its saved figures refer to a server. But its
-package contains the whole program. A `View` includes that program once per notebook output and once
-per saved file.
+package contains the whole program, which a page holds compressed.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import io
 import re
@@ -19,12 +22,9 @@ from typing import Any
 
 import circuitsvis
 from circuitsvis.utils.render import RenderedHTML
-from jaxtyping import Float
-from torch import Tensor
 
 from transformer_lens_rome.showing import view
-
-_STYLE = "background:white;color:#222;font:14px sans-serif;padding:4px 8px;overflow-x:auto"
+from transformer_lens_rome.viz.words import readable
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,58 @@ class View:
 
     Attributes:
         body: The HTML.
-        interactive: Whether it needs the circuitsvis program, which is not part of `body`.
+        programs: The programs that readers need to explore it, which are not part of `body`: "map"
+            for heat maps, "circuits" for figures of circuitsvis.
     """
 
     body: str = field(repr=False)
-    interactive: bool = False
+    programs: frozenset[str] = frozenset()
+
+    @property
+    def interactive(self) -> bool:
+        """Whether readers can explore it."""
+        return bool(self.programs)
 
     def _repr_html_(self) -> str:
-        program = f"<script>{circuitsvis_program()}</script>" if self.interactive else ""
-        return f'{program}<div style="{_STYLE}">{self.body}</div>'
+        if not self.programs:
+            return f'<style>{asset("page.css")}</style><div class="tlr">{self.body}</div>'
+        page = html.escape(_document(self, "a result"))
+        style = "width:100%;height:600px;border:0"
+        return f'<iframe title="a result" style="{style}" srcdoc="{page}"></iframe>'
+
+
+@cache
+def asset(name: str) -> str:
+    """Return a file of this package that goes into pages."""
+    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
 
 
 @cache
 def circuitsvis_program() -> str:
-    """Return the JavaScript that defines `CircuitsVis`, escaped for an HTML file."""
+    """Return the JavaScript that defines `CircuitsVis`, compressed, as base64 text."""
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     lines = path.read_text(encoding="utf-8").splitlines()
     program = "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL"))
-    return program.replace("</", "<\\/")
+    return base64.b64encode(gzip.compress(program.encode(), mtime=0)).decode()
+
+
+def _document(shown: View, title: str, heading: str = "") -> str:
+    """Return a whole page that shows a view."""
+    name = html.escape(readable(title))
+    figures, scripts = "", []
+    if shown.programs:
+        scripts = [asset("page.js"), *(asset(f"{one}.js") for one in sorted(shown.programs))]
+    if "circuits" in shown.programs:
+        packed = f'<script type="text/plain" class="tlr-circuitsvis">{circuitsvis_program()}'
+        figures = f"<script>const tlrFigures = [];</script>{packed}</script>"
+    script = f"<script>{''.join(scripts)}</script>" if scripts else ""
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{name}</title><link rel="icon" href="data:,"><style>{asset("page.css")}</style>'
+        f'<script type="application/json" class="tlr-state">{{}}</script>{figures}</head>'
+        f'<body><main class="tlr">{heading}{shown.body}</main>{script}</body></html>'
+    )
 
 
 def stack(*items: Any) -> View:
@@ -61,15 +95,18 @@ def stack(*items: Any) -> View:
             this package.
     """
     views = [_view(item) for item in items]
-    body = "".join(f'<div style="margin:12px 0">{view.body}</div>' for view in views)
-    return View(body, any(view.interactive for view in views))
+    body = "".join(f'<div class="tlr-item">{view.body}</div>' for view in views)
+    return View(body, _programs(views))
 
 
 def beside(*items: View) -> View:
     """Arrange views next to each other, or below each other in a narrow window."""
-    body = "".join(f'<div style="flex:1 1 320px;min-width:0">{item.body}</div>' for item in items)
-    style = "display:flex;flex-wrap:wrap;gap:24px"
-    return View(f'<div style="{style}">{body}</div>', any(item.interactive for item in items))
+    body = "".join(f"<div>{item.body}</div>" for item in items)
+    return View(f'<div class="tlr-beside">{body}</div>', _programs(items))
+
+
+def _programs(views: Iterable[View]) -> frozenset[str]:
+    return frozenset().union(*(view.programs for view in views))
 
 
 def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> None:
@@ -80,15 +117,10 @@ def save_html(path: Any, *items: Any, title: str = "transformer_lens_rome") -> N
         items: As in `stack`.
         title: The page's title and heading.
     """
-    heading, path = html.escape(title), Path(path)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        f'<title>{heading}</title><link rel="icon" href="data:,"></head>'
-        f'<body style="margin:24px;max-width:1100px"><h2 style="font-family:sans-serif">{heading}'
-        f"</h2>{stack(*items)._repr_html_()}</body></html>",
-        encoding="utf-8",
-    )
+    heading = f"<h1>{html.escape(readable(title))}</h1>"
+    path.write_text(_document(stack(*items), title, heading), encoding="utf-8")
 
 
 @view.register
@@ -112,7 +144,7 @@ def _view(item: Any) -> View:
         picture = io.BytesIO()
         item.savefig(picture, format="png", dpi=150)
         data = base64.b64encode(picture.getvalue()).decode()
-        return View(f'<img style="max-width:100%" src="data:image/png;base64,{data}">')
+        return View(f'<img alt="figure" src="data:image/png;base64,{data}">')
     if view.dispatch(type(item)) is view.dispatch(object) and hasattr(item, "_repr_html_"):
         return View(item._repr_html_())
     return view(item)
@@ -135,77 +167,21 @@ def component(rendered: Any) -> View:
         raise RuntimeError("this version of circuitsvis renders in another form; please report it")
     end = source.rindex("</script>")
     script = source[call:end].replace("<", "\\u003c")  # no text may end the script
-    return View(f'<div id="{name}"></div><script type="module">{script}</script>', interactive=True)
+    place = f'<div class="tlr-light"><div id="{name}"></div></div>'
+    without = "<noscript>This figure needs JavaScript.</noscript>"
+    body = f"{place}{without}<script>tlrFigures.push(() => {{ {script} }})</script>"
+    return View(body, frozenset({"circuits"}))
 
 
 # ---------------------------------------------------------------- static parts
 
 
-def token_labels(tokens: Sequence[str], subject_positions: Sequence[int]) -> list[str]:
-    """Return the labels of tokens in a figure; subject tokens get a star."""
-    return [
-        text.replace("\n", "\\n") + "*" * (i in subject_positions) for i, text in enumerate(tokens)
-    ]
-
-
-def layer_names(layers: Sequence[int]) -> str:
-    """Return "layer 3" for one layer and "layers 3, 4" for several."""
-    return f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}"
-
-
-def heat_map(
-    values: Float[Tensor, "row column"],
-    rows: Sequence[str],
-    *,
-    colour: tuple[int, int, int],
-    low: float,
-    high: float,
-    caption: str = "",
-    unit: str = "",
-) -> View:
-    """Make a table of coloured cells, one column per layer; a cell shows its value on hover."""
-    span = max(high - low, 0.0) or 1.0
-    lines = []
-    for name, line in zip(rows, values.tolist(), strict=True):
-        cells = "".join(
-            f'<td title="{html.escape(name)} layer {i}: {x:.4g}" style="min-width:14px;height:16px;'
-            f'padding:0;background:{_mix(colour, (x - low) / span)}"></td>'
-            for i, x in enumerate(line)
-        )
-        label = html.escape(name).replace(" ", "&nbsp;") or "&nbsp;"
-        lines.append(
-            f'<tr><td style="text-align:right;padding:0 6px;white-space:nowrap">{label}</td>'
-            f"{cells}</tr>"
-        )
-    n = values.shape[1]
-    ticks = "".join(
-        f'<td style="padding:0;text-align:center;font-size:11px">{i if i % 5 == 0 else ""}</td>'
-        for i in range(n)
-    )
-    scale = (
-        f'<span style="display:inline-block;width:120px;height:10px;background:linear-gradient(to '
-        f'right,{_mix(colour, 0)},{_mix(colour, 1)})"></span>'
-    )
-    return View(
-        f'<div style="margin-bottom:4px">{html.escape(caption)}</div>'
-        f'<table style="border-collapse:collapse;border:0">{"".join(lines)}<tr><td></td>{ticks}'
-        f'</tr></table><div style="font-size:11px">layer &emsp; {html.escape(unit)} {low:.3g} '
-        f"{scale} {high:.3g}</div>"
-    )
-
-
 def table(rows: Iterable[tuple[str, ...]], header: Sequence[str] = ()) -> View:
     """Make a table of plain text."""
-    cell = '<{0} style="text-align:left;padding:1px 12px 1px 0;vertical-align:top">{1}</{0}>'
-    lines = [
-        "<tr>" + "".join(cell.format(tag, html.escape(text)) for text in row) + "</tr>"
-        for tag, some in (("th", [tuple(header)] if header else []), ("td", rows))
-        for row in some
-    ]
-    return View(f'<table style="border-collapse:collapse">{"".join(lines)}</table>')
-
-
-def _mix(colour: tuple[int, int, int], share: float) -> str:
-    """Mix white (share 0, or not a number) and a colour (share 1)."""
-    share = min(max(share, 0.0), 1.0) if share == share else 0.0
-    return "rgb({},{},{})".format(*(round(255 + (c - 255) * share) for c in colour))
+    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in header)
+    cells = (
+        "".join(f'<td dir="auto">{html.escape(readable(text))}</td>' for text in row)
+        for row in rows
+    )
+    top = f"<thead><tr>{head}</tr></thead>" if header else ""
+    return View(f'<table class="tlr-words">{top}<tbody><tr>{"<tr>".join(cells)}</tbody></table>')
