@@ -40,6 +40,7 @@ MODULES = (
     "tracing.patching",
     "methods",
     "evaluation",
+    "rate",
     "sequential",
     "viz",
     "demo",

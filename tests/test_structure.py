@@ -13,7 +13,8 @@ PACKAGE = Path(transformer_lens_rome.__file__).parent
 NAME = PACKAGE.name
 ORDER = (
     "extras torch_states showing < files model < prompts distributed < edits < statistics tracing"
-    " < methods < evaluation < edit_report sequential sweep < viz demo < cli < __init__ < __main__"
+    " < methods < evaluation < edit_report rate sequential sweep < viz demo < cli"
+    " < __init__ < __main__"
 )
 """The house: a folder imports from those on its left, and from none beside it."""
 RANK = {name: i for i, some in enumerate(ORDER.split(" < ")) for name in some.split()}

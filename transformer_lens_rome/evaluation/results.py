@@ -137,7 +137,7 @@ class Results(Shown):
         Raises:
             ValueError: The runs have different models, settings or data sets, or no common record.
         """
-        _check_comparable([self, other])
+        check_comparable([self, other])
         mine, theirs = self.metrics(), other.metrics()
         both = [case for case in mine if case in theirs]
         if not both:
@@ -201,7 +201,7 @@ def cells(runs: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
 
 def common_cases(runs: Sequence[Results]) -> set[int]:
     """Return the case ids of the records that all runs have."""
-    _check_comparable(runs)
+    check_comparable(runs)
     cases = set.intersection(*(set(run.after or run.before) for run in runs))
     if not cases:
         raise ValueError("the runs have no record in common; is one of them still empty?")
@@ -233,7 +233,7 @@ def _failed(rows: Mapping[int, RecordRow], cases: Collection[int] | None = None)
     }
 
 
-def _check_comparable(runs: Sequence[Results]) -> None:
+def check_comparable(runs: Sequence[Results]) -> None:
     """Raise ValueError if the runs have different models, data sets or BOS rules."""
     for name in ("model_hash", "protocol", "prepend_bos"):
         if len({str(run.setting.get(name)) for run in runs}) > 1:

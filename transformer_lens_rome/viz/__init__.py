@@ -12,6 +12,7 @@ from transformer_lens_rome.viz.interactive import (
     log_probs_before_and_after,
 )
 from transformer_lens_rome.viz.page import View, save_html, stack
+from transformer_lens_rome.viz.preferences import plot_preferences
 
 __all__ = [
     "View",
@@ -21,6 +22,7 @@ __all__ = [
     "plot_averages",
     "plot_edit",
     "plot_lines",
+    "plot_preferences",
     "plot_results",
     "plot_severed",
     "plot_trace",
