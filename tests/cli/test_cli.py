@@ -156,7 +156,7 @@ def test_trace_says_where(checkpoint, tmp_path, capsys):
     assert report["p_corrupted"] == pytest.approx(trace.p_corrupted)
     assert report["last_subject_token"] == trace.scores[:, trace.subject_last].tolist()
     assert f"{trace.scores.max().item():.3g}" in report["best"][0]
-    assert "CircuitsVis.render(" in shown.read_text()
+    assert "new HeatMap(" in shown.read_text()
     assert main([*arguments, "--method", "gradient"]) == 0
     assert "Spearman" in json.loads(capsys.readouterr().out)["estimate"]
 
