@@ -20,7 +20,7 @@ from transformer_lens_rome.model import adapter, passes
 from transformer_lens_rome.model.adapter import w_out
 from transformer_lens_rome.model.changes import Change
 from transformer_lens_rome.model.partial_forward import PartialForward
-from transformer_lens_rome.prompts import sampling
+from transformer_lens_rome.prompts import continuations
 from transformer_lens_rome.tracing.kinds import KINDS
 
 pytestmark = pytest.mark.every_version
@@ -194,7 +194,7 @@ def _wrong_state(patch):
 
 def _forgetful_text(patch, plain=passes.next_logits):
     """A cache that is lost at every step, and taken on trust."""
-    patch.setattr(sampling, "_can_be_cached", lambda model: True)
+    patch.setattr(continuations, "_can_be_cached", lambda model: True)
     patch.setattr(passes, "next_logits", lambda model, new, cache: (plain(model, new)[0], None))
 
 
