@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import version
@@ -194,3 +195,23 @@ def smollm2(request):
     from transformer_lens_rome.demo import load_demo_model
 
     return load_demo_model("smollm2", model_class=request.param)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One headless chromium for the tests of a file, which saves files in a folder."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("there is no chromium with its chromedriver to open pages in")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in ("headless=new", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~"):
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    found.saved = tmp_path_factory.mktemp("saved")
+    saving = {"behavior": "allow", "downloadPath": str(found.saved)}
+    found.execute_cdp_cmd("Browser.setDownloadBehavior", saving)
+    yield found
+    found.quit()

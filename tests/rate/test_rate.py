@@ -29,7 +29,7 @@ def built(tmp_path):
 
 
 def content(path):
-    """What a page's program reads."""
+    """Return the data that a page's program reads."""
     (found,) = re.findall(r'id="content">(.*?)</script>', path.read_text(encoding="utf-8"))
     return json.loads(found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -21,26 +20,6 @@ pytestmark = newest  # pages do not depend on the version of TransformerLens
 AXE = os.environ.get("AXE_CORE", "")
 EVIL = '</script><img src=x onerror="document.title=1">\u202e\x00'
 ENTER, TAB, RIGHT, SPACE = "\ue007", "\ue004", "\ue014", " "
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """One headless chromium for all tests of this file, which saves files in a folder."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("there is no chromium with its chromedriver to open pages in")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for option in ("headless=new", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~"):
-        options.add_argument(f"--{option}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    found.saved = tmp_path_factory.mktemp("saved")
-    saving = {"behavior": "allow", "downloadPath": str(found.saved)}
-    found.execute_cdp_cmd("Browser.setDownloadBehavior", saving)
-    yield found
-    found.quit()
 
 
 @pytest.fixture

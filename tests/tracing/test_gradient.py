@@ -11,6 +11,8 @@ from transformer_lens_rome.tracing.causal_trace import causal_trace, gradient_tr
 from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace, rank_correlation
 from transformer_lens_rome.tracing.fact_traces import trace_facts
 from transformer_lens_rome.tracing.known_facts import KnownFact
+from transformer_lens_rome.viz import finding
+from transformer_lens_rome.viz.words import readable
 
 PROMPT, SUBJECT = "In the city Space Needle is", "Space Needle"
 KINDS = ("resid", "mlp", "attn")
@@ -91,7 +93,13 @@ def test_what_it_is_worth_is_said(gpt2, tmp_path):
     found.save(tmp_path / "trace.safetensors")
     again = EstimatedTrace.load(tmp_path / "trace.safetensors")
     assert torch.equal(again.exact, found.exact) and again.agreement == found.agreement
+    said = finding(wrong)
+    assert said.startswith("Gradient estimates") and "not causal effects" in said
+    assert (
+        f"has the highest P({readable(wrong.answer.strip())}), {wrong.top_exact[0][2]:.3g}" in said
+    )
     unchecked = estimated(gpt2, verify=0)
+    assert finding(unchecked).endswith("a screen; no cell was run exactly.")
     assert unchecked.agreement.n == 0 and not unchecked.is_causal
 
 

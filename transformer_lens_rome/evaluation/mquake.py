@@ -191,7 +191,7 @@ class MquakeScoring(Scoring):
 
     @property
     def _thinks(self) -> bool:
-        """Whether the examples have thoughts before the answer."""
+        """True if the examples have thoughts before the answer."""
         return self._examples.startswith("Question:")
 
     def requests(self, record: MquakeRecord) -> tuple[EditRequest, ...]:

@@ -195,7 +195,7 @@ class ReversalScoring(Scoring):
 
     @property
     def edit_setting(self) -> dict[str, Any]:
-        """Whether the reverse fact is written too."""
+        """The option `both`, if it is set."""
         return {"both": True} if self.both else {}
 
     def requests(self, record: ReversalRecord) -> tuple[EditRequest, ...]:

@@ -1,4 +1,4 @@
-"""What people say: blind comparisons of generated texts, as one page to fill in, and its analysis.
+"""Human evaluation: a page for blind comparisons of generated texts, and its analysis.
 
     build      writes the page, and the key that tells which text is of which method
     analyse    reads the files that raters export, and gives preferences, intervals and agreement

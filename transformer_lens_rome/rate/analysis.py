@@ -1,4 +1,4 @@
-"""What raters prefer: shares with intervals over items and raters, and the raters' agreement.
+"""Analyse raters' answers: shares with intervals over items and raters, and agreement.
 
 A share is the part of all answers to a question that prefer a method; the shares of all methods and
 of "no difference" add up to 100%. Its interval is a bootstrap's over both: items and raters are
@@ -52,7 +52,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Preferences(Shown):
-    """What raters prefer.
+    """The preferences of some raters.
 
     Attributes:
         shares: By question, the share of each method, and of "no difference".

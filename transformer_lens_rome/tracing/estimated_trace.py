@@ -85,6 +85,8 @@ class EstimatedTrace(CausalTrace):
 
     def __str__(self) -> str:
         spearman, miss, n = self.agreement
+        if not n:
+            return f"gradient estimates of {self.kind}: a screen; no cell was run exactly"
         what = "causal effects" if self.is_causal else "a screen, not causal effects"
         return (
             f"gradient estimates of {self.kind}: {what} (Spearman {spearman:.2f} with {n} cells "

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens_rome.extras import needed
 from transformer_lens_rome.showing import figure as figure_of
 from transformer_lens_rome.tracing.averages import AverageSevered, AverageTrace
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace
 from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.results import CausalTrace, SeveredTrace
 from transformer_lens_rome.viz.heat import holds_zero
@@ -54,7 +55,8 @@ def plot_trace(
     ax.invert_yaxis()
     ax.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
     _layer_ticks(ax, trace.scores.shape[0], offset=0.5)
-    ax.set_title(f"Impact of restoring {kind.name} after corrupted input", fontsize=10)
+    impact = "Estimated impact" if isinstance(trace, EstimatedTrace) else "Impact"
+    ax.set_title(f"{impact} of restoring {kind.name} after corrupted input", fontsize=10)
     ax.set_xlabel(_restored(trace), fontsize=9)
     caption = {"probability": "p", "log_probability": "log p", "logit_diff": "logit difference"}
     bar = ax.figure.colorbar(drawn, ax=ax)

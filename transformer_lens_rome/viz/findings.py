@@ -21,6 +21,7 @@ from transformer_lens_rome.edit_report import EditReport
 from transformer_lens_rome.evaluation.metrics import Estimate
 from transformer_lens_rome.evaluation.results import Results, common_cases
 from transformer_lens_rome.tracing.averages import AverageTrace
+from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace
 from transformer_lens_rome.tracing.kinds import KINDS
 from transformer_lens_rome.tracing.patching import window_of
 from transformer_lens_rome.tracing.results import CausalTrace
@@ -58,11 +59,31 @@ def _(trace: CausalTrace) -> str:
 
 
 @finding.register
+def _(trace: EstimatedTrace) -> str:
+    """Say what the estimate is worth, and name the best of the cells that were run exactly."""
+    said = f"{str(trace)[0].upper()}{str(trace)[1:]}."
+    if not trace.top_exact:
+        return said
+    layer, position, score = trace.top_exact[0]
+    token = readable(trace.tokens[position].strip())
+    window = f", the middle of {trace.window} layers," if trace.window > 1 else ""
+    return (
+        f"{said} Of the cells that were run exactly, layer {layer}{window} at {token!r} has the "
+        f"highest {scored(trace)}, {score:.3g}."
+    )
+
+
+@finding.register
 def _(average: AverageTrace) -> str:
     names = [f"the {name}" for name in average.categories]
     groups = ([0, 1, 2], [3, 4, 5])
     effects, half = average.indirect_effect, average.half_width
-    return f"Over {average.n_facts} facts: " + _effects_said(average, effects, half, names, groups)
+    how = ""
+    if average.info.get("method") == "gradient":
+        how = ", estimated from gradients and no causal effects unless exact runs agree"
+    return f"Over {average.n_facts} facts{how}: " + _effects_said(
+        average, effects, half, names, groups
+    )
 
 
 def scored(result: CausalTrace | AverageTrace) -> str:

@@ -1,4 +1,4 @@
-"""What raters prefer: bars of shares with their intervals, one panel per question."""
+"""Figures of raters' preferences: bars with intervals, one panel per question."""
 
 from __future__ import annotations
 
