@@ -204,6 +204,7 @@ def test_evaluate_then_table(checkpoint, records, tmp_path, capsys):
         (["--statistics", "file"], "--statistics is for rome, not for 'ft'"),
         (["--snippets", "file"], "give --generate too"),
         (["--dataset", "zsre", "--generate"], "zsre has none of this; leave out --generate"),
+        (["--n-tokens", "5"], "counterfact has none of this; leave out --n-tokens"),
         (["--editor", "file"], "--editor is for ke, ke-cf, mend, mend-cf, not for 'ft'"),
     ):
         status, said = evaluate("ft", *more)

@@ -102,6 +102,34 @@ def test_it_stops_when_the_loss_is_low(gpt2):
     assert edit.health.p_after > edit.health.p_before
 
 
+@pytest.mark.parametrize("options", ({}, {"eps": 2e-3}, {"objective": "teacher_forced"}), ids=str)
+def test_requests_that_share_passes_are_trained_as_if_alone(gpt2, options):
+    """Prompts and targets of several lengths; some stop early, so that the batch shrinks twice."""
+    name = "ft+l" if "eps" in options else "ft"
+    method = get_method(name, layer=LAYER, lr=2e-2, steps=30, stop_loss=0.5, **options)
+    long = dataclasses.replace(REQUEST, prompt="In the old city of the best of times, {} was in")
+    more = dataclasses.replace(REQUEST, target_new="in the city of Rome")
+    other = EditRequest("{} is", "The old man", "Paris")
+    requests = [REQUEST, long, more, other, REQUEST]
+    alone = [method.compute(gpt2, request) for request in requests]
+    together = method.compute_each(gpt2, requests, batch_size=5)
+    for mine, theirs in zip(together, alone, strict=True):
+        assert mine.request == theirs.request and mine.config == theirs.config
+        assert mine.health.losses == pytest.approx(theirs.health.losses, rel=1e-2)
+        assert (mine.left - theirs.left).norm() < 0.02 * theirs.left.norm()
+    steps = {len(edit.health.losses) for edit in alone}
+    assert steps == {30} if "eps" in options else len(steps) > 2  # the control
+    assert together[0].digest == together[4].digest
+
+
+def test_a_request_that_fails_does_so_alone(gpt2):
+    wrong = EditRequest("the old " * 200 + "{} is in", "Rome", "Paris")
+    method = get_method("ft", layer=LAYER, steps=3)
+    first, failed, last = method.compute_each(gpt2, [REQUEST, wrong, REQUEST])
+    assert isinstance(failed, ValueError) and "context" in str(failed)
+    assert first.digest == last.digest
+
+
 def test_without_the_bias_only_the_matrix_changes(gpt2):
     known = {"layer": LAYER, "lr": 3e-3, "steps": 3}
     both = get_method("ft", **known).compute(gpt2, REQUEST)

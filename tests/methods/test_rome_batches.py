@@ -190,5 +190,5 @@ def test_batches_are_of_like_lengths_and_of_the_size_that_memory_allows(gpt2, mo
 
     assert sizes(3) == [[6, 3, 0], [7, 4, 1], [8, 5, 2]]  # by what is run again, then by length
     assert [len(batch) for batch in sizes()] == [9]
-    monkeypatch.setattr(batches, "_free_memory", lambda model: 0.0)
+    monkeypatch.setattr(batches, "free_memory", lambda model: 0.0)
     assert [len(batch) for batch in sizes()] == [1] * 9

@@ -26,7 +26,7 @@ TABLES = {"markdown": markdown, "latex": latex}
 
 READING = ("true_paraphrases",)
 """Arguments of the command that are options of some benchmarks' loaders."""
-ASKING = ("generate", "attributes", "counterfact_plus", "both", "few_shot")
+ASKING = ("generate", "attributes", "counterfact_plus", "both", "few_shot", "n_tokens")
 """Arguments of the command that are options of some benchmarks' scorings."""
 OPTIONS = {"layer": "layer", "statistics": "second_moment", "editor": "editor"}
 """Arguments of the command that are options of some methods, and the options' names."""
@@ -67,6 +67,12 @@ def add_parsers(commands: Any, parents: Sequence[argparse.ArgumentParser]) -> No
         "--both", action="store_true", help="reversal: write the reverse fact too, after the fact"
     )
     run.add_argument("--few-shot", help="mquake: file of the published few-shot prompt")
+    run.add_argument(
+        "--n-tokens",
+        type=int,
+        metavar="N",
+        help="rippleedits, mquake: the length of an answer (default: as published)",
+    )
     run.add_argument(
         "--batch-size", type=int, help="number of records that are edited and scored together"
     )

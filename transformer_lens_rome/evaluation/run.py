@@ -26,6 +26,7 @@ from transformer_lens_rome.evaluation.scoring import Scoring
 from transformer_lens_rome.evaluation.work import ScoreEdited, ScoreTogether, ScoreUnedited
 from transformer_lens_rome.files.run_file import RunFile
 from transformer_lens_rome.methods.base import EditMethod, described, get_method
+from transformer_lens_rome.methods.batches import free_memory
 from transformer_lens_rome.model import adapter
 from transformer_lens_rome.model.fingerprint import Fingerprint
 from transformer_lens_rome.model.protocol import Model
@@ -214,13 +215,18 @@ class Run:
         """Return the number of records that are processed together.
 
         The default for a method that computes single edits is one, since a stopped run computes
-        the edits of the records that were not written again.
+        the edits of the records that were not written again. Others have as many as leave room
+        for edits of the size of their matrix.
         """
         if self.batch_size is not None:
             return self.batch_size
         if isinstance(work, ScoreEdited) and not hasattr(work.method, "compute_each"):
             return 1
-        return 16 if next(self.model.parameters()).device.type == "cpu" else 64
+        cfg = self.model.cfg
+        edit_bytes = 4 * (cfg.d_mlp or 4 * cfg.d_model) * cfg.d_model
+        room = int(free_memory(self.model) / (8 * edit_bytes))
+        most = 16 if next(self.model.parameters()).device.type == "cpu" else 64
+        return max(1, min(most, room))
 
 
 def _opened(

@@ -32,11 +32,13 @@ class Shape(NamedTuple):
         rows: The number of rows.
         longest: The number of tokens of the longest row.
         recomputed: The largest number of tokens of a row that each pass runs again.
+        beside: The number of values that are held beside the passes.
     """
 
     rows: int
     longest: int
     recomputed: int
+    beside: int = 0
 
 
 def in_batches(
@@ -104,7 +106,7 @@ def tried(
 def _batches(model: Model, shapes: dict[int, Shape], batch_size: int | None) -> Iterator[list[int]]:
     """Yield batches of items of like lengths that may share a pass."""
     order = sorted(shapes, key=lambda i: (shapes[i].recomputed, shapes[i].longest))
-    room = _free_memory(model) / 4
+    room = free_memory(model) / 4
     for group in passes.apart(model, [shapes[i].longest for i in order]):
         batch: list[int] = []
         for i in (order[at] for at in group):
@@ -124,10 +126,11 @@ def _bytes(model: Model, shapes: Sequence[Shape]) -> float:
     recomputed = max(shape.recomputed for shape in shapes)
     token = 12 * cfg.d_model + 6 * (cfg.d_mlp or 4 * cfg.d_model) + 3 * cfg.n_heads * longest
     row = cfg.n_layers * (recomputed * token + 2 * longest * cfg.d_model)
-    return 4.0 * (n_rows * row + 2 * len(shapes) * cfg.d_vocab)
+    beside = sum(2 * cfg.d_vocab + shape.beside for shape in shapes)
+    return 4.0 * (n_rows * row + beside)
 
 
-def _free_memory(model: Model) -> float:
+def free_memory(model: Model) -> float:
     """Return the free memory of the model's device in bytes; 4 GB if it is not known."""
     device = next(model.parameters()).device
     if device.type == "cuda":

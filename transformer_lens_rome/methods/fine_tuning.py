@@ -5,7 +5,8 @@
 
 W_out changes nothing below it, so the keys k of the prompt stay fixed, and its output is
 k W_out + b_out. Only copies of W_out and b_out are optimised; no parameter of the model changes.
-Each step runs only the layers above.
+Each step runs only the layers above. Several requests share these passes, each with copies of its
+own, so that each is trained as it would be alone, up to rounding.
 
 Where paper, released code and this module differ:
 
@@ -22,19 +23,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from transformer_lens_rome.edits.kinds import DenseEdit, EditRequest
-from transformer_lens_rome.edits.measure import measured
+from transformer_lens_rome.edits.measure import measured_each
 from transformer_lens_rome.methods.base import provenance, register_method
+from transformer_lens_rome.methods.batches import Shape, in_batches
 from transformer_lens_rome.model import adapter, passes, refusals
 from transformer_lens_rome.model.adapter import Point, short_name
 from transformer_lens_rome.model.calls import model_call
@@ -125,21 +127,63 @@ class FineTuning:
             ValueError: the layer is out of range, the passes are random, or the loss is NaN.
             NotImplementedError: the model cannot be edited.
         """
+        (found,) = self.compute_each(model, [request], seed=seed, batch_size=1)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @model_call
+    def compute_each(
+        self,
+        model: Model,
+        requests: Sequence[EditRequest],
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> list[DenseEdit | Exception]:
+        """Compute an edit for each request on the model as it is, or return why there is none.
+
+        Up to `batch_size` requests share passes, each with its own copy of the weight; None: as
+        many as memory allows.
+        """
         layer, method = self._resolved(model)
         encoder = Encoder.of(model, self.prepend_bos)
-        task = _Task.of(encoder, request, self.objective)
-        losses, weight, bias = _train(model, layer, task, method)
-        edit = DenseEdit(
-            layer=layer,
-            request=request,
-            config=dataclasses.asdict(method),
-            model_hash=adapter.weight_hash(adapter.w_out(model, layer)),
-            provenance=provenance(model, encoder.prepends_bos),
-            left=weight.cpu(),
-            bias=None if bias is None else bias.cpu(),
-        )
-        health = dataclasses.replace(measured(model, encoder, edit), losses=tuple(losses))
-        return dataclasses.replace(edit, health=health)
+        trained = 5 * adapter.w_out(model, layer).numel()  # weight, change, gradient, Adam's two
+
+        def shape(request: EditRequest) -> Shape:
+            n = len(_Task.of(encoder, request, self.objective).ids)
+            return Shape(rows=1, longest=n, recomputed=n, beside=trained)
+
+        def compute(some: Sequence[EditRequest]) -> list[DenseEdit]:
+            return method._compute(model, encoder, some)
+
+        return in_batches(model, requests, shape, compute, batch_size=batch_size)
+
+    def _compute(
+        self, model: Model, encoder: Encoder, requests: Sequence[EditRequest]
+    ) -> list[DenseEdit]:
+        """Compute edits whose training shares passes."""
+        layer = self.layer
+        assert layer is not None  # see `_resolved`
+        tasks = [_Task.of(encoder, request, self.objective) for request in requests]
+        runs = _train(model, layer, tasks, self)
+        made: dict[str, Any] = {
+            "layer": layer,
+            "config": dataclasses.asdict(self),
+            "model_hash": adapter.weight_hash(adapter.w_out(model, layer)),
+            "provenance": provenance(model, encoder.prepends_bos),
+        }
+        edits = []
+        for request, run in zip(requests, runs, strict=True):
+            weight, *bias = (change.cpu() for change in run.changes())
+            edits.append(
+                DenseEdit(request=request, left=weight, bias=bias[0] if bias else None, **made)
+            )
+        healths = [one.health for one in measured_each(model, encoder, edits)]
+        return [
+            dataclasses.replace(edit, health=dataclasses.replace(health, losses=tuple(run.losses)))
+            for edit, health, run in zip(edits, healths, runs, strict=True)
+        ]
 
 
 class _Task(NamedTuple):
@@ -165,61 +209,110 @@ class _Task(NamedTuple):
         return cls(row.ids[: row.target[-1]], at, labels)
 
 
-def _train(
-    model: Model, layer: int, task: _Task, method: FineTuning
-) -> tuple[list[float], Float[Tensor, "d_mlp d_model"], Float[Tensor, "d_model"] | None]:
-    """Return the loss before each update and the changes of W_out and, if it is trained, b_out."""
+class _Run:
+    """The training of one request: its copies of W_out and b_out, and its optimiser.
+
+    Attributes:
+        task: The tokens and labels.
+        losses: The loss before each update.
+    """
+
+    def __init__(
+        self,
+        method: FineTuning,
+        task: _Task,
+        keys: Float[Tensor, "pos d_mlp"],
+        old: Sequence[Tensor],
+    ) -> None:
+        self.task, self._method, self._keys, self._old = task, method, keys, old
+        self._bias = old[1]
+        train_bias = method.bias and bool(self._bias.any())  # zeros if the model has no bias
+        self.new = [one.clone().requires_grad_() for one in (old if train_bias else old[:1])]
+        self._adam = torch.optim.Adam(self.new, lr=method.lr, weight_decay=method.weight_decay)
+        self.losses: list[float] = []
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the last loss calls for an update."""
+        return not self.losses or self.losses[-1] >= self._method.stop_loss  # not if it is NaN
+
+    def change(self, layer: int, row: int) -> Change:
+        """Return the change that gives the row the output of the present copies."""
+        weight, bias = [*self.new, self._bias][:2]
+        at = torch.arange(len(self._keys))
+        value = self._keys @ weight + bias
+        return Change(Point("value", layer), torch.full_like(at, row), at, replacement(value))
+
+    def update(self, gradients: Sequence[Tensor]) -> None:
+        """Take one step of Adam, and keep every entry within eps."""
+        for tensor, gradient in zip(self.new, gradients, strict=True):
+            tensor.grad = gradient
+        self._adam.step()
+        if self._method.eps is not None:
+            _project_(self.new, self._old, self._method.eps)
+
+    def changes(self) -> list[Tensor]:
+        """Return the changes of W_out and, if it was trained, of b_out.
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        method = self._method
+        found = [(tensor - base).detach() for tensor, base in zip(self.new, self._old)]
+        if not math.isfinite(self.losses[-1]) or not all(one.isfinite().all() for one in found):
+            raise ValueError(f"{method.name} gives NaN; try a smaller lr than {method.lr:g}")
+        if method.eps is not None:  # exactly: the subtraction may have rounded
+            found = [change.clamp(-method.eps, method.eps) for change in found]
+        return found
+
+
+def _train(model: Model, layer: int, tasks: Sequence[_Task], method: FineTuning) -> list[_Run]:
+    """Train a copy of W_out, and of b_out, for each task; all tasks share the passes."""
+    forward = PartialForward(model, layer, [task.ids for task in tasks], [0] * len(tasks))
     points = (Point("key", layer), Point("value", layer))
-    activations = passes.read(model, torch.tensor([task.ids]), points)
-    keys, value = (activations[point][0] for point in points)
-    check_value(model, layer, keys, value)
-    keys = keys.float()
-    forward = PartialForward(model, layer, [task.ids], [0])
+    activations = passes.read(model, forward.tokens, points)
     old = [adapter.w_out(model, layer).detach().float(), adapter.b_out(model, layer).float()]
-    train_bias = method.bias and bool(old[1].any())  # `b_out` is zeros if the model has no bias
-    losses: list[float] = []
+    runs = []
+    for task, keys, value in zip(tasks, *(activations[point] for point in points), strict=True):
+        keys, value = keys[: len(task.ids)], value[: len(task.ids)]
+        check_value(model, layer, keys, value)
+        runs.append(_Run(method, task, keys.float(), old))
+    held = live = runs
     with adapter.gradients_for(model):
-        new = [tensor.clone().requires_grad_() for tensor in (old if train_bias else old[:1])]
-        adam = torch.optim.Adam(new, lr=method.lr, weight_decay=method.weight_decay)
         for _ in tqdm(range(method.steps), desc=method.name, disable=not method.progress):
-            loss = _loss(forward, layer, task, keys, *new, *old[len(new) :])
-            losses.append(loss.item())
-            if not losses[-1] >= method.stop_loss:
+            if 2 * len(live) <= len(held):
+                held = live
+                forward = PartialForward(model, layer, [r.task.ids for r in held], [0] * len(held))
+            losses = _losses(forward, layer, [(held.index(run), run) for run in live])
+            for run, loss in zip(live, losses, strict=True):
+                run.losses.append(loss.item())
+            going = [(run, loss) for run, loss in zip(live, losses, strict=True) if run.goes_on]
+            if not going:
                 break
-            for tensor, gradient in zip(new, torch.autograd.grad(loss, new), strict=True):
-                tensor.grad = gradient
-            adam.step()
-            if method.eps is not None:
-                _project_(new, old, method.eps)
-    changes = [(tensor - base).detach() for tensor, base in zip(new, old)]
-    if not math.isfinite(losses[-1]) or not all(torch.isfinite(one).all() for one in changes):
-        raise ValueError(f"{method.name} gives NaN; try a smaller lr than {method.lr:g}")
-    if method.eps is not None:  # exactly: the subtraction may have rounded
-        changes = [change.clamp(-method.eps, method.eps) for change in changes]
-    return losses, changes[0], changes[1] if train_bias else None
+            live = [run for run, _ in going]
+            every = torch.autograd.grad(
+                [loss for _, loss in going], [t for r in live for t in r.new]
+            )
+            gradients = iter(every)
+            for run in live:
+                run.update([next(gradients) for _ in run.new])
+    return runs
 
 
-def _loss(
-    forward: PartialForward,
-    layer: int,
-    task: _Task,
-    keys: Float[Tensor, "pos d_mlp"],
-    weight: Float[Tensor, "d_mlp d_model"],
-    bias: Float[Tensor, "d_model"],
-) -> Float[Tensor, ""]:
-    """Compute the mean of -log P over the target tokens, with the given W_out and b_out."""
-    positions = torch.arange(len(keys))
-    value = keys @ weight + bias
-    change = Change(
-        Point("value", layer), torch.zeros_like(positions), positions, replacement(value)
-    )
-    places, which = task.at.unique(return_inverse=True)  # unembed each position once
-    logits = forward.logits([change], torch.zeros_like(places), places)[which].float()
-    return cross_entropy(logits, task.labels.to(logits.device))
+def _losses(
+    forward: PartialForward, layer: int, runs: Sequence[tuple[int, _Run]]
+) -> list[Float[Tensor, ""]]:
+    """Compute, for the run at each row, the mean of -log P over its target tokens."""
+    changes = [run.change(layer, row) for row, run in runs]
+    tasks = [run.task for _, run in runs]
+    rows = [torch.full_like(task.at, row) for task, (row, _) in zip(tasks, runs, strict=True)]
+    at, labels = (torch.cat(some) for some in zip(*((t.at, t.labels) for t in tasks), strict=True))
+    nll = forward.losses(changes, torch.cat(rows), at, labels).nll
+    return [part.mean() for part in nll.split([len(task.labels) for task in tasks])]
 
 
 @torch.no_grad()
-def _project_(new: list[Tensor], old: list[Tensor], eps: float) -> None:
+def _project_(new: Sequence[Tensor], old: Sequence[Tensor], eps: float) -> None:
     """Clamp every entry to within eps of its old value, in place."""
     for tensor, base in zip(new, old):
         tensor.copy_(torch.clamp(tensor, base - eps, base + eps))
