@@ -36,6 +36,7 @@ def test_it_is_committed_as_it_ran(name):
     assert str(Path.home()) not in text and str(NOTEBOOKS.parents[1]) not in text
 
 
+@pytest.mark.every_version
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name, gemma_moment):  # in the cache: no notebook samples anew

@@ -176,9 +176,9 @@ def test_rows_of_gemma(gemma, gemma_moment):
     method = get_method("rome", second_moment=gemma_moment, prefixes=PREFIXES, config=config)
     records = [
         dataclasses.replace(RECORDS[0], request=EditRequest("{} is in", name, "Paris", "Rome"))
-        for name in ("The Space Needle", "The Statue of Liberty", "Big Ben")
+        for name in ("The Space Needle", "Big Ben")
     ]
     records = [dataclasses.replace(r, case_id=i) for i, r in enumerate(records)]
     alone = evaluate(gemma, method, records, batch_size=1)
-    together = evaluate(gemma, method, records, batch_size=3)
+    together = evaluate(gemma, method, records, batch_size=2)
     assert_alike(seconds_apart(together.after), seconds_apart(alone.after))

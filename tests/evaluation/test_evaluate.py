@@ -371,11 +371,11 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(gpt2, tmp_p
 @once_a_class
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
+def test_killed_ten_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
     """`kill -9` at random moments of an evaluation; it ends as an uninterrupted one does."""
     method = get_method("ft", layer=LAYER, steps=2)
-    records = [record(i, name) for i, name in enumerate(("The tower", "Cuba", "Old man") * 20)]
-    whole = evaluate(gpt2, method, records, out=tmp_path / "whole" / "ft.jsonl")
+    records = [record(i, name) for i, name in enumerate(("The tower", "Cuba", "Old man") * 10)]
+    whole = evaluate(gpt2, method, records, out=tmp_path / "whole" / "ft.jsonl", batch_size=1)
     path = tmp_path / "killed" / "ft.jsonl"
     generator, kills, rounds = torch.Generator().manual_seed(0), 0, []
 
@@ -392,11 +392,11 @@ def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
         pid = os.fork()
         if not pid:
             try:
-                evaluate(gpt2, method, records, out=path)
+                evaluate(gpt2, method, records, out=path, batch_size=1)
                 os._exit(0)
             finally:
                 os._exit(1)
-        if kills < 20:
+        if kills < 10:
             wait_for(written() + 1 + int(3000 * torch.rand(1, generator=generator)))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
@@ -406,9 +406,9 @@ def test_killed_twenty_times_nothing_is_lost_or_done_twice(gpt2, tmp_path):
             assert os.WEXITSTATUS(status) == 0
             break
     found = Results.load(path)
-    assert kills == 20 and len(set(rounds)) > 15  # the control: it was killed on the way
+    assert kills == 10 and len(set(rounds)) > 7  # the control: it was killed on the way
     assert seconds_apart(found.after) == seconds_apart(whole.after)
     assert seconds_apart(found.before) == seconds_apart(whole.before)
     for name in ("ft.jsonl", "unedited.jsonl"):
         lines = path.with_name(name).read_bytes().splitlines()
-        assert [json.loads(line).get("case_id") for line in lines] == [None, *range(60)]
+        assert [json.loads(line).get("case_id") for line in lines] == [None, *range(30)]

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, first_everywhere, make_model, once_a_class
+from conftest import CLASSES, shared_out, make_model, once_a_class
 from helpers import tiny_models
 
 from transformer_lens_rome import target_log_probs
@@ -272,7 +272,7 @@ def test_unusual_prompts(gpt2):
 
 @once_a_class
 @pytest.mark.real_model
-@pytest.mark.parametrize("kind", first_everywhere("mlp", "resid", "attn"))
+@pytest.mark.parametrize("kind", shared_out(["mlp", "attn"], ["resid"]))
 def test_released_traces_of_gemma(gemma, shared, kind, record_property):
     """To what float32 gives: the first p_clean is 0.507056 there, and 0.507027 in float64."""
     case = ("resid", "mlp", "attn").index(kind)
