@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import shared_out, newest, once_a_class
+from conftest import newest, once_a_class, shared_out
 
 from transformer_lens_rome import (
     EditRequest,

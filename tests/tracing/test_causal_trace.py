@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, shared_out, make_model, once_a_class
+from conftest import CLASSES, make_model, once_a_class, shared_out
 from helpers import tiny_models
 
 from transformer_lens_rome import target_log_probs
