@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 import transformers
-from conftest import newest, once_a_class
+from conftest import newest
 
 from transformer_lens_rome import top_tokens
 from transformer_lens_rome.demo import load_demo_hf, smollm2, unpack
@@ -113,7 +113,7 @@ def test_tokens_of_smollm2_are_those_of_the_converter(smollm2, shared):
         assert tokenizer.decode(ids) == line
 
 
-@once_a_class
+@newest
 @pytest.mark.real_model
 def test_smollm2_knows_facts(smollm2, shared):
     """About a fifth of the paper's known facts, as top prediction."""

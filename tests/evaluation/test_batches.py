@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, newest
 from helpers.evaluation_setting import (
     RECORDS,
     RandomEdits,
@@ -169,6 +169,7 @@ def test_a_batch_has_a_record(gpt2, size):
         evaluate(gpt2, batch_size=size)
 
 
+@newest
 @pytest.mark.real_model
 def test_rows_of_gemma(gemma, gemma_moment):
     """On the real model, for a search of few steps."""

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from conftest import once_a_class
+from conftest import newest
 
 from transformer_lens_rome import EditRequest, SecondMoment, apply_edit, get_method, revert_all
 from transformer_lens_rome.methods import MemitConfig, mass_method, mean_value_norm
@@ -162,7 +162,7 @@ def test_released_edits_of_tiny_gpt2(tiny_gpt2, oracle, name, monkeypatch, recor
     assert errors["residuals"] < 1e-3 and errors["changes"] < 1e-3
 
 
-@once_a_class
+@newest
 @pytest.mark.real_model
 def test_released_edit_of_smollm2(smollm2, oracle, shared, monkeypatch, record_property):
     """MEMIT on a Llama, whose searches stop early; a subject at position 0 absorbs nothing.
