@@ -1,12 +1,14 @@
-"""ROME on CounterFact records, one at a time and in batches, by both rules of the search.
+"""ROME, FT and FT+L on CounterFact records, one at a time and in batches.
 
     python examples/benchmarks/batch_speed.py RECORDS [--records 8] [--batches 1 4 8] [--flops]
+    python examples/benchmarks/batch_speed.py RECORDS --methods ft ft+l
     python examples/benchmarks/batch_speed.py RECORDS --random gpt2-xl --tokenizer FOLDER --steps 2
 
-Each way edits the same records and scores them after it: a run of `evaluate_counterfact` in one
-process, with the unedited model scored once before. "difference" is the largest difference of a
-log-probability to the same rule one at a time. With --steps, the search has that many losses and no
-stop. Prints a Markdown table; --flops counts the operations of each way in a second run.
+"released" and "default" are ROME by two rules of the search. Each way edits the same records and
+scores them after it: a run of `evaluate_counterfact` in one process, with the unedited model scored
+once before. "difference" is the largest difference of a log-probability to the same method one at a
+time. With --steps, a search has that many losses and no stop. Prints a Markdown table; --flops
+counts the operations of each way in a second run.
 """
 
 import argparse
@@ -19,7 +21,13 @@ import torch
 from measure import Measured, count_flops, matmul_flops_per_second
 from shapes import SHAPES, random_model
 
-from transformer_lens_rome import CounterFact, RomeConfig, SecondMoment, evaluate_counterfact
+from transformer_lens_rome import (
+    CounterFact,
+    RomeConfig,
+    SecondMoment,
+    evaluate_counterfact,
+    get_method,
+)
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.methods.rome import Rome
@@ -42,13 +50,19 @@ def difference(one: Results, other: Results) -> float:
     return largest
 
 
-def method_of(model: Any, config: RomeConfig, args: argparse.Namespace) -> Rome:
-    """Return ROME with all that its edits share; a random model gets C = I."""
-    known: dict[str, Any] = {"config": config}
+def method_of(model: Any, name: str, args: argparse.Namespace) -> Any:
+    """Return a method with all that its edits share; a random model gets C = I."""
+    known: dict[str, Any] = {"layer": args.layer}
+    if name not in RULES:
+        few = {"steps": args.steps, "stop_loss": 0.0} if args.steps else {}
+        return get_method(name, **known, **few).prepared(model)
+    known["config"] = RULES[name]
+    if args.steps:
+        few = {"steps": args.steps, "stop_loss": 0.0, "stop": "loss"}
+        known["config"] = dataclasses.replace(RULES[name], **few)
     if args.random:
-        layer = args.layer or model.cfg.n_layers // 3
-        identity = SecondMoment.identity(len(w_out(model, layer)))
-        known |= {"layer": layer, "second_moment": identity}
+        known["layer"] = args.layer or model.cfg.n_layers // 3
+        known["second_moment"] = SecondMoment.identity(len(w_out(model, known["layer"])))
     return Rome(**known).prepared(model)
 
 
@@ -58,7 +72,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("file", help="CounterFact records")
     parser.add_argument("--records", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    names = (*RULES, "ft", "ft+l")
+    parser.add_argument("--methods", nargs="+", choices=names, default=list(RULES))
     parser.add_argument("--demo", default="gemma", choices=("gemma", "smollm2"))
     parser.add_argument("--random", choices=SHAPES, help="random weights of a known shape")
     parser.add_argument("--tokenizer", help="folder of a tokenizer for --random")
@@ -70,7 +85,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(model: Any, method: Rome, records: CounterFact, size: int, args: Any) -> dict[str, Any]:
+def measure(model: Any, method: Any, records: CounterFact, size: int, args: Any) -> dict[str, Any]:
     """Run one way, and count its operations in a second run; all numbers but the rows an edit."""
     device = w_out(model, 0).device
     with TemporaryDirectory() as folder:
@@ -103,20 +118,16 @@ def main() -> None:
     else:
         model = load_demo_model(args.demo, device=device).to(dtype)
     records = CounterFact.load(args.file, limit=args.records)
-    head = "rule|batch|records an hour|ratio|seconds: edit|score|GFLOP|GFLOP/s|peak MB|difference"
+    head = "method|batch|records an hour|ratio|seconds: edit|score|GFLOP|GFLOP/s|peak MB|difference"
     print(f"| {head.replace('|', ' | ')} |\n{'|---' * 10}|")
     base = None
-    for rule in args.rules:
-        config, alone = RULES[rule], None
-        if args.steps:
-            changed = {"steps": args.steps, "stop_loss": 0.0, "stop": "loss"}
-            config = dataclasses.replace(config, **changed)
-        method = method_of(model, config, args)
+    for name in args.methods:
+        method, alone = method_of(model, name, args), None
         evaluate_counterfact(model, records[:1], method, progress=False)  # self-checks run once
         for size in args.batches:
             way = measure(model, method, records, size, args)
             base, alone = base or way, alone or way
-            cells = [rule, str(size), f"{3600 / way['seconds']:.0f}"]
+            cells = [name, str(size), f"{3600 / way['seconds']:.0f}"]
             cells += [f"{base['seconds'] / way['seconds']:.2f}", f"{way['edit']:.1f}"]
             cells += [f"{way['score']:.1f}", f"{way['gflop']:.0f}"]
             cells += [f"{way['gflop'] / way['seconds']:.0f}", f"{way['peak_mb']:.0f}"]
