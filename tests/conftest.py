@@ -16,6 +16,7 @@ import torch
 from helpers import oracle_models, tiny_models
 from helpers.tiny_tokenizer import tiny_tokenizer
 
+from transformer_lens_rome.methods import batches
 from transformer_lens_rome.statistics.sources import sampled_second_moment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -129,6 +130,12 @@ def _global_random_state_untouched():
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.fixture
+def any_lengths(monkeypatch):
+    """Requests of any lengths share a batch, as on a GPU."""
+    monkeypatch.setattr(batches, "_PADDING", float("inf"))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import make_model, newest
+from helpers.editor_setting import random_editor
 from helpers.evaluation_setting import (
     RECORDS,
     RandomEdits,
@@ -21,7 +22,9 @@ from transformer_lens_rome import EditRequest, get_method
 from transformer_lens_rome.evaluation import evaluate_zsre, work
 from transformer_lens_rome.evaluation.zsre import ZsreRecord
 from transformer_lens_rome.methods import rome_method
-from transformer_lens_rome.model.adapter import w_out, weight_hash
+from transformer_lens_rome.model.adapter import Weight, w_out, weight_hash
+
+pytestmark = pytest.mark.usefixtures("any_lengths")
 
 LONG = "In the old city of the best of times and the old man, {} was"
 VARIED = [
@@ -46,6 +49,8 @@ METHODS = {
     "ft": lambda model: get_method("ft", layer=LAYER, steps=4),
     "ft+l": lambda model: get_method("ft+l", layer=LAYER, steps=4),
     "kn": lambda model: get_method("kn", steps=4),
+    "ke": lambda model: get_method("ke", editor=random_editor(model, "ke")),
+    "mend": lambda model: get_method("mend", editor=random_editor(model, "mend")),
 }
 
 
@@ -169,17 +174,37 @@ def test_a_batch_has_a_record(gpt2, size):
         evaluate(gpt2, batch_size=size)
 
 
+def real_records():
+    one = RECORDS[0]
+    return [
+        dataclasses.replace(one, case_id=i, request=EditRequest("{} is in", name, "Paris", "Rome"))
+        for i, name in enumerate(("The Space Needle", "Big Ben"))
+    ]
+
+
 @newest
 @pytest.mark.real_model
 def test_rows_of_gemma(gemma, gemma_moment):
     """On the real model, for a search of few steps."""
     config = dataclasses.replace(CONFIG, clamp=0.75)
     method = get_method("rome", second_moment=gemma_moment, prefixes=PREFIXES, config=config)
-    records = [
-        dataclasses.replace(RECORDS[0], request=EditRequest("{} is in", name, "Paris", "Rome"))
-        for name in ("The Space Needle", "Big Ben")
-    ]
-    records = [dataclasses.replace(r, case_id=i) for i, r in enumerate(records)]
-    alone = evaluate(gemma, method, records, batch_size=1)
-    together = evaluate(gemma, method, records, batch_size=2)
+    alone = evaluate(gemma, method, real_records(), batch_size=1)
+    together = evaluate(gemma, method, real_records(), batch_size=2)
     assert_alike(seconds_apart(together.after), seconds_apart(alone.after))
+
+
+@newest
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", ("ft", "mend"))
+def test_rows_of_smollm2(smollm2, name):
+    """Training of few steps, and an editor of random tensors."""
+    options = {"steps": 3}
+    if name == "mend":
+        places = [Weight(kind, 28) for kind in ("W_in", "W_out")]
+        options = {"editor": random_editor(smollm2, name, matrices=places)}
+    method = get_method(name, **options)
+    alone = evaluate(smollm2, method, real_records(), batch_size=1)
+    together = evaluate(smollm2, method, real_records(), batch_size=2)
+    assert_alike(seconds_apart(together.after), seconds_apart(alone.after))
+    first, second = (row.scores["rewrite"] for row in alone.after.values())
+    assert first != second != alone.before[1].scores["rewrite"]  # the control

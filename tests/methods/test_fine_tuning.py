@@ -17,6 +17,8 @@ from transformer_lens_rome.model.adapter import Weight, parameter, w_out
 from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.prompts.scores import target_log_probs
 
+pytestmark = pytest.mark.usefixtures("any_lengths")
+
 SHAPES = ("gpt2", "gptj", "llama", "gemma2", "gemma3")
 
 

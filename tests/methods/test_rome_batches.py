@@ -14,6 +14,8 @@ from transformer_lens_rome.methods import batches, v_star
 from transformer_lens_rome.methods.rome import Rome
 from transformer_lens_rome.model.adapter import w_out, weight_hash
 
+pytestmark = pytest.mark.usefixtures("any_lengths")
+
 REQUESTS = [
     EditRequest("{} is in", "The Space Needle", "Paris"),
     EditRequest("{}", "Rome", "the best"),
@@ -173,6 +175,19 @@ def test_other_errors_and_interrupts_go_through(gpt2, monkeypatch):
             each(gpt2, REQUESTS)
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         compute_rome_edits(gpt2, REQUESTS, batch_size=0, **options(gpt2))
+
+
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_on_a_cpu_little_of_a_batch_is_padding(gpt2, monkeypatch, device):
+    """A pass of rows of 4 and 8 tokens runs half as many again."""
+    monkeypatch.setattr(batches, "_PADDING", 1.25)
+    lengths, seen = [8, 4, 8, 4, 9], []
+    shapes = {i: batches.Shape(2, n, n) for i, n in enumerate(lengths)}
+    monkeypatch.setattr(batches, "free_memory", lambda model: 1e9)
+    batches.in_batches(
+        gpt2.to(device), range(5), shapes.get, lambda some: seen.append(some) or some
+    )
+    assert seen == ([[1, 3], [0, 2, 4]] if device == "cpu" else [[1, 3, 0, 2, 4]])
 
 
 def test_batches_are_of_like_lengths_and_of_the_size_that_memory_allows(gpt2, monkeypatch):

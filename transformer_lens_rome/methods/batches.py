@@ -23,6 +23,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 _MOST = 64
 """Largest batch that is chosen by itself."""
+_PADDING = 1.25
+"""Largest ratio of the tokens of a batch, padding included, to its own tokens, on a CPU."""
 
 
 class Shape(NamedTuple):
@@ -104,19 +106,32 @@ def tried(
 
 
 def _batches(model: Model, shapes: dict[int, Shape], batch_size: int | None) -> Iterator[list[int]]:
-    """Yield batches of items of like lengths that may share a pass."""
+    """Yield batches of items of like lengths that may share a pass.
+
+    On a CPU, time goes with the number of tokens, so little of a batch may be padding.
+    """
     order = sorted(shapes, key=lambda i: (shapes[i].recomputed, shapes[i].longest))
     room = free_memory(model) / 4
+    on_cpu = next(model.parameters()).device.type == "cpu"
     for group in passes.apart(model, [shapes[i].longest for i in order]):
         batch: list[int] = []
         for i in (order[at] for at in group):
-            fits = len(batch) < _MOST and _bytes(model, [shapes[j] for j in (*batch, i)]) < room
-            if batch and (not fits if batch_size is None else len(batch) == batch_size):
+            some = [shapes[j] for j in (*batch, i)]
+            fits = len(batch) < _MOST and _bytes(model, some) < room
+            full = not fits if batch_size is None else len(batch) == batch_size
+            if batch and (full or (on_cpu and _padding(some) > _PADDING)):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
+
+
+def _padding(shapes: Sequence[Shape]) -> float:
+    """Return the ratio of the tokens that a pass runs again to those that are no padding."""
+    longest = max(shape.recomputed for shape in shapes)
+    own = sum(shape.rows * shape.recomputed for shape in shapes)
+    return longest * sum(shape.rows for shape in shapes) / own
 
 
 def _bytes(model: Model, shapes: Sequence[Shape]) -> float:

@@ -158,8 +158,9 @@ def compute_rome_edits(
     Args:
         model: A HookedTransformer or TransformerBridge.
         requests: Requests, as in `compute_rome_edit`.
-        batch_size: The number of requests whose searches share passes. None: as many as fit into
-            a quarter of the free memory, up to 64. A batch that does not fit is halved.
+        batch_size: The largest number of requests whose searches share passes. None: as many as
+            fit into a quarter of the free memory, up to 64. A batch that does not fit is halved.
+            On a CPU, requests share passes only if their lengths are alike.
         layer: As in `compute_rome_edit`.
         second_moment: As in `compute_rome_edit`.
         prefixes: As in `compute_rome_edit`.
