@@ -103,6 +103,7 @@ def test_an_error_between_two_layers_leaves_the_model_as_it_was(gpt2, monkeypatc
     assert same(weights(gpt2), before)
 
 
+@pytest.mark.usefixtures("any_lengths")
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said(gpt2, monkeypatch, caplog):
     search, sizes = mass_targets._searched, []
 
