@@ -42,6 +42,7 @@ def test_nothing_grows_with_edits_and_traces(setting):
     assert left_by(setting, setting.traces(3)) == []
 
 
+@newest
 def test_memory_does_not_grow(setting):
     """A copy of W_out, 16 kB, that stays in every cycle would be four times what is allowed."""
     kept, model = [], setting.model
