@@ -46,6 +46,7 @@ def test_what_is_missing_or_damaged_is_unpacked(asked, demo, held, monkeypatch, 
     assert found.value.args == (folder,)
 
 
+@newest
 @pytest.mark.real_model
 def test_what_is_there_is_not_unpacked_again(gemma, asked):
     model, tokenizer = load_demo_hf()

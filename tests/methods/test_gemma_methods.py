@@ -57,6 +57,7 @@ def test_mend_learns_to_edit_and_to_leave_other_text_alone(gemma):
     before.check(gemma, "training and editing")
 
 
+@newest
 def test_knowledge_neurons_are_found_and_written(gemma):
     """With targets as the model sees them, tokens that start with a space."""
     method = get_method("kn", add_space=True, steps=6)

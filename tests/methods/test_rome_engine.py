@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_model, once_a_class, shared_out
+from conftest import make_model, newest
 from helpers.rome_setting import CONFIG, NEAR, PREFIXES, REQUEST, small_edit
 
 from transformer_lens_rome import EditRequest, RomeConfig, compute_rome_edit
@@ -90,9 +90,9 @@ FACT = EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English")
 TEXTS = ("", "He said.", "A few days ago, I was reading about.")
 
 
-@once_a_class
+@newest
 @pytest.mark.real_model
-@pytest.mark.parametrize("released", shared_out([False], [True]))
+@pytest.mark.parametrize("released", (False, True))
 def test_gemma_edits(gemma, released, monkeypatch):
     config = dataclasses.replace(RomeConfig.released() if released else RomeConfig(), steps=5)
     moment = SecondMoment.identity(2048)

@@ -142,6 +142,24 @@ def test_each_row_is_on_its_own():
     torch.testing.assert_close(none.kl, found.kl)
 
 
+@pytest.mark.parametrize("n", (5, 6, 15, 16))
+def test_few_rows_of_a_tied_unembedding(n):
+    """A CPU gets up to sixteen rows where these are faster; what comes back is of n rows."""
+    _, unembedding, labels, _ = setting()
+    x = torch.randn(n, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, labels = x.requires_grad_(), labels[:1].expand(n - 1)
+    tied = unembedding._replace(weight=unembedding.weight.T.contiguous().T)
+    gradients, values = [], []
+    for one in (unembedding, tied):
+        found = losses(x, one, labels, tokens=100)
+        values.append((found.nll, found.kl, found.log_q, found.is_top))
+        gradients += torch.autograd.grad(found.nll.sum(), x)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+    assert found.nll.shape == (n - 1,) and found.log_q.shape == (1, V)
+    assert len(vocabulary._enough_rows(x, tied.weight)) == (16 if n > 5 else n)
+
+
 def test_float32_keeps_its_digits_over_a_large_vocabulary():
     """`log_softmax` on a CPU does not."""
     generator = torch.Generator().manual_seed(0)
