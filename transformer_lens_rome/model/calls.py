@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
-from transformer_lens_rome.model import adapter, refusals
+from transformer_lens_rome.model import adapter, device_check, refusals
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import forget_other_states
 from transformer_lens_rome.torch_states import torch_defaults
@@ -58,8 +58,9 @@ def _called(function: Callable[P, R], begin: Callable[[Any], object]) -> Callabl
 
 
 def _begin(model: Model) -> None:
-    """Check the model, and discard results of self-checks of an earlier state."""
+    """Check the model and its device, and discard results of self-checks of an earlier state."""
     refusals.check_model(model)
+    device_check.compare_with_cpu(model)
     forget_other_states(model)
 
 

@@ -118,7 +118,7 @@ def apart(model: Model, lengths: Sequence[int]) -> list[list[int]]:
 
 def unembed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Compute logits from residuals after the last block: final norm, unembedding, soft cap."""
-    weight, bias, cap = _unembedding(model)
+    weight, bias, cap = unembedding(model)
     parts = []
     for part in products(_normed(model, residual), weight, bias):
         part = cap * torch.tanh(part / cap) if cap else part
@@ -144,7 +144,7 @@ def log_probs(
     No logits are stored, and there are no gradients.
     """
     residual = _normed(model, residual)
-    return vocabulary.log_probs(residual, _unembedding(model), labels).float()
+    return vocabulary.log_probs(residual, unembedding(model), labels).float()
 
 
 def losses(
@@ -154,7 +154,7 @@ def losses(
     log_q: Float[Tensor, "k d_vocab"] | None = None,
 ) -> Losses:
     """Compute losses from residuals after the last block, with gradients; see `vocabulary`."""
-    return vocabulary.losses(_normed(model, residual), _unembedding(model), labels, log_q)
+    return vocabulary.losses(_normed(model, residual), unembedding(model), labels, log_q)
 
 
 def _normed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
@@ -162,7 +162,7 @@ def _normed(model: Model, residual: Float[Tensor, "n d_model"]) -> Float[Tensor,
     return model.ln_final(residual[:, None])[:, 0]
 
 
-def _unembedding(model: Model) -> Unembedding:
+def unembedding(model: Model) -> Unembedding:
     """Return what follows the final norm."""
     cap = float(getattr(model.cfg, "output_logits_soft_cap", 0.0) or 0.0)
     return Unembedding(model.W_U, model.b_U, max(cap, 0.0))  # TransformerLens: -1 means none

@@ -30,7 +30,7 @@ def has_users_hooks(model: Model) -> bool:
     return hooked
 
 
-_UNABLE = (
+UNABLE = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
@@ -74,7 +74,7 @@ def holds(model: Model, instead: str, error: Callable[[], float]) -> bool:
             with torch.no_grad():
                 size = error()
             reason = f"results differ by {size:.1e}" if size else ""
-        except _UNABLE as fault:
+        except UNABLE as fault:
             if is_out_of_memory(fault):
                 raise  # too little memory is no evidence against the shortcut
             reason = f"{type(fault).__name__}: {fault}"
