@@ -4,7 +4,8 @@
 
 Operations are counted on models of the right width with random weights and two or three blocks,
 and scaled: the work is a sum of what each block below the edit costs, each block above it, and each
-token of the vocabulary, so three counts give all. TOKENIZER is a folder with any small tokenizer.
+token of the vocabulary, so three counts give all. TOKENIZER is a folder with a tokenizer of 20,000
+tokens or more, such as SmolLM2's; what does not grow with a small vocabulary would be scaled with it.
 One record is edited with 21 prefixes, by the released rule in 20 steps and by the default rule in
 13, the mean on Gemma-3-270M (`search_rules.py`), and scored on 13 prompts of 12 tokens. Prints a
 Markdown table.
@@ -72,6 +73,8 @@ def scaled(shape: str, tokenizer: str, count: Any) -> float:
         finally:
             SHAPES[shape] = kept
         found[depth, layer], vocabulary = count(model, layer), model.cfg.d_vocab
+    if vocabulary < 20_000:
+        raise SystemExit(f"the tokenizer has {vocabulary} tokens; take one with 20,000 or more")
     above = found[3, 0] - found[2, 0]
     below = found[3, 1] - found[2, 0]
     rest = found[2, 0] - 2 * above
