@@ -5,7 +5,7 @@
 Operations are counted on models of the right width with random weights and two or three blocks,
 and scaled: the work is a sum of what each block below the edit costs, each block above it, and each
 token of the vocabulary, so three counts give all. TOKENIZER is a folder with a tokenizer of 20,000
-tokens or more, such as SmolLM2's; what does not grow with a small vocabulary would be scaled with it.
+tokens or more, such as SmolLM2's: with fewer, what the vocabulary does not cost is scaled too.
 One record is edited with 21 prefixes, by the released rule in 20 steps and by the default rule in
 13, the mean on Gemma-3-270M (`search_rules.py`), and scored on 13 prompts of 12 tokens. Prints a
 Markdown table.
