@@ -42,7 +42,8 @@ def test_logits_and_log_probs(d_vocab, cap):
     torch.testing.assert_close(passes.unembed(model, residual), wanted)
     labels = torch.stack([wanted.argmax(1), wanted.argmin(1), torch.full((7,), d_vocab - 1)], 1)
     found = passes.log_probs(model, residual, labels)
-    torch.testing.assert_close(found, wanted.log_softmax(1).gather(1, labels))
+    torch.testing.assert_close(found.log_probs, wanted.log_softmax(1).gather(1, labels))
+    assert torch.equal(found.top, wanted.argmax(1))
     torch.testing.assert_close(passes.unembed(model, residual), wanted)  # nothing was spoilt
 
 
@@ -50,7 +51,7 @@ def test_log_probs_of_half_precision_are_float32():
     model = stand_in(5000, dtype=torch.bfloat16)
     residual = rand(7, 16).bfloat16()
     labels = torch.arange(7)[:, None] * 700
-    found = passes.log_probs(model, residual, labels)
+    found = passes.log_probs(model, residual, labels).log_probs
     wanted = passes.unembed(model, residual).float().log_softmax(1).gather(1, labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -63,14 +64,16 @@ def direct(model, ids, found, noise, answer, kind, window):
 
         hooks = [("hook_embed", corrupt), *((names[layer], restore) for layer in restored)]
         logits = model.run_with_hooks(torch.tensor([ids] * len(noise)), fwd_hooks=hooks)
-        return logits[:, -1].softmax(-1)[:, answer]
+        return logits[:, -1].softmax(-1)[:, answer], logits[:, -1].argmax(-1)
 
     cells = torch.zeros(len(noise), n_layers, len(ids))
+    top = cells.long()
     for layer in range(n_layers):
         near = range(max(0, layer - window // 2), min(n_layers, layer + (window + 1) // 2))
         for position in range(len(ids)):
-            cells[:, layer, position] = p([layer] if kind == "resid" else near, position)
-    return cells, p([], 0)
+            found = p([layer] if kind == "resid" else near, position)
+            cells[:, layer, position], top[:, layer, position] = found
+    return cells, p([], 0)[0], top
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,11 +84,27 @@ def test_every_cell_is_that_of_a_whole_pass(model, kind):
     noise = torch.randn(3, span, model.cfg.d_model, generator=generator)
     found = trace(model, kind=kind, noise=noise)
     logits = passes.logits_at(model, torch.tensor([ids]), *torch.tensor([[0], [len(ids) - 1]]))
-    cells, base = direct(model, ids, found, noise, int(logits.argmax()), kind, 2)
+    cells, base, top = direct(model, ids, found, noise, int(logits.argmax()), kind, 2)
     torch.testing.assert_close(found.samples, cells, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.corrupted_samples, base, rtol=1e-4, atol=1e-6)
     assert found.p_clean == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
     assert found.samples.std(0).max() > 1e-4 and found.scores.std() > 1e-4
+    decode = Encoder.of(model).tokenizer.decode
+    words = [found.top_tokens[i] for i in found.top.flatten().tolist()]
+    assert words == [decode([i]) for i in top.flatten().tolist()]
+
+
+def test_the_top_tokens_of_a_cell_are_counted(gpt2):
+    found = trace(gpt2)
+    top = torch.tensor([1, 0, 1])[:, None, None].expand_as(found.samples)
+    found = dataclasses.replace(found, top=top, top_tokens=(" Rome", " Paris"))
+    assert found.top_at(0, 1) == [(" Paris", 2), (" Rome", 1)]
+    assert set(found.to_dataframe()["top_token"]) == {" Paris"}
+    unknown = dataclasses.replace(found, top=None)
+    assert unknown.top_at(0, 1) == [] and set(unknown.to_dataframe()["top_token"]) == {None}
+    for wrong in (top + 1, top - 1, top[:2]):
+        with pytest.raises(ValueError, match="top tokens do not fit"):
+            dataclasses.replace(found, top=wrong)
 
 
 # ---------------------------------------------------------------- known limits
@@ -179,9 +198,18 @@ def test_saved_and_loaded(gpt2, tmp_path):
     found = trace(gpt2, kind="attn")
     found.save(tmp_path / "trace.safetensors")
     again = CausalTrace.load(tmp_path / "trace.safetensors")
-    for name in ("samples", "corrupted_samples"):
+    for name in ("samples", "corrupted_samples", "top"):
         assert torch.equal(getattr(again, name), getattr(found, name))
-    for name in ("p_clean", "tokens", "subject_positions", "answer", "kind", "window", "info"):
+    for name in (
+        "p_clean",
+        "tokens",
+        "subject_positions",
+        "answer",
+        "kind",
+        "window",
+        "info",
+        "top_tokens",
+    ):
         assert getattr(again, name) == getattr(found, name)
     (tmp_path / "other").write_bytes(b"no trace")
     with pytest.raises(ValueError, match="safetensors"):

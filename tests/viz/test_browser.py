@@ -40,6 +40,8 @@ TRACE = CausalTrace(
     window=4,
     metric="probability",
     info={},
+    top=torch.tensor([1, 0, 1])[:, None, None].expand(3, 7, 5).clone(),
+    top_tokens=(" Paris", EVIL),
 )
 ATTENTION = dataclasses.replace(TRACE, samples=TRACE.samples * 2, kind="attn")
 
@@ -161,7 +163,9 @@ def test_a_cell_is_reached_by_arrows_and_says_its_samples(opened):
     assert focused == cell(browser, row, 1)[0]
     said = details(browser)
     assert "MLP outputs of layers 0 to 2 at" in said and "P(Seattle) changes by" in said
-    listed = said.split("Samples: ")[1].removesuffix(".corruptedclean").split(", ")
+    listed, tops = said.split("Samples: ")[1].split(". Top tokens, and in how many samples: ")
+    listed = listed.split(", ")
+    assert tops.startswith('</script><img src=x onerror="alert(1)">$\\u202e\\x00 2, Paris 1.')
     samples = [float(x) for x in listed]
     assert samples == pytest.approx(TRACE.samples[:, 1, row].tolist(), rel=1e-2)
     assert len(browser.find_elements("css selector", ".tlr-details circle")) == 3
@@ -241,6 +245,7 @@ def test_a_text_of_thousands_of_tokens_is_a_page_of_a_megabyte_at_most(opened, t
     long = dataclasses.replace(
         TRACE,
         samples=drawn(3, 26, n),
+        top=torch.ones(3, 26, n, dtype=torch.long),
         tokens=tuple(f" {EVIL[:9]}{i}" for i in range(n)),
         subject_positions=(7, 8),
     )

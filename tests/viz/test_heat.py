@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import re
 
 import pytest
@@ -31,6 +32,8 @@ TRACE = CausalTrace(
     window=4,
     metric="probability",
     info={"model": "tiny"},
+    top=(10 * rand(3, 7, 5)).long() % 3,
+    top_tokens=(" Seattle", "</script>\u202e", "  "),
 )
 SEVERED = SeveredTrace(rand(3, 7), rand(3, 7), rand(3) / 10, 0.9, "attn", " Seattle", TRACE.info)
 
@@ -52,6 +55,19 @@ def cells(shown):
                     int(share[1]) if share else 0,
                 )
     return found
+
+
+def test_a_page_holds_the_top_tokens_of_each_cell():
+    body = heat_map(trace_panel(TRACE)).body
+    (known,) = json.loads(re.search(r'tlr-data">(.*?)</script>', body)[1])
+    assert len(known["tops"]) == 35 == len(known["effects"])
+    for position, layer in ((0, 0), (4, 6)):
+        counts = TRACE.top[:, layer, position].bincount(minlength=3).tolist()
+        parts = dict(one.rsplit(" ", 1) for one in known["tops"][position * 7 + layer].split(", "))
+        names = ("Seattle", "</script>\\u202e", "(spaces)")
+        assert parts == {name: str(n) for name, n in zip(names, counts, strict=True) if n}
+    change = difference(TRACE, dataclasses.replace(TRACE, samples=TRACE.samples / 2))
+    assert not change.tops
 
 
 def test_a_cell_is_its_effect_on_one_scale_for_both_signs():
@@ -79,9 +95,8 @@ def test_an_effect_is_white_where_its_interval_holds_zero():
     torch.testing.assert_close(TRACE.half_width, 1.96 * effects.std(0) / 3**0.5)
     steady = dataclasses.replace(TRACE, samples=TRACE.corrupted_samples[:, None, None] + rand(7, 5))
     assert not (steady.indirect_effect.abs() <= steady.half_width).any()
-    one = dataclasses.replace(
-        TRACE, samples=TRACE.samples[:1], corrupted_samples=TRACE.corrupted_samples[:1]
-    )
+    first = {name: getattr(TRACE, name)[:1] for name in ("samples", "corrupted_samples", "top")}
+    one = dataclasses.replace(TRACE, **first)
     assert one.half_width.isnan().all() and "tlr-zero" not in one._repr_html_().split("</style>")[1]
 
 

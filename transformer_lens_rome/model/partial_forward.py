@@ -43,7 +43,7 @@ from transformer_lens_rome.model.block_calls import Recording, record
 from transformer_lens_rome.model.changes import Change, Noise, embedded, replace
 from transformer_lens_rome.model.protocol import Model
 from transformer_lens_rome.model.self_check import difference, has_users_hooks, holds
-from transformer_lens_rome.model.vocabulary import Losses
+from transformer_lens_rome.model.vocabulary import Losses, Scored
 
 logger = logging.getLogger(__name__)
 
@@ -130,17 +130,19 @@ class PartialForward:
         rows: Int[Tensor, "n"],
         positions: Int[Tensor, "n"],
         labels: Int[Tensor, "n k"],
-    ) -> Float[Tensor, "variant n k"]:
-        """Return log-probabilities of k tokens at each pair, in float32; no logits are stored."""
+    ) -> Scored:
+        """Return log-probabilities of k tokens at each pair and variant, and the top token.
+
+        Both have a first axis of variants, and are in main memory. No logits are stored.
+        """
         if self.recording is None:
-            whole = (self._whole(changes, rows, positions).float() for changes in variants)
-            return torch.stack(
-                [one.log_softmax(-1).gather(1, labels.to(one.device)) for one in whole]
-            )
+            whole = [self._whole(changes, rows, positions).float().cpu() for changes in variants]
+            found = [one.log_softmax(-1).gather(1, labels.cpu()) for one in whole]
+            return Scored(torch.stack(found), torch.stack([one.argmax(-1) for one in whole]))
         final = self.finals(variants, rows, positions)
         every = labels.repeat(len(variants), 1).to(final.device)
         flat = passes.log_probs(self.model, final.flatten(0, 1), every)
-        return flat.unflatten(0, final.shape[:2])
+        return Scored(*(one.unflatten(0, final.shape[:2]).cpu() for one in flat))
 
     def losses(
         self,

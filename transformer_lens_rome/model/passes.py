@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens_rome.model import adapter, vocabulary
 from transformer_lens_rome.model.adapter import Hook, Point, architecture, model_class
 from transformer_lens_rome.model.protocol import Model
-from transformer_lens_rome.model.vocabulary import Losses, Unembedding
+from transformer_lens_rome.model.vocabulary import Losses, Scored, Unembedding
 
 NO_ROW = torch.zeros(0, dtype=torch.long)  # no logits are needed, only the hooks
 
@@ -138,13 +138,13 @@ def logits_of_vector(model: Model, vector: Float[Tensor, "d_model"]) -> Float[Te
 
 def log_probs(
     model: Model, residual: Float[Tensor, "n d_model"], labels: Int[Tensor, "n k"]
-) -> Float[Tensor, "n k"]:
+) -> Scored:
     """Compute log-probabilities of some tokens from residuals after the last block, in float32.
 
     No logits are stored, and there are no gradients.
     """
-    residual = _normed(model, residual)
-    return vocabulary.log_probs(residual, unembedding(model), labels).float()
+    found = vocabulary.log_probs(_normed(model, residual), unembedding(model), labels)
+    return found._replace(log_probs=found.log_probs.float())
 
 
 def losses(

@@ -67,6 +67,18 @@ class Losses(NamedTuple):
         return [Losses(*part) for part in parts]
 
 
+class Scored(NamedTuple):
+    """What a model says at n places.
+
+    Attributes:
+        log_probs: Log-probabilities of m tokens at each place.
+        top: The token with the largest logit at each place.
+    """
+
+    log_probs: Float[Tensor, "n m"]
+    top: Int[Tensor, "n"]
+
+
 def losses(
     x: Float[Tensor, "n_plus_k d_model"],
     unembedding: Unembedding,
@@ -134,13 +146,16 @@ def log_probs(
     labels: Int[Tensor, "n m"],
     *,
     tokens: int | None = None,
-) -> Float[Tensor, "n m"]:
-    """Return log p of m tokens after each normed residual, without gradients."""
+) -> Scored:
+    """Return log p of m tokens after each normed residual, and the top token; no gradients."""
     with torch.no_grad():
         sums = _Sums(x, labels.to(x.device), x.new_empty(0, len(unembedding.bias)))
+        top = torch.zeros(len(x), dtype=torch.long, device=x.device)
         for part, _, logits in _slices(x, unembedding, tokens):
+            largest, token = logits.max(1)
+            top = torch.where(largest > sums.top[:, 0], part.start + token, top)
             sums.add(part, logits)
-        return sums.chosen - sums.log_z
+        return Scored(sums.chosen - sums.log_z, top)
 
 
 def slice_size(x: Float[Tensor, "n d_model"]) -> int:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from transformer_lens_rome.model.calls import model_call
 from transformer_lens_rome.model.protocol import Model
+from transformer_lens_rome.prompts.encoder import Encoder
 from transformer_lens_rome.tracing.corrupted_run import Corruption, corrupted_run
 from transformer_lens_rome.tracing.corruption import NoiseSource
 from transformer_lens_rome.tracing.estimated_trace import EstimatedTrace, check_cells
@@ -109,8 +110,11 @@ def causal_trace(
     if method == "gradient":
         how = steps, verify, batch_size
         return _estimated(corrupted, info, {kind: window}, *how)[kind]
-    samples, base = restore_each(corrupted, kind, window, batch_size, progress)
-    return CausalTrace(**_trace(corrupted, info, kind, window, samples, base))
+    found, base = restore_each(corrupted, kind, window, batch_size, progress)
+    ids, top = found.top.unique(return_inverse=True)
+    tokens = tuple(Encoder.of(model).tokenizer.decode([i]) for i in ids.tolist())
+    known = _trace(corrupted, info, kind, window, found.metric, base)
+    return CausalTrace(**known, top=top, top_tokens=tokens)
 
 
 @model_call

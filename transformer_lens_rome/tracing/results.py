@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens_rome.files.intervals import half_width
@@ -42,6 +43,9 @@ class CausalTrace(Result, Shown):
             against another answer.
         info: How the trace was made: model, prompt, options. Noise that is a tensor, or contains
             tensors, is stored by name only.
+        top: For each run, the index in `top_tokens` of the token that the model ranks first after
+            the prompt; None if the runs were not made (estimates).
+        top_tokens: These tokens as text.
     """
 
     samples: Float[Tensor, "sample layer pos"]
@@ -54,6 +58,8 @@ class CausalTrace(Result, Shown):
     window: int
     metric: Metric
     info: dict[str, Any]
+    top: Int[Tensor, "sample layer pos"] | None = field(default=None, kw_only=True)
+    top_tokens: tuple[str, ...] = field(default=(), kw_only=True)
 
     FORMAT: ClassVar[str] = "transformer_lens_rome.trace.1"
 
@@ -65,6 +71,20 @@ class CausalTrace(Result, Shown):
         at = self.subject_positions
         if not at or not self.samples.numel() or not all(0 <= p < positions for p in at):
             raise ValueError(f"there are no samples, or no subject among {positions} tokens: {at}")
+        if self.top is not None:
+            inside = ((self.top >= 0) & (self.top < len(self.top_tokens))).all()
+            if self.top.shape != self.samples.shape or not inside:
+                raise ValueError(f"the top tokens do not fit: {tuple(self.top.shape)}")
+
+    def top_at(self, layer: int, position: int) -> list[tuple[str, int]]:
+        """Return the tokens that the model ranks first with a cell restored, most frequent first.
+
+        Each comes with the number of noise samples in which it does. Estimated traces have none.
+        """
+        if self.top is None:
+            return []
+        found = Counter(self.top[:, layer, position].tolist())
+        return [(self.top_tokens[index], n) for index, n in found.most_common()]
 
     @property
     def scores(self) -> Float[Tensor, "layer pos"]:
@@ -99,7 +119,10 @@ class CausalTrace(Result, Shown):
 
     @torch_defaults()
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a pandas DataFrame with a row per cell: layer, position, token, score, error."""
+        """Return a pandas DataFrame with a row per cell: layer, position, token, score, error.
+
+        "top_token" is the token that the model ranks first in most samples.
+        """
         import pandas as pd
 
         n, layers, positions = self.samples.shape
@@ -114,6 +137,7 @@ class CausalTrace(Result, Shown):
                 "score": self.scores.flatten().tolist(),
                 "standard_error": (spread / n**0.5).flatten().tolist(),
                 "indirect_effect": self.indirect_effect.flatten().tolist(),
+                "top_token": [next(iter(self.top_at(*cell)), (None,))[0] for cell in cells],
             }
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -85,6 +86,18 @@ class CleanRun:
         return [activations[point][0] for point in points]
 
 
+class Scores(NamedTuple):
+    """What runs say, by noise sample and restored cell.
+
+    Attributes:
+        metric: The metric of the answer.
+        top: The token that the model ranks first after the prompt.
+    """
+
+    metric: Float[Tensor, "sample *cell"]
+    top: Int[Tensor, "sample *cell"]
+
+
 @dataclass(frozen=True)
 class CorruptedRun:
     """Rows with a corrupted subject: the clean tokens under noise, or other tokens.
@@ -111,36 +124,43 @@ class CorruptedRun:
         batch_size: int,
         *,
         progress: str | None = None,
-    ) -> Float[Tensor, "sample cell"]:
-        """Return the metric of each sample and cell; `progress` is the name of a progress bar."""
+    ) -> Scores:
+        """Return the scores of each sample and cell; `progress` is the name of a progress bar."""
         run, n = self.clean, len(self.rows)
         rows, at = torch.arange(n).repeat_interleave(len(run.labels)), run.at.repeat(n)
-        each, scores = max(1, batch_size // n), []
+        each, scores, top = max(1, batch_size // n), [], []
         for first in tqdm(range(0, len(cells), each), desc=progress, disable=progress is None):
             batch = cells[first : first + each]
-            log_probs = forward.log_probs(batch, rows, at, run.wanted.repeat(n, 1)).cpu()
+            log_probs, tokens = forward.log_probs(batch, rows, at, run.wanted.repeat(n, 1))
             scores.append(run.score(log_probs.unflatten(1, (n, -1))))
-        return torch.cat(scores).T
+            top.append(tokens.unflatten(1, (n, -1))[..., 0])
+        return Scores(torch.cat(scores).T, torch.cat(top).T)
 
 
 @torch.no_grad()
 def restore_each(
     corrupted: CorruptedRun, kind: str, window: int, batch_size: int, progress: bool
-) -> tuple[Float[Tensor, "sample layer pos"], Float[Tensor, "sample"]]:
-    """Return the scores with each (layer, position) restored, and with nothing restored."""
+) -> tuple[Scores, Float[Tensor, "sample"]]:
+    """Return the scores with each layer and position restored, and the metric with none restored.
+
+    The cells of the former have two axes, layer and position.
+    """
     run, n = corrupted.clean, len(corrupted.rows)
     n_layers, first = run.model.cfg.n_layers, run.subject[0]
     restored = KINDS[kind]
     clean = run.states(restored)
     scores = torch.empty(n, n_layers, run.n_prompt)
+    top = torch.empty(n, n_layers, run.n_prompt, dtype=torch.long)
     for position in tqdm(range(first, run.n_prompt), desc=f"tracing {kind}", disable=not progress):
         cells = [list(_restored(clean, restored, i, position, window, n)) for i in range(n_layers)]
         forward = corrupted.from_(position)
-        scores[:, :, position] = corrupted.scores(forward, cells, batch_size)
+        found = corrupted.scores(forward, cells, batch_size)
+        scores[:, :, position], top[:, :, position] = found
         if position == first:
-            base = corrupted.scores(forward, [[]], batch_size)[:, 0]
-    scores[:, :, :first] = base[:, None, None]  # restoring uncorrupted states changes nothing
-    return scores, base
+            base = corrupted.scores(forward, [[]], batch_size)
+    scores[:, :, :first] = base.metric[:, :, None]  # restoring uncorrupted states changes nothing
+    top[:, :, :first] = base.top[:, :, None]
+    return Scores(scores, top), base.metric[:, 0]
 
 
 @torch.no_grad()
@@ -159,7 +179,7 @@ def restore_some(
         some = [i for i, cell in enumerate(cells) if cell[1] == position]
         layers = [cells[i][0] for i in some]
         changes = [list(_restored(clean, restored, i, position, window, n)) for i in layers]
-        scores[:, some] = corrupted.scores(corrupted.from_(position), changes, batch_size)
+        scores[:, some] = corrupted.scores(corrupted.from_(position), changes, batch_size).metric
     return scores
 
 
@@ -185,7 +205,7 @@ def sever_each(
     severed = [[*changes, *kept[i + 1 :]] for i, changes in enumerate(restored)]
     cells = [[], *restored, *severed]
     bar = f"tracing with {sever} severed" if progress else None
-    scores = corrupted.scores(forward, cells, batch_size, progress=bar)
+    scores = corrupted.scores(forward, cells, batch_size, progress=bar).metric
     return scores[:, 1 : 1 + n_layers], scores[:, 1 + n_layers :], scores[:, 0]
 
 

@@ -57,6 +57,7 @@ class Panel:
         tokens: Whether the rows are the tokens of a text.
         wide: Whether cells show their numbers.
         kept: Rows that are shown in any case if there are too many.
+        tops: What the runs of each cell say, by row and column; empty if it is not known.
     """
 
     effects: Float[Tensor, "row column"]
@@ -81,6 +82,7 @@ class Panel:
     tokens: bool = False
     wide: bool = False
     kept: Sequence[int] = ()
+    tops: Sequence[Sequence[str]] = ()
 
     @property
     def bound(self) -> float:
@@ -144,6 +146,7 @@ def _data(panel: Panel, rows: Sequence[int], *, with_samples: bool) -> dict[str,
         known["samples"] = [_numbers(sample[rows]) for sample in panel.samples]
         known["bases"] = [_number(base) for base in panel.bases]
         known["clean"] = _number(panel.clean)
+        known["tops"] = [text for i in rows for text in panel.tops[i]] if panel.tops else []
     return known
 
 

@@ -70,7 +70,24 @@ def trace_panel(trace: CausalTrace, run: str = "") -> Panel:
         logarithm=trace.metric == "probability",
         tokens=True,
         kept=(*trace.subject_positions, len(trace.tokens) - 1),
+        tops=_tops(trace),
     )
+
+
+def _tops(trace: CausalTrace) -> list[list[str]]:
+    """Return which tokens the runs of each position and layer rank first, and how often."""
+    _, n_layers, positions = trace.samples.shape
+    return [
+        [
+            ", ".join(f"{_word(token)} {n}" for token, n in trace.top_at(layer, position))
+            for layer in range(n_layers)
+        ]
+        for position in range(positions if trace.top is not None else 0)
+    ]
+
+
+def _word(token: str) -> str:
+    return readable(token.strip(" ")) or "(spaces)"
 
 
 def difference(before: CausalTrace, after: CausalTrace) -> Panel:
@@ -83,6 +100,7 @@ def difference(before: CausalTrace, after: CausalTrace) -> Panel:
         samples=after.samples - before.samples,
         corrupted_samples=after.corrupted_samples - before.corrupted_samples,
         p_clean=after.p_clean - before.p_clean,
+        top=None,
     )
     answers = f"{scored(after)} after, less {scored(before)} before"
     panel = trace_panel(change, "difference")
