@@ -49,8 +49,9 @@ def paper(model: str, columns: str) -> str:
     for name in ("unedited", *names):
         edited, source = name != "unedited", name if name != "unedited" else names[0]
         scores = runs[source].scores(edited=edited)
-        if source in texts:
-            scores |= {"GE": texts[source].scores(edited=edited)["GE"]}
+        run = texts.get(source) if edited else next(iter(texts.values()), None)
+        if run is not None:
+            scores |= {"GE": run.scores(edited=edited)["GE"]}
         cells = " | ".join(str(scores.get(column, "")) for column in head)
         lines.append(f"| {name if name == 'unedited' else name.upper()} | {cells} |")
     return "\n".join(lines)
