@@ -140,7 +140,7 @@ def test_released_edits_of_gemma(gemma, gemma_oracle, case, record_property):
 
 @once_a_class
 @pytest.mark.real_model
-@pytest.mark.parametrize("case", shared_out([0, 1], [2]))
+@pytest.mark.parametrize("case", shared_out([0, 1, 3], [2]))
 def test_released_edits_of_smollm2(smollm2, shared, case, record_property):
     """A model without a norm after the MLP and without BOS; C is inverted without a ridge."""
     folder = shared / "oracle"

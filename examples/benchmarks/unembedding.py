@@ -19,7 +19,7 @@ from measure import Measured
 
 from transformer_lens_rome.model import passes, vocabulary
 
-ROWS, SLICES = (12, 22, 96, 352), (1024, 2048, 4096, 8192)
+ROWS, SLICES = (4, 6, 12, 15, 16, 22, 96, 352), (1024, 2048, 4096, 8192)
 
 
 def seconds(run, times: int = 5) -> float:

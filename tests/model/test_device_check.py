@@ -1,6 +1,8 @@
 """A device that computes something else than the CPU is named before the first edit or trace."""
 
+import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from transformer_lens_rome import causal_trace, top_tokens
 from transformer_lens_rome.model import device_check
 from transformer_lens_rome.model.fingerprint import Fingerprint
 
-DEVICE = torch.device("mps")
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=("gpt2", "gemma3", "gptj"))
+@pytest.fixture(params=("gpt2", "gemma3", "gptj", "mixtral"))
 def model(request, model_class, tokenizer_of):
     return make_model(model_class, request.param, tokenizer_of(request.param))
 
@@ -22,7 +24,7 @@ def model(request, model_class, tokenizer_of):
 @pytest.fixture
 def on_a_device(monkeypatch):
     """The CPU's own arithmetic, under the name of another device."""
-    monkeypatch.setattr(device_check, "_devices", lambda model: {DEVICE})
+    monkeypatch.setattr(device_check, "_devices", lambda model: {CPU})
 
 
 def break_layer(model, layer):
@@ -42,9 +44,10 @@ def break_layer(model, layer):
 
 def test_a_sound_device_is_as_the_cpu(model):
     before = Fingerprint.of(model)
-    found = dict(device_check.errors(model))
-    assert list(found) == ["layer 0", "layer 1", "layer 2", "the unembedding"][-len(found) :]
-    assert max(found.values()) < 1e-6
+    found = list(device_check.compared(model, {CPU}))
+    layers = sorted({0, model.cfg.n_layers // 2, model.cfg.n_layers - 1})
+    assert [one.part for one in found] == [*(f"layer {i}" for i in layers), "the unembedding"]
+    assert max(one.size for one in found) < 0.1
     before.check(model, "comparing")
 
 
@@ -53,41 +56,58 @@ def test_a_wrong_layer_is_named(model, on_a_device, monkeypatch, caplog):
     break_layer(model, broken)
     monkeypatch.setattr(device_check.users_hooks, "has_hooks", lambda model: False)
     top_tokens(model, "The Space Needle is", 1)
-    assert f"mps gives other results than the CPU for layer {broken}: " in caplog.text
-    assert "2e+00" in caplog.text  # twice what the block adds
+    (said,) = [record.getMessage() for record in caplog.records if "the CPU" in record.getMessage()]
+    assert said.startswith(f"cpu gives other results than the CPU for layer {broken}: ")
+    times = float(re.search(r"is (\d+) times", said)[1])
+    assert 1000 < times <= 2000  # twice what the block adds, in units of a thousandth
     caplog.clear()
     causal_trace(model, NEAR.subject + " is in", NEAR.subject, progress=False)
-    assert "mps" not in caplog.text  # each device once
+    assert "the CPU" not in caplog.text  # each device once
 
 
-def test_nothing_is_compared_on_a_cpu(gpt2, monkeypatch):
-    monkeypatch.setattr(device_check, "errors", lambda model: pytest.fail("it was compared"))
+@pytest.mark.parametrize(("dtype", "warns"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_half_precision_may_differ_more(dtype, warns):
+    there = torch.linspace(1, 2, 64).to(dtype)
+    here = (there.float() * 1.01).to(dtype)
+    assert (device_check._size(here, there, 0 * there) > 1) == warns
+    assert device_check._size(-there, there, 0 * there) > 1
+
+
+def test_a_copy_shares_nothing_with_the_model(model):
+    own = {tensor.data_ptr() for tensor in model.blocks[0].state_dict().values()}
+    copied = device_check._copy_on_cpu(model.blocks[0]).state_dict()
+    assert copied.keys() == model.blocks[0].state_dict().keys()
+    assert not own & {tensor.data_ptr() for tensor in copied.values()}
+
+
+def test_nothing_is_compared_on_a_cpu_or_on_meta(gpt2, monkeypatch):
+    monkeypatch.setattr(device_check, "compared", lambda *_: pytest.fail("it was compared"))
     top_tokens(gpt2, "The Space Needle is", 1)
+    assert device_check._devices(torch.nn.Linear(2, 2, device="meta")) == set()
 
 
 def test_the_users_hooks_see_no_pass_of_it(gpt2, on_a_device, monkeypatch):
     seen = []
     gpt2.add_hook("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x.shape))
-    monkeypatch.setattr(device_check, "errors", lambda model: pytest.fail("it was compared"))
+    monkeypatch.setattr(device_check, "compared", lambda *_: pytest.fail("it was compared"))
     top_tokens(gpt2, "The Space Needle is", 1)
     gpt2.reset_hooks()
     assert len(seen) == 1
-    monkeypatch.setattr(device_check, "errors", lambda model: [("layer 0", 0.5)])
+    monkeypatch.setattr(device_check, "compared", lambda *_: [])
     device_check.compare_with_cpu(gpt2)
-    assert gpt2._rome_devices == {DEVICE}
+    assert gpt2._rome_devices == {CPU}
 
 
-def test_a_model_that_cannot_be_compared_is_used(gpt2, on_a_device, monkeypatch, caplog):
-    def fail(model):
-        raise AttributeError("no such part")
+@pytest.mark.parametrize(
+    "fault", [AttributeError("no part"), torch.OutOfMemoryError("no room"), copy.Error("no copy")]
+)
+def test_what_was_found_before_a_fault_is_said(gpt2, on_a_device, monkeypatch, caplog, fault):
+    def fail(model, devices):
+        yield device_check.Compared("layer 0", CPU, float("nan"))  # no rounding
+        raise fault
 
-    monkeypatch.setattr(device_check, "errors", fail)
+    monkeypatch.setattr(device_check, "compared", fail)
     with caplog.at_level(logging.INFO):
-        device_check.compare_with_cpu(gpt2)
-    assert "mps is not compared with the CPU: no such part" in caplog.text
-
-
-def test_nan_is_no_rounding(gpt2, on_a_device, monkeypatch, caplog):
-    monkeypatch.setattr(device_check, "errors", lambda model: [("layer 0", float("nan"))])
-    device_check.compare_with_cpu(gpt2)
-    assert "for layer 0" in caplog.text
+        top_tokens(gpt2, "The Space Needle is", 1)
+    assert f"not all of cpu was compared with the CPU: {fault}" in caplog.text
+    assert "other results than the CPU for layer 0: " in caplog.text

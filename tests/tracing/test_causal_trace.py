@@ -38,6 +38,11 @@ def trace(model, prompt=PROMPT, subject=SUBJECT, **options):
     return causal_trace(model, prompt, subject, **(known | options))
 
 
+def words(found):
+    """The top token of every run."""
+    return [found.top_tokens[i] for i in found.top.flatten().tolist()]
+
+
 @pytest.fixture(params=("gpt2", "gptj", "gemma3", "mixtral"))
 def model(request, model_class, tokenizer, bos_tokenizer):
     known = bos_tokenizer if request.param == "gemma3" else tokenizer
@@ -90,8 +95,7 @@ def test_every_cell_is_that_of_a_whole_pass(model, kind):
     assert found.p_clean == pytest.approx(logits.softmax(-1).max().item(), rel=1e-4)
     assert found.samples.std(0).max() > 1e-4 and found.scores.std() > 1e-4
     decode = Encoder.of(model).tokenizer.decode
-    words = [found.top_tokens[i] for i in found.top.flatten().tolist()]
-    assert words == [decode([i]) for i in top.flatten().tolist()]
+    assert words(found) == [decode([i]) for i in top.flatten().tolist()]
 
 
 def test_the_top_tokens_of_a_cell_are_counted(gpt2):
@@ -147,6 +151,7 @@ def test_an_answer_of_several_tokens_is_a_product(model):
     torch.testing.assert_close(many.samples, single.samples.exp(), rtol=1e-4, atol=1e-12)
     (log_p,) = target_log_probs(model, [PROMPT], ["the best of times"])
     assert len(log_p) > 1
+    assert words(many) == words(trace(model))  # of the answer's first token
     assert single.p_clean == pytest.approx(log_p.sum().item(), rel=1e-4)
 
 
@@ -192,6 +197,11 @@ def test_the_users_hooks_are_respected_and_stay(gpt2):
     assert theirs.scores[-1, -1].item() == pytest.approx(theirs.p_clean, rel=1e-4)
     gpt2.reset_hooks()
     assert torch.equal(trace(gpt2).samples, bare.samples)
+    gpt2.add_hook("blocks.0.hook_resid_post", lambda state, hook: None)
+    whole = trace(gpt2)  # by whole passes, which keep logits
+    gpt2.reset_hooks()
+    torch.testing.assert_close(whole.samples, bare.samples, rtol=1e-4, atol=1e-6)
+    assert words(whole) == words(bare)
 
 
 def test_saved_and_loaded(gpt2, tmp_path):

@@ -165,7 +165,7 @@ def test_a_cell_is_reached_by_arrows_and_says_its_samples(opened):
     assert "MLP outputs of layers 0 to 2 at" in said and "P(Seattle) changes by" in said
     listed, tops = said.split("Samples: ")[1].split(". Top tokens, and in how many samples: ")
     listed = listed.split(", ")
-    assert tops.startswith('</script><img src=x onerror="alert(1)">$\\u202e\\x00 2, Paris 1.')
+    assert tops.startswith(f"\u201c{EVIL[:-2]}\\u202e\\x00\u201d 2, \u201c Paris\u201d 1.")
     samples = [float(x) for x in listed]
     assert samples == pytest.approx(TRACE.samples[:, 1, row].tolist(), rel=1e-2)
     assert len(browser.find_elements("css selector", ".tlr-details circle")) == 3
@@ -254,6 +254,19 @@ def test_a_text_of_thousands_of_tokens_is_a_page_of_a_megabyte_at_most(opened, t
     assert "of 3000 rows" in browser.find_element("css selector", ".tlr-finding").text
     rows = browser.execute_script("return document.querySelector('tbody').rows.length")
     assert 100 < rows < n
+
+
+def test_a_page_with_a_token_for_each_run_is_a_megabyte_at_most(opened, tmp_path):
+    n = 760  # with 3 samples and 26 layers as many numbers as a page holds
+    several = dataclasses.replace(
+        TRACE,
+        samples=drawn(3, 26, n),
+        top=torch.arange(3)[:, None, None].expand(3, 26, n).clone(),
+        top_tokens=(" constitutionally", " internationally", " characteristics"),
+        tokens=tuple(f" {EVIL[:9]}{i}" for i in range(n)),
+    )
+    assert " characteristics\u201d 1" in details(opened(several.show()))
+    assert (tmp_path / "page.html").stat().st_size < 1_500_000
 
 
 @pytest.mark.skipif(not Path(AXE).is_file(), reason="AXE_CORE is no path of axe.min.js")

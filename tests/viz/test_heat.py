@@ -33,7 +33,7 @@ TRACE = CausalTrace(
     metric="probability",
     info={"model": "tiny"},
     top=(10 * rand(3, 7, 5)).long() % 3,
-    top_tokens=(" Seattle", "</script>\u202e", "  "),
+    top_tokens=(" Seattle", "</script>\u202e", ""),
 )
 SEVERED = SeveredTrace(rand(3, 7), rand(3, 7), rand(3) / 10, 0.9, "attn", " Seattle", TRACE.info)
 
@@ -60,12 +60,14 @@ def cells(shown):
 def test_a_page_holds_the_top_tokens_of_each_cell():
     body = heat_map(trace_panel(TRACE)).body
     (known,) = json.loads(re.search(r'tlr-data">(.*?)</script>', body)[1])
-    assert len(known["tops"]) == 35 == len(known["effects"])
+    tops = [known["says"][n] for n in known["tops"]]
+    assert len(tops) == 35 == len(known["effects"])
     for position, layer in ((0, 0), (4, 6)):
         counts = TRACE.top[:, layer, position].bincount(minlength=3).tolist()
-        parts = dict(one.rsplit(" ", 1) for one in known["tops"][position * 7 + layer].split(", "))
-        names = ("Seattle", "</script>\\u202e", "(spaces)")
-        assert parts == {name: str(n) for name, n in zip(names, counts, strict=True) if n}
+        parts = dict(one.rsplit(" ", 1) for one in tops[position * 7 + layer].split(", "))
+        names = (" Seattle", "</script>\\u202e", "")
+        named = zip(names, counts, strict=True)
+        assert parts == {f"\u201c{name}\u201d": str(n) for name, n in named if n}
     change = difference(TRACE, dataclasses.replace(TRACE, samples=TRACE.samples / 2))
     assert not change.tops
 

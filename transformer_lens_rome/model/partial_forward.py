@@ -133,12 +133,13 @@ class PartialForward:
     ) -> Scored:
         """Return log-probabilities of k tokens at each pair and variant, and the top token.
 
-        Both have a first axis of variants, and are in main memory. No logits are stored.
+        Both have a first axis of variants, and are in main memory. Only whole passes store logits,
+        those of one variant at a time.
         """
         if self.recording is None:
-            whole = [self._whole(changes, rows, positions).float().cpu() for changes in variants]
-            found = [one.log_softmax(-1).gather(1, labels.cpu()) for one in whole]
-            return Scored(torch.stack(found), torch.stack([one.argmax(-1) for one in whole]))
+            whole = (self._whole(changes, rows, positions) for changes in variants)
+            each = [vocabulary.scored(logits, labels) for logits in whole]
+            return Scored(*(torch.stack(some).cpu() for some in zip(*each, strict=True)))
         final = self.finals(variants, rows, positions)
         every = labels.repeat(len(variants), 1).to(final.device)
         flat = passes.log_probs(self.model, final.flatten(0, 1), every)

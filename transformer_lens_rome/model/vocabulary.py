@@ -68,15 +68,15 @@ class Losses(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a model says at n places.
+    """What a model says at n places, with further axes before that of places.
 
     Attributes:
         log_probs: Log-probabilities of m tokens at each place.
         top: The token with the largest logit at each place.
     """
 
-    log_probs: Float[Tensor, "n m"]
-    top: Int[Tensor, "n"]
+    log_probs: Float[Tensor, "*variant n m"]
+    top: Int[Tensor, "*variant n"]
 
 
 def losses(
@@ -150,12 +150,18 @@ def log_probs(
     """Return log p of m tokens after each normed residual, and the top token; no gradients."""
     with torch.no_grad():
         sums = _Sums(x, labels.to(x.device), x.new_empty(0, len(unembedding.bias)))
-        top = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        top = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
         for part, _, logits in _slices(x, unembedding, tokens):
-            largest, token = logits.max(1)
-            top = torch.where(largest > sums.top[:, 0], part.start + token, top)
-            sums.add(part, logits)
-        return Scored(sums.chosen - sums.log_z, top)
+            largest, token = logits.max(1, keepdim=True)
+            top = torch.where(largest > sums.top, part.start + token, top)
+            sums.add(part, logits, largest)
+        return Scored(sums.chosen - sums.log_z, top[:, 0])
+
+
+def scored(logits: Float[Tensor, "n d_vocab"], labels: Int[Tensor, "n m"]) -> Scored:
+    """Return the same from stored logits."""
+    log_p = logits.float() - logits.float().logsumexp(1, keepdim=True)
+    return Scored(log_p.gather(1, labels.to(log_p.device)), log_p.argmax(1))
 
 
 def slice_size(x: Float[Tensor, "n d_model"]) -> int:
@@ -186,10 +192,10 @@ def _slices(
 def _enough_rows(
     x: Float[Tensor, "n d_model"], weight: Float[Tensor, "d_model d_vocab"]
 ) -> Float[Tensor, "N d_model"]:
-    """Return x, with rows of zeros up to sixteen where these cost less than none.
+    """Return x, with rows of zeros up to sixteen where sixteen rows take less time.
 
-    On a CPU, the product of 6 to 15 rows with a W_U that is a tied embedding, one token after
-    another in memory, takes up to 2.3 times as long as that of 16 rows.
+    That is so on a CPU with 6 to 15 rows, if W_U is a tied embedding, which has one token after
+    another in memory. See the rows 4 to 16 of `examples/benchmarks/unembedding.py`.
     """
     is_slow = x.device.type == "cpu" and 5 < len(x) < 16 and weight.stride(0) == 1
     return torch.nn.functional.pad(x, (0, 0, 0, 16 - len(x))) if is_slow else x
@@ -224,14 +230,17 @@ class _Sums:
         self.top = torch.full_like(self.total, torch.finfo(self.total.dtype).min)
 
     def add(
-        self, part: slice, logits: Float[Tensor, "N part"]
+        self,
+        part: slice,
+        logits: Float[Tensor, "N part"],
+        largest: Float[Tensor, "N 1"] | None = None,
     ) -> tuple[Float[Tensor, "N part"], Float[Tensor, "k part"]]:
         """Add the logits of a slice; return what its columns count in `columns` and `moments`."""
         at = self.labels - part.start
         inside = (at >= 0) & (at < logits.shape[1])
         found = logits.gather(1, at.clamp(0, logits.shape[1] - 1))
         self.chosen = torch.where(inside, found, self.chosen)
-        top = torch.maximum(self.top, logits.amax(1, keepdim=True))
+        top = torch.maximum(self.top, logits.amax(1, keepdim=True) if largest is None else largest)
         shrink, self.top = (self.top - top).exp(), top
         exponents = (logits - top).exp_()
         self.total = shrink * self.total + exponents.sum(1, keepdim=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ CELLS = 16_000
 """The most cells of one map; of a longer text, the tokens with the largest effects are shown."""
 NUMBERS = 60_000
 """The most noise samples, over all cells of a map, that a page holds."""
+CHARACTERS = 100_000
+"""The most characters, over all cells of a panel, of what the runs say that a page holds."""
 ROUNDING = 1e-5
 """The share of the largest effect up to which an effect may be rounding, as in `assets/map.js`."""
 SEEN = 0.01
@@ -57,7 +59,7 @@ class Panel:
         tokens: Whether the rows are the tokens of a text.
         wide: Whether cells show their numbers.
         kept: Rows that are shown in any case if there are too many.
-        tops: What the runs of each cell say, by row and column; empty if it is not known.
+        tops: Returns what the runs of each cell of a row say; None if it is not known.
     """
 
     effects: Float[Tensor, "row column"]
@@ -82,7 +84,7 @@ class Panel:
     tokens: bool = False
     wide: bool = False
     kept: Sequence[int] = ()
-    tops: Sequence[Sequence[str]] = ()
+    tops: Callable[[int], Sequence[str]] | None = None
 
     @property
     def bound(self) -> float:
@@ -146,7 +148,12 @@ def _data(panel: Panel, rows: Sequence[int], *, with_samples: bool) -> dict[str,
         known["samples"] = [_numbers(sample[rows]) for sample in panel.samples]
         known["bases"] = [_number(base) for base in panel.bases]
         known["clean"] = _number(panel.clean)
-        known["tops"] = [text for i in rows for text in panel.tops[i]] if panel.tops else []
+        texts = [text for i in rows for text in panel.tops(i)] if panel.tops else []
+        numbers = {
+            text: n for n, text in enumerate(dict.fromkeys(texts))
+        }  # many cells say the same
+        if sum(map(len, numbers)) <= CHARACTERS:
+            known["says"], known["tops"] = list(numbers), [numbers[text] for text in texts]
     return known
 
 

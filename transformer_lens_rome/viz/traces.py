@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from transformer_lens_rome.showing import view
 from transformer_lens_rome.tracing.averages import CATEGORIES, AverageSevered, AverageTrace
@@ -70,24 +71,18 @@ def trace_panel(trace: CausalTrace, run: str = "") -> Panel:
         logarithm=trace.metric == "probability",
         tokens=True,
         kept=(*trace.subject_positions, len(trace.tokens) - 1),
-        tops=_tops(trace),
+        tops=None if trace.top is None else partial(_tops, trace),
     )
 
 
-def _tops(trace: CausalTrace) -> list[list[str]]:
-    """Return which tokens the runs of each position and layer rank first, and how often."""
-    _, n_layers, positions = trace.samples.shape
-    return [
-        [
-            ", ".join(f"{_word(token)} {n}" for token, n in trace.top_at(layer, position))
-            for layer in range(n_layers)
-        ]
-        for position in range(positions if trace.top is not None else 0)
-    ]
-
-
-def _word(token: str) -> str:
-    return readable(token.strip(" ")) or "(spaces)"
+def _tops(trace: CausalTrace, position: int) -> list[str]:
+    """Return, by layer, the three tokens that most runs of a position rank first, and how often."""
+    texts = []
+    for layer in range(trace.samples.shape[1]):
+        top = trace.top_at(layer, position)
+        some = [f"\u201c{readable(token)}\u201d {n}" for token, n in top[:3]]
+        texts.append(", ".join([*some, "others"] if len(top) > 3 else some))
+    return texts
 
 
 def difference(before: CausalTrace, after: CausalTrace) -> Panel:

@@ -83,7 +83,8 @@ class Panel { // one table and its numbers
     if (Number.isNaN(found.effect)) return [`${place}: not measured`, found];
     const zero = this.hides(found, this.bound(measure)) ? "; the interval contains 0" : "";
     const samples = found.values ? `. Samples: ${found.values.map(short).join(", ")}` : "";
-    const top = this.tops?.[i] ? ` Top tokens, and in how many samples: ${this.tops[i]}.` : "";
+    const said = this.says?.[this.tops[i]];
+    const top = said ? ` Top tokens, and in how many samples: ${said}.` : "";
     return [`${place}: ${this.said(found, measure)}${zero}${samples}.${top}`, found];
   }
 
