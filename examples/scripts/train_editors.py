@@ -1,12 +1,13 @@
 """Train KE, KE-CF, MEND or MEND-CF for Gemma-3-270M; a run that was stopped goes on.
 
-    python examples/scripts/train_editors.py NAME TRAIN TABLE TEXT EDITORS
+    python examples/scripts/train_editors.py NAME TRAIN TABLE TEXT EDITORS [STEPS]
 
 TRAIN is CounterFact in the flat schema, TABLE the file of the tables in the published one: records
 that it has are not trained on. The -CF editors train on the first 2,000 other records of TRAIN, KE
 and MEND on texts that the model writes. What should stay as it is: the neighbours of the next 2,000
 records with their true targets, in turn with paragraphs of TEXT. EDITORS is a folder, which gets
-NAME, the editor. How training went is written to examples/results/editors/.
+NAME, the editor. How training went is written to examples/results/editors/. Training ends after
+STEPS steps, or before when validation gets no better; with more STEPS it goes on.
 
 The published settings are for a million steps on a GPU. These are for an hour on one core: fewer
 steps, so larger learning rates (KE's is De Cao et al.'s own), and shorter texts.
@@ -30,8 +31,8 @@ N = 2000
 SMALL = {"validate_every": 100, "n_locality": 2, "locality_tokens": 32, "patience": 400}
 N_TEXTS = {"ke": 256, "mend": 800}
 SETTINGS = {
-    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 1500, "n_validation": 20},
-    "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 1500, "n_validation": 40},
+    "ke": {"lr": 3e-4, "accumulate": 2, "max_steps": 700, "n_validation": 20},
+    "mend": {"lr": 3e-6, "accumulate": 4, "max_steps": 500, "n_validation": 40},
 }
 
 
@@ -41,7 +42,7 @@ def neighbours(train: str, used: set[int]) -> list[str]:
     return [f"{item['locality_prompt']} {item['locality_ground_truth']}" for item in items[:N]]
 
 
-def main(name: str, train: str, table: str, text: str, folder: str) -> None:
+def main(name: str, train: str, table: str, text: str, folder: str, steps: str = "") -> None:
     """Train one editor and write down how it went."""
     logging.basicConfig(level=logging.INFO)
     model = load_demo_model()
@@ -58,6 +59,8 @@ def main(name: str, train: str, table: str, text: str, folder: str) -> None:
         data = [line for line in data if len(line.split()) > 14]
     method = get_method(name)
     settings = replace(method.settings(), **SMALL, **SETTINGS[method.kind])
+    if steps:
+        settings = replace(settings, max_steps=int(steps))
     path = Path(folder) / name
     info = method.fit(model, data, locality=locality, settings=settings, out=path).info
     row = {"method": name, "settings": info["settings"], "n_train": len(info["train"])}
