@@ -46,7 +46,8 @@ class SearchedOnce(Memit):
     known: dict[Any, Any] = field(default_factory=dict, metadata={"identifies": False})
 
     def _searched(self, model: Any, encoder: Any, requests: Any, batch_size: Any) -> Any:
-        search = dataclasses.replace(self.config, covariance_weight=None, norm_weight=None)
+        solve = {"covariance_weight": None, "norm_weight": None, "slack": 0.0, "null_fraction": 0.5}
+        search = dataclasses.replace(self.config, **solve)
         hashes = tuple(float(model.blocks[n].mlp.W_out.double().norm()) for n in self._layers)
         key = str((self._layers, self._texts, dataclasses.astuple(search), hashes, requests))
         if key not in self.known:
