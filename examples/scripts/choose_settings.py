@@ -1,4 +1,4 @@
-"""ROME's settings on the two demo models: layer, clamp, weight decay, KL, prefixes, C, search.
+"""Settings on the two demo models: ROME's layer, clamp, prefixes and others, and FT+L's bound.
 
     python examples/scripts/choose_settings.py MODEL RECORDS [SETTING ...] [--first 25]
     python examples/scripts/choose_settings.py MODEL RECORDS --choose TRAIN
@@ -16,7 +16,7 @@ moment.
 
 Rows go to examples/results/settings/MODEL as they come, and a run that was stopped goes on where it
 was. The prefixes are sampled once and kept beside them: another machine may sample others. Then a
-Markdown table of all settings with that many records is printed, best S first.
+Markdown table of all of ROME's settings with that many records is printed, best S first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformer_lens_rome import CounterFact, RomeConfig, SecondMoment, evaluate_counterfact
+from transformer_lens_rome import (
+    CounterFact,
+    RomeConfig,
+    SecondMoment,
+    evaluate_counterfact,
+    get_method,
+)
 from transformer_lens_rome.demo import load_demo_model
 from transformer_lens_rome.evaluation import Results
 from transformer_lens_rome.files.strict_json import parse
@@ -84,8 +90,15 @@ def with_prefixes(model: Any, folder: Path) -> Rome:
     return prepared
 
 
+def method_of(model: Any, prepared: Rome, setting: str) -> Any:
+    """Return the method of a setting; `prepared` has ROME's prefixes."""
+    if setting.startswith("ft+l,eps="):
+        return get_method("ft+l", eps=float(setting.removeprefix("ft+l,eps=")))
+    return rome(model, prepared, setting)
+
+
 def rome(model: Any, prepared: Rome, setting: str) -> Rome:
-    """Return the method of a setting; `prepared` has the prefixes."""
+    """Return ROME with a setting; `prepared` has the prefixes."""
     released = setting.endswith(",released")
     options = dict(pair.split("=") for pair in setting.removesuffix(",released").split(","))
     layer, c = int(options.pop("layer")), options.pop("C", "")
@@ -102,10 +115,13 @@ def rome(model: Any, prepared: Rome, setting: str) -> Rome:
     )
 
 
-def table(folder: Path, cases: Sequence[int]) -> str:
-    """Return a Markdown table of the settings that have all of these records, best S first."""
+def table(folder: Path, cases: Sequence[int], method: str = "layer=") -> str:
+    """Return a Markdown table of the settings that have all of these records, best S first.
+
+    The names of the settings start with `method`.
+    """
     rows = {}
-    for path in folder.glob("layer=*.jsonl"):
+    for path in folder.glob(f"{method}*.jsonl"):
         results = Results.load(path)
         if set(cases) <= set(results.after):
             rows[path.stem.replace(",", ", ")] = results.scores(cases=cases)
@@ -136,7 +152,7 @@ def main() -> None:
         model = load_demo_model(args.model)
         prepared = with_prefixes(model, folder)
         for setting in named:
-            method = rome(model, prepared, setting)
+            method = method_of(model, prepared, setting)
             out = folder / f"{setting}.jsonl"
             evaluate_counterfact(model, records, method, out=out, progress=False, batch_size=4)
     print(table(folder, cases))
